@@ -1,0 +1,112 @@
+#include "pool.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <exception>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "error.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+namespace sllm {
+namespace {
+
+constexpr uint64_t kFaultStepBytes = 64ull << 20;
+
+void touch(std::byte* begin, uint64_t length) {
+  const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  for (uint64_t at = 0; at < length; at += page) *reinterpret_cast<volatile std::byte*>(begin + at) = std::byte{0};
+}
+
+// Kernels before 5.14 do not know MADV_POPULATE_WRITE; there every page is touched.
+void fault_range(std::byte* begin, uint64_t length) {
+  while (madvise(begin, length, MADV_POPULATE_WRITE) != 0) {
+    if (errno == EINTR || errno == EAGAIN) continue;
+    if (errno != EINVAL) throw Error(SLLM_NO_MEMORY, "host pool: its pages cannot be had", errno);
+    touch(begin, length);
+    return;
+  }
+}
+
+// MADV_HUGEPAGE always answers yes; only smaps knows what was given.
+uint64_t huge_bytes_at(const std::byte* base) {
+  std::ostringstream start;
+  start << std::hex << reinterpret_cast<uintptr_t>(base) << '-';
+  std::ifstream smaps("/proc/self/smaps");
+  bool inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    if (line.rfind(start.str(), 0) == 0) inside = true;
+    uint64_t kib = 0;
+    if (inside && std::sscanf(line.c_str(), "ShmemPmdMapped: %lu kB", &kib) == 1) return kib * 1024;
+  }
+  return 0;
+}
+
+Fd sealed_memfd(uint64_t size_bytes) {
+  Fd fd(memfd_create("sllm-host-pool", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd.open()) throw Error(SLLM_NO_MEMORY, "host pool: memfd_create", errno);
+  if (ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0)
+    throw Error(SLLM_NO_MEMORY, "host pool: ftruncate", errno);
+  // A pool that cannot shrink cannot raise SIGBUS in an engine that maps it.
+  if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+    throw Error(SLLM_NO_MEMORY, "host pool: sealing", errno);
+  return fd;
+}
+
+}  // namespace
+
+Pool::Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool lock)
+    : chunk_bytes_(chunk_bytes), chunks_(chunks) {
+  const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  if (chunk_bytes == 0 || chunk_bytes % std::max(kAlignment, page) != 0)
+    throw Error(SLLM_INVALID, "host pool: chunk_bytes must be a multiple of the page size");
+  if (chunks == 0 || chunks > (uint64_t{1} << 62) / chunk_bytes || fault_threads == 0)
+    throw Error(SLLM_INVALID, "host pool: the number of chunks or of threads is out of bounds");
+  fd_ = sealed_memfd(size_bytes());
+  void* mapped = mmap(nullptr, size_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
+  if (mapped == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "host pool: mmap", errno);
+  base_ = static_cast<std::byte*>(mapped);
+  try {
+    madvise(base_, size_bytes(), MADV_HUGEPAGE);
+    fault_in(fault_threads);
+    locked_ = lock && mlock(base_, size_bytes()) == 0;
+    huge_bytes_ = huge_bytes_at(base_);
+  } catch (...) {
+    munmap(base_, size_bytes());
+    throw;
+  }
+}
+
+Pool::~Pool() { munmap(base_, size_bytes()); }
+
+void Pool::fault_in(unsigned threads) const {
+  const uint64_t chunks_each = (chunks_ + threads - 1) / threads;
+  std::vector<std::exception_ptr> failures(threads);
+  std::vector<std::jthread> workers;
+  for (unsigned k = 0; k < threads; ++k) {
+    const uint64_t begin = std::min(chunks_, k * chunks_each) * chunk_bytes_;
+    const uint64_t end = std::min(chunks_, (k + 1) * chunks_each) * chunk_bytes_;
+    workers.emplace_back([this, begin, end, &failure = failures[k]] {
+      try {
+        for (uint64_t at = begin; at < end; at += kFaultStepBytes)
+          fault_range(base_ + at, std::min(kFaultStepBytes, end - at));
+      } catch (...) {
+        failure = std::current_exception();
+      }
+    });
+  }
+  workers.clear();
+  for (const auto& failure : failures)
+    if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace sllm

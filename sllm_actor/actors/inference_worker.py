@@ -1,0 +1,97 @@
+"""Owns one engine process and with it one instance of a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from sllm_actor.engine.client import Engine
+from sllm_actor.errors import Draining, QueueFull
+from sllm_actor.messages.engine import Prefilled
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.instances import InstanceActivity, InstanceDied, InstanceExpired, Retire
+from sllm_actor.runtime import Actor, ActorRef, Clock, handles
+
+FIRST_REQUEST_S = 10.0
+
+
+class InferenceWorker(Actor):
+    """Runs generations on its engine, a bounded number at once, and tells its manager how busy it is."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        instance_id: str,
+        manager: ActorRef,
+        clock: Clock,
+        *,
+        keep_alive_s: float,
+        max_requests: int,
+        max_waiting: int,
+        stop_timeout_s: float,
+    ) -> None:
+        self._engine = engine
+        self._instance_id = instance_id
+        self._manager = manager
+        self._clock = clock
+        self._keep_alive_s = keep_alive_s
+        self._slots = asyncio.Semaphore(max_requests)
+        self._max_active = max_requests + max_waiting
+        self._stop_timeout_s = stop_timeout_s
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._retiring = False
+        self._expiry: asyncio.Task[None] | None = None
+
+    async def started(self) -> None:
+        self.context.tasks.spawn(self._await_death(), "death")
+        # The request that it was started for is on its way, however short the keep-alive.
+        self._expire_later(max(self._keep_alive_s, FIRST_REQUEST_S))
+
+    @handles(Generate)
+    async def generate(self, request: Generate) -> AsyncGenerator[Prefilled | Tokens | Finished, None]:
+        if self._retiring or self._engine.died.done():
+            raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
+        if self._active >= self._max_active:
+            raise QueueFull(f"{self._active} requests for {request.model} are waiting already", retry_after_s=1.0)
+        self._count(+1)
+        try:
+            async with self._slots, aclosing(self._engine.generate(request)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._count(-1)
+
+    @handles(Retire, concurrent=True)
+    async def retire(self, _: Retire) -> None:
+        self._retiring = True
+        await self._idle.wait()
+        await self._engine.leave(self._stop_timeout_s)
+
+    def _count(self, change: int) -> None:
+        self._active += change
+        self._manager.tell(InstanceActivity(instance_id=self._instance_id, active=self._active))
+        if self._active:
+            self._idle.clear()
+            if self._expiry is not None:
+                self._expiry.cancel()
+        else:
+            self._idle.set()
+            self._expire_later(self._keep_alive_s)
+
+    def _expire_later(self, idle_s: float) -> None:
+        if not self._retiring and idle_s != float("inf"):
+            self._expiry = self.context.tasks.spawn(self._expire(idle_s), "keep-alive")
+
+    async def _expire(self, idle_s: float) -> None:
+        await self._clock.sleep(idle_s)
+        self._manager.tell(InstanceExpired(instance_id=self._instance_id))
+
+    async def _await_death(self) -> None:
+        reason = await asyncio.shield(self._engine.died)
+        self._manager.tell(InstanceDied(instance_id=self._instance_id, reason=reason))
+
+    async def stopped(self) -> None:
+        self._engine.kill()

@@ -1,0 +1,85 @@
+"""Start one instance: bytes to host memory and a skeleton in an engine, at once; then the one into the other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.domain import Model, Span
+from sllm_actor.domain.tokens import pack_uint32
+from sllm_actor.engine.client import Engine
+from sllm_actor.engine.pool import EnginePool
+from sllm_actor.loader.loader import HostLease, Loader, LoadReport
+from sllm_actor.messages.engine import PooledFile, PrepareModel
+from sllm_actor.runtime.clock import Clock
+
+
+class Started(NamedTuple):
+    """A running engine and the lease on the memory that it maps; whoever has it ends both, in this order."""
+
+    engine: Engine
+    lease: HostLease
+    spans: tuple[Span, ...]
+    late_imports: tuple[str, ...]
+
+
+class InstanceStarter:
+    """Runs starts. Owns nothing that outlives one."""
+
+    def __init__(
+        self, loader: Loader, engines: EnginePool, clock: Clock, *, chunk_bytes: int, stop_timeout_s: float
+    ) -> None:
+        self._loader = loader
+        self._engines = engines
+        self._clock = clock
+        self._chunk_bytes = chunk_bytes
+        self._stop_timeout_s = stop_timeout_s
+
+    async def start(self, model: Model, checkpoint: Checkpoint) -> Started:
+        """Bring the model up. On any failure the engine has left and the lease is given back.
+
+        Raises:
+            SllmError: whatever went wrong, by its type.
+        """
+        begin_s = self._clock.monotonic_s()
+        engine = await self._engines.take()
+        lease: HostLease | None = None
+        try:
+            engine.prepare(
+                PrepareModel(
+                    path=model.path,
+                    dtype=model.dtype,
+                    eos_token_ids=model.eos_token_ids,
+                    context_tokens=model.context_tokens,
+                )
+            )
+            taken = Span(name="engine", begin_s=begin_s, end_s=self._clock.monotonic_s())
+            lease = await self._loader.lease(checkpoint)
+            loaded = self._load_spans(lease.report, taken.end_s)
+            files = [
+                PooledFile(name=file.name, size_bytes=file.size_bytes, chunks=pack_uint32(file.chunks))
+                for file in lease.files
+            ]
+            ready = await engine.attach(self._chunk_bytes, files)
+        except BaseException:
+            # A model that failed half-way is worth nothing; its process goes at once.
+            engine.kill()
+            await engine.leave(self._stop_timeout_s)
+            if lease is not None:
+                lease.release()
+            raise
+        return Started(engine, lease, (taken, *loaded, *ready.spans), ready.late_imports)
+
+    def _load_spans(self, report: LoadReport, begin_s: float) -> tuple[Span, ...]:
+        """One span for each tier that bytes came from; they share the time of the load."""
+        end_s = self._clock.monotonic_s()
+        tiers = {
+            "host memory": report.pool_bytes,
+            "page cache": report.page_cache_bytes,
+            "ssd": report.ssd_bytes,
+        }
+        return tuple(
+            Span(name="load", begin_s=begin_s, end_s=end_s, size_bytes=size_bytes, tier=tier)
+            for tier, size_bytes in tiers.items()
+            if size_bytes
+        )

@@ -1,0 +1,351 @@
+"""Knows the registered models, which tier holds which, and starts and stops their instances on this node."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from sllm_actor.actors.inference_worker import InferenceWorker
+from sllm_actor.actors.instance_starter import InstanceStarter, Started
+from sllm_actor.actors.registration import Examiner, read_off_loop
+from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.domain import Model, ModelName, ModelState, NodeId
+from sllm_actor.errors import CheckpointChanged, Conflict, DeliveryFailed, ModelExists, ModelNotFound
+from sllm_actor.loader.loader import Loader
+from sllm_actor.messages.instances import (
+    InstanceActivity,
+    InstanceDied,
+    InstanceExpired,
+    InstanceGone,
+    InstanceStarted,
+    InstanceStatus,
+    ListInstances,
+    Retire,
+    StartInstance,
+    StopInstances,
+)
+from sllm_actor.messages.models import GetModel, ListModels, ModelStatus, RegisterModel, RemoveModel
+from sllm_actor.messages.placement import InstanceView, NodeReport
+from sllm_actor.metadata import Store
+from sllm_actor.policy.bandwidth import corrected
+from sllm_actor.runtime import Actor, ActorRef, Clock, handles
+
+log = logging.getLogger(__name__)
+
+MODELS = "models/"
+# What a disk is believed to give before the first load has told.
+FIRST_SSD_BYTES_PER_S = 1e9
+
+
+class Limits(NamedTuple):
+    """The manager's knobs; the names are those of `Config`."""
+
+    max_instances: int
+    host_pool_bytes: int
+    max_requests_per_instance: int
+    max_waiting_requests: int
+    drain_timeout_s: float
+    engine_stop_timeout_s: float
+
+
+class _Instance:
+    """A running instance and all that belongs to it."""
+
+    def __init__(self, instance_id: str, model: Model, started: Started, worker: ActorRef, now_s: float) -> None:
+        self.instance_id = instance_id
+        self.model = model
+        self.started = started
+        self.worker = worker
+        self.active = 0
+        self.idle_since_s = now_s
+        self.retired: asyncio.Future[None] | None = None
+
+
+class ModelManager(Actor):
+    """Owns the registrations, the instances of this node and their leases on host memory."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        store: Store,
+        loader: Loader,
+        examiner: Examiner,
+        starter: InstanceStarter,
+        clock: Clock,
+        limits: Limits,
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._loader = loader
+        self._examiner = examiner
+        self._starter = starter
+        self._clock = clock
+        self._limits = limits
+        self._models: dict[ModelName, Model] = {}
+        self._checkpoints: dict[ModelName, Checkpoint] = {}
+        self._instances: dict[str, _Instance] = {}
+        self._starting: dict[str, ModelName] = {}
+        self._changing: set[ModelName] = set()
+        self._instance_ids = itertools.count(1)
+        self._ssd_bytes_per_s = FIRST_SSD_BYTES_PER_S
+
+    async def started(self) -> None:
+        for value in (await self._store.list(MODELS)).values():
+            model = msgspec.msgpack.decode(value, type=Model)
+            self._models[model.name] = model
+        self._report()
+
+    # Registrations.
+
+    @handles(RegisterModel, concurrent=True)
+    async def register(self, message: RegisterModel) -> Model:
+        self._begin_change(message.name)
+        try:
+            model, checkpoint = await self._examiner.examine(message, self._clock.wall_s())
+            known = self._models.get(model.name)
+            if known is not None and _same(known, model):
+                return known
+            if known is not None and not message.replace:
+                raise ModelExists(
+                    f"{model.name} is registered already, from {known.path}; replace it or remove it first",
+                    param="name",
+                )
+            await self._stop_all(model.name)
+            await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
+            self._models[model.name] = model
+            self._checkpoints[model.name] = checkpoint
+            return model
+        finally:
+            self._changing.discard(message.name)
+
+    @handles(RemoveModel, concurrent=True)
+    async def remove(self, message: RemoveModel) -> Model:
+        model = self._find(message.name)
+        self._begin_change(message.name)
+        try:
+            await self._store.delete(MODELS + message.name)
+            del self._models[message.name]
+            self._checkpoints.pop(message.name, None)
+            await self._stop_all(message.name)
+            return model
+        finally:
+            self._changing.discard(message.name)
+
+    def _begin_change(self, name: ModelName) -> None:
+        if name in self._changing:
+            raise Conflict(f"{name} is being registered or removed just now", param="name")
+        self._changing.add(name)
+
+    @handles(GetModel)
+    async def get(self, message: GetModel) -> Model:
+        return self._find(message.name)
+
+    def _find(self, name: ModelName) -> Model:
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFound(f"the model {name!r} does not exist", param="model")
+        return model
+
+    @handles(ListModels)
+    async def list_models(self, _: ListModels) -> tuple[ModelStatus, ...]:
+        held = {resident.fingerprint: resident.size_bytes for resident in self._loader.residents()}
+        return tuple(self._status(self._models[name], held) for name in sorted(self._models))
+
+    def _status(self, model: Model, held: dict[str, int]) -> ModelStatus:
+        instances = sum(instance.model.name == model.name for instance in self._instances.values())
+        if instances:
+            state = ModelState.RUNNING
+        elif model.name in self._starting.values():
+            state = ModelState.LOADING
+        else:
+            state = ModelState.HOST if model.fingerprint in held else ModelState.COLD
+        return ModelStatus(model=model, state=state, instances=instances, host_bytes=held.get(model.fingerprint, 0))
+
+    # Instances.
+
+    @handles(StartInstance, concurrent=True)
+    async def start(self, message: StartInstance) -> InstanceStarted:
+        self._starting[message.placement_id] = message.model
+        try:
+            model = self._find(message.model)
+            started = await self._starter.start(model, await self._checkpoint(model))
+            try:
+                return await self._install(model, started)
+            except BaseException:
+                await self._discard(started)
+                raise
+        finally:
+            del self._starting[message.placement_id]
+            self._report(ended=message.placement_id)
+
+    async def _checkpoint(self, model: Model) -> Checkpoint:
+        """Give the description of a registered checkpoint, read anew after a restart of the node.
+
+        Raises:
+            CheckpointChanged: the folder is not the one that was registered.
+        """
+        if model.name not in self._checkpoints:
+            checkpoint = await read_off_loop(Path(model.path))
+            if checkpoint.fingerprint != model.fingerprint:
+                raise CheckpointChanged(f"{model.path} has changed since {model.name} was registered; deploy it again")
+            self._checkpoints[model.name] = checkpoint
+        return self._checkpoints[model.name]
+
+    async def _install(self, model: Model, started: Started) -> InstanceStarted:
+        if self._models.get(model.name) is not model:
+            raise ModelNotFound(f"{model.name} was removed while it started", param="model")
+        instance_id = f"{model.name}-{next(self._instance_ids)}"
+        worker = InferenceWorker(
+            started.engine,
+            instance_id,
+            self.context.self_ref,
+            self._clock,
+            keep_alive_s=model.keep_alive_s,
+            max_requests=self._limits.max_requests_per_instance,
+            max_waiting=self._limits.max_waiting_requests,
+            stop_timeout_s=self._limits.engine_stop_timeout_s,
+        )
+        ref = await self.context.system.spawn(worker, f"worker/{instance_id}")
+        self._instances[instance_id] = _Instance(instance_id, model, started, ref, self._clock.monotonic_s())
+        report = started.lease.report
+        self._ssd_bytes_per_s = corrected(self._ssd_bytes_per_s, report.ssd_bytes, report.duration_s)
+        return InstanceStarted(
+            instance_id=instance_id, model=model.name, node=self._node, worker=ref.name, spans=started.spans
+        )
+
+    @handles(StopInstances, concurrent=True)
+    async def stop_instances(self, message: StopInstances) -> int:
+        chosen = [
+            instance
+            for instance in self._instances.values()
+            if instance.model.name == message.model
+            and message.instance_id in ("", instance.instance_id)
+            and not (message.only_idle and instance.active)
+        ]
+        await asyncio.gather(*(self._retire(instance) for instance in chosen))
+        return len(chosen)
+
+    async def _stop_all(self, name: ModelName) -> None:
+        await self.stop_instances(StopInstances(model=name))
+
+    async def _retire(self, instance: _Instance) -> None:
+        """Stop one instance, letting it finish its answers first; whoever asks again waits for the same end."""
+        if instance.retired is None:
+            task = self.context.tasks.spawn(self._retirement(instance), f"retire-{instance.instance_id}")
+            instance.retired = task
+        await asyncio.shield(instance.retired)
+
+    async def _retirement(self, instance: _Instance) -> None:
+        self._tell_gone(instance)
+        try:
+            await instance.worker.ask(Retire(), timeout_s=self._limits.drain_timeout_s)
+        except DeliveryFailed as error:
+            log.warning("instance %s did not retire in time: %s", instance.instance_id, error)
+        await self._uninstall(instance)
+
+    async def _uninstall(self, instance: _Instance) -> None:
+        """End the worker and its engine, and only then give its memory back."""
+        if self._instances.pop(instance.instance_id, None) is None:
+            return
+        await self.context.system.stop(instance.worker.name)
+        await self._discard(instance.started)
+        self._report()
+
+    async def _discard(self, started: Started) -> None:
+        started.engine.kill()
+        await started.engine.leave(self._limits.engine_stop_timeout_s)
+        started.lease.release()
+
+    @handles(InstanceActivity)
+    async def activity(self, message: InstanceActivity) -> None:
+        instance = self._instances.get(message.instance_id)
+        if instance is None:
+            return
+        instance.active = message.active
+        if not message.active:
+            instance.idle_since_s = self._clock.monotonic_s()
+        self._report()
+
+    @handles(InstanceExpired, concurrent=True)
+    async def expired(self, message: InstanceExpired) -> None:
+        instance = self._instances.get(message.instance_id)
+        if instance is not None and not instance.active:
+            await self._retire(instance)
+
+    @handles(InstanceDied, concurrent=True)
+    async def died(self, message: InstanceDied) -> None:
+        instance = self._instances.get(message.instance_id)
+        if instance is None or instance.retired is not None:
+            return
+        log.error("the engine of instance %s has died: %s", message.instance_id, message.reason)
+        self._tell_gone(instance)
+        await self._uninstall(instance)
+
+    @handles(ListInstances)
+    async def list_instances(self, _: ListInstances) -> tuple[InstanceStatus, ...]:
+        now_s = self._clock.monotonic_s()
+        return tuple(
+            InstanceStatus(
+                instance_id=instance.instance_id,
+                model=instance.model.name,
+                node=self._node,
+                pid=instance.started.engine.pid,
+                active=instance.active,
+                size_bytes=instance.model.size_bytes,
+                expires_in_s=_expires_in_s(instance, now_s),
+                late_imports=instance.started.late_imports,
+            )
+            for instance in self._instances.values()
+        )
+
+    async def stopped(self) -> None:
+        for instance in list(self._instances.values()):
+            await self._discard(instance.started)
+
+    # Reports.
+
+    def _tell_gone(self, instance: _Instance) -> None:
+        gone = InstanceGone(instance_id=instance.instance_id, model=instance.model.name)
+        self.context.system.ref("router").tell(gone)
+
+    def _report(self, ended: str = "") -> None:
+        """Tell the Scheduler what this node has, once it is up and after every change."""
+        views = tuple(
+            InstanceView(
+                instance_id=instance.instance_id,
+                model=instance.model.name,
+                active=instance.active,
+                idle_since_s=instance.idle_since_s,
+                host_bytes=instance.model.host_bytes,
+            )
+            for instance in self._instances.values()
+        )
+        self.context.system.ref("scheduler").tell(
+            NodeReport(
+                node=self._node,
+                manager=self.context.self_ref.name,
+                slots=self._limits.max_instances,
+                host_pool_bytes=self._limits.host_pool_bytes,
+                instances=views,
+                ended_placements=(ended,) if ended else (),
+                host_fingerprints=tuple(resident.fingerprint for resident in self._loader.residents()),
+                ssd_bytes_per_s=self._ssd_bytes_per_s,
+                load_queue_s=0.0,
+            )
+        )
+
+
+def _same(known: Model, model: Model) -> bool:
+    """Tell whether two registrations differ in nothing but their time."""
+    return msgspec.structs.replace(model, registered_wall_s=known.registered_wall_s) == known
+
+
+def _expires_in_s(instance: _Instance, now_s: float) -> float:
+    if instance.active:
+        return 0.0
+    return max(0.0, instance.idle_since_s + instance.model.keep_alive_s - now_s)

@@ -1,0 +1,122 @@
+"""Check a checkpoint from every side before it is registered: files, config, tokenizer, model class."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from sllm_actor.checkpoint.folder import Checkpoint, read_folder
+from sllm_actor.checkpoint.model_config import ModelConfig, read_model_config
+from sllm_actor.domain import Model
+from sllm_actor.engine.architectures import choose
+from sllm_actor.engine.pool import EnginePool
+from sllm_actor.errors import ModelTooLarge, TokenizerInvalid
+from sllm_actor.messages.engine import PrepareModel
+from sllm_actor.messages.models import RegisterModel
+from sllm_actor.sources.folder import resolve
+from sllm_actor.units import format_bytes
+
+
+class TokenizerFacts(NamedTuple):
+    """What the gateway's text process found in the folder."""
+
+    vocabulary_tokens: int
+    chat: bool
+
+
+class Examiner:
+    """Turns a registration's source into a checked `Model`. Owns nothing."""
+
+    def __init__(
+        self,
+        engines: EnginePool,
+        inspect_tokenizer: Callable[[str], Awaitable[TokenizerFacts]],
+        builtin: Mapping[str, Path],
+        *,
+        pool_bytes: int,
+        chunk_bytes: int,
+        keep_alive_s: float,
+        stop_timeout_s: float,
+    ) -> None:
+        self._engines = engines
+        self._inspect_tokenizer = inspect_tokenizer
+        self._builtin = builtin
+        self._pool_bytes = pool_bytes
+        self._chunk_bytes = chunk_bytes
+        self._keep_alive_s = keep_alive_s
+        self._stop_timeout_s = stop_timeout_s
+
+    async def examine(self, message: RegisterModel, now_wall_s: float) -> tuple[Model, Checkpoint]:
+        """Read the folder and try everything but its weights.
+
+        Raises:
+            SourceInvalid, CheckpointInvalid, ModelTooLarge: the message names what is wrong.
+        """
+        checkpoint = await read_off_loop(resolve(message.source, self._builtin))
+        architecture = choose(checkpoint.architectures)
+        facts = await asyncio.get_running_loop().run_in_executor(
+            None, read_model_config, checkpoint.path, checkpoint.config
+        )
+        host_bytes = self._host_bytes(checkpoint)
+        await self._try_model(checkpoint, facts)
+        tokenizer = await self._inspect_tokenizer(str(checkpoint.path))
+        if tokenizer.vocabulary_tokens > facts.vocabulary_tokens:
+            raise TokenizerInvalid(
+                f"the tokenizer has {tokenizer.vocabulary_tokens} tokens, the model an embedding for "
+                f"{facts.vocabulary_tokens}"
+            )
+        model = Model(
+            name=message.name,
+            path=str(checkpoint.path),
+            fingerprint=checkpoint.fingerprint,
+            architecture=architecture,
+            dtype=checkpoint.dtype,
+            size_bytes=checkpoint.size_bytes,
+            host_bytes=host_bytes,
+            context_tokens=facts.context_tokens,
+            vocabulary_tokens=facts.vocabulary_tokens,
+            eos_token_ids=facts.eos_token_ids,
+            default_temperature=facts.default_temperature,
+            default_top_p=facts.default_top_p,
+            chat=tokenizer.chat,
+            keep_alive_s=self._keep_alive_s if message.keep_alive_s is None else message.keep_alive_s,
+            registered_wall_s=now_wall_s,
+        )
+        return model, checkpoint
+
+    def _host_bytes(self, checkpoint: Checkpoint) -> int:
+        """Count what it takes of the host pool, where each file begins on a chunk of its own."""
+        chunks = sum(-(-file.size_bytes // self._chunk_bytes) for file in checkpoint.files)
+        if chunks * self._chunk_bytes > self._pool_bytes:
+            raise ModelTooLarge(
+                f"the checkpoint needs {format_bytes(chunks * self._chunk_bytes)} of host memory, the pool has "
+                f"{format_bytes(self._pool_bytes)}: raise host_pool_bytes"
+            )
+        return chunks * self._chunk_bytes
+
+    async def _try_model(self, checkpoint: Checkpoint, facts: ModelConfig) -> None:
+        """Let a warm engine build the model and compare it with the files' headers; no weight is read."""
+        engine = await self._engines.take()
+        try:
+            engine.prepare(
+                PrepareModel(
+                    path=str(checkpoint.path),
+                    dtype=checkpoint.dtype,
+                    eos_token_ids=facts.eos_token_ids,
+                    context_tokens=facts.context_tokens,
+                )
+            )
+            await engine.check()
+        finally:
+            await engine.leave(self._stop_timeout_s)
+
+
+async def read_off_loop(path: Path) -> Checkpoint:
+    """Read a checkpoint folder on a thread.
+
+    Raises:
+        CheckpointInvalid: it can't be served.
+    """
+    return await asyncio.get_running_loop().run_in_executor(None, read_folder, path)

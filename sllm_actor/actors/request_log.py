@@ -1,0 +1,110 @@
+"""The Router's memory: each request's tokens, spans and outcome. State without I/O."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from sllm_actor.domain import RequestId, Span, Timeline
+from sllm_actor.errors import InvalidRequest, RequestNotFound
+from sllm_actor.messages.generation import Finished, Generate, RequestLocation, Tokens
+from sllm_actor.messages.instances import InstanceStarted
+from sllm_actor.runtime.clock import Clock
+
+
+class RequestRecord:
+    """One request, from arrival to end."""
+
+    def __init__(self, request: Generate) -> None:
+        self.request = request
+        self.spans: list[Span] = list(request.spans)
+        self.tokens: list[int] = []
+        self.instance: InstanceStarted | None = None
+        self.cold = False
+        self.first_token_s = 0.0
+        self.end_s = 0.0
+        self.prompt_tokens = len(request.prompt) // 4
+        self.outcome = "running"
+
+    def take(self, item: Tokens | Finished, now_s: float) -> None:
+        """Note an item of the answer; tokens come in order, each once."""
+        if not self.first_token_s:
+            self.first_token_s = now_s
+        if isinstance(item, Tokens):
+            assert item.index == len(self.tokens), "an engine repeats or leaves out no token"
+            self.tokens.extend(item.token_ids)
+
+    def timeline(self) -> Timeline:
+        return Timeline(
+            request_id=self.request.request_id,
+            model=self.request.model,
+            cold=self.cold,
+            arrived_s=self.request.arrived_s,
+            spans=tuple(self.spans),
+            first_token_s=self.first_token_s,
+            end_s=self.end_s,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=len(self.tokens),
+            outcome=self.outcome,
+        )
+
+
+class RequestLog:
+    """Owns the running requests and the timelines of the last `history` finished ones."""
+
+    def __init__(self, clock: Clock, history: int) -> None:
+        self._clock = clock
+        self._history = history
+        self._running: dict[RequestId, RequestRecord] = {}
+        self._finished: OrderedDict[RequestId, Timeline] = OrderedDict()
+
+    def open(self, request: Generate) -> RequestRecord:
+        """Begin a record.
+
+        Raises:
+            InvalidRequest: a request of this id is running.
+        """
+        if request.request_id in self._running:
+            raise InvalidRequest(f"a request with the id {request.request_id} is running already")
+        record = RequestRecord(request)
+        self._running[request.request_id] = record
+        return record
+
+    def close(self, record: RequestRecord) -> None:
+        """Move a record to the finished ones; the oldest of those is forgotten."""
+        request_id = record.request.request_id
+        record.end_s = self._clock.monotonic_s()
+        del self._running[request_id]
+        self._finished.pop(request_id, None)
+        self._finished[request_id] = record.timeline()
+        while len(self._finished) > self._history:
+            self._finished.popitem(last=False)
+
+    def timeline(self, request_id: RequestId) -> Timeline:
+        """Give the timeline of a request.
+
+        Raises:
+            RequestNotFound: it is not running and not among the remembered.
+        """
+        if request_id in self._running:
+            return self._running[request_id].timeline()
+        if request_id in self._finished:
+            return self._finished[request_id]
+        raise RequestNotFound(f"there is no request {request_id}", param="request_id")
+
+    def location(self, request_id: RequestId) -> RequestLocation:
+        """Say where a running request generates.
+
+        Raises:
+            RequestNotFound: it is not running, or waits for its instance still.
+        """
+        record = self._running.get(request_id)
+        if record is None or record.instance is None:
+            raise RequestNotFound(f"no request {request_id} is generating", param="request_id")
+        return RequestLocation(
+            request_id=request_id, node=record.instance.node, instance_id=record.instance.instance_id
+        )
+
+    def timelines(self) -> tuple[Timeline, ...]:
+        """List the running and the remembered requests, newest first."""
+        running = [record.timeline() for record in self._running.values()]
+        return tuple(reversed([*self._finished.values(), *running]))

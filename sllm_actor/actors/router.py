@@ -1,0 +1,159 @@
+"""Finds each request an instance, starting one where there is none, and keeps the record of its tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from sllm_actor.actors.request_log import RequestLog, RequestRecord
+from sllm_actor.domain import Model, ModelName, Span, Timeline
+from sllm_actor.errors import ActorDied, Draining, NoCapacity, NoSuchActor, QueueFull, SllmError
+from sllm_actor.messages.engine import Prefilled
+from sllm_actor.messages.generation import (
+    Finished,
+    Generate,
+    GetTimeline,
+    ListRequests,
+    LocateRequest,
+    RequestLocation,
+    Tokens,
+)
+from sllm_actor.messages.instances import InstanceGone, InstanceStarted, StartInstance
+from sllm_actor.messages.models import GetModel
+from sllm_actor.messages.placement import Placement, PlaceModel
+from sllm_actor.runtime import Actor, ActorRef, Clock, handles
+
+MAX_ATTEMPTS = 3
+
+
+class Router(Actor):
+    """Owns the routes (model to instance), the starts under way and the log of requests."""
+
+    def __init__(
+        self,
+        manager: ActorRef,
+        scheduler: ActorRef,
+        log: RequestLog,
+        clock: Clock,
+        *,
+        max_waiting: int,
+        ask_timeout_s: float,
+        placement_timeout_s: float,
+        start_timeout_s: float,
+    ) -> None:
+        self._manager = manager
+        self._scheduler = scheduler
+        self._log = log
+        self._clock = clock
+        self._max_waiting = max_waiting
+        self._ask_timeout_s = ask_timeout_s
+        self._placement_timeout_s = placement_timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._routes: dict[ModelName, InstanceStarted] = {}
+        self._starts: dict[ModelName, asyncio.Task[tuple[InstanceStarted, tuple[Span, ...]]]] = {}
+        self._waiting = 0
+
+    @handles(Generate)
+    async def generate(self, request: Generate) -> AsyncGenerator[Tokens | Finished, None]:
+        record = self._log.open(request)
+        try:
+            async for item in self._attempts(request, record):
+                yield item
+            record.outcome = "finished"
+        except SllmError as error:
+            record.outcome = error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            record.outcome = "cancelled"
+            raise
+        finally:
+            self._log.close(record)
+
+    async def _attempts(self, request: Generate, record: RequestRecord) -> AsyncGenerator[Tokens | Finished, None]:
+        """Run the request; one that met an instance just leaving has not begun, and is routed again."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            instance = await self._instance(request, record)
+            record.instance = instance
+            worker = self.context.system.ref(instance.worker)
+            try:
+                async with aclosing(worker.stream(request)) as items:
+                    async for item in items:
+                        if isinstance(item, Prefilled):
+                            record.spans.append(item.span)
+                        else:
+                            record.take(item, self._clock.monotonic_s())
+                            yield item
+                return
+            except (Draining, NoSuchActor, ActorDied):
+                self._forget(instance)
+                if record.tokens or attempt == MAX_ATTEMPTS:
+                    raise
+
+    async def _instance(self, request: Generate, record: RequestRecord) -> InstanceStarted:
+        """Find the model's instance, or wait for the one start that all waiting requests share."""
+        model = request.model
+        if model in self._routes:
+            return self._routes[model]
+        record.cold = True
+        if self._waiting >= self._max_waiting:
+            raise QueueFull(f"{self._waiting} requests wait for a model to start already", retry_after_s=1.0)
+        if model not in self._starts:
+            start = self.context.tasks.spawn(self._start(request), f"start-{model}", on_failure=lambda _: None)
+            self._starts[model] = start
+            start.add_done_callback(lambda _: self._starts.pop(model, None))
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                instance, spans = await asyncio.shield(self._starts[model])
+        except TimeoutError:
+            raise NoCapacity(f"{model} was not running within {self._start_timeout_s:g} s", retry_after_s=5.0) from None
+        finally:
+            self._waiting -= 1
+        record.spans.extend(spans)
+        return instance
+
+    async def _start(self, request: Generate) -> tuple[InstanceStarted, tuple[Span, ...]]:
+        begin_s = self._clock.monotonic_s()
+        model: Model = await self._manager.ask(GetModel(name=request.model), timeout_s=self._ask_timeout_s)
+        placement: Placement = await self._scheduler.ask(
+            PlaceModel(
+                request_id=request.request_id,
+                model=model.name,
+                fingerprint=model.fingerprint,
+                size_bytes=model.size_bytes,
+                host_bytes=model.host_bytes,
+                timeout_s=self._placement_timeout_s,
+            ),
+            timeout_s=self._placement_timeout_s + self._ask_timeout_s,
+        )
+        placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
+        manager = self.context.system.ref(placement.manager)
+        instance: InstanceStarted = await manager.ask(
+            StartInstance(placement_id=placement.placement_id, model=model.name),
+            timeout_s=self._start_timeout_s,
+        )
+        self._routes[model.name] = instance
+        return instance, (placed, *instance.spans)
+
+    @handles(InstanceGone)
+    async def gone(self, message: InstanceGone) -> None:
+        route = self._routes.get(message.model)
+        if route is not None and route.instance_id == message.instance_id:
+            del self._routes[message.model]
+
+    def _forget(self, instance: InstanceStarted) -> None:
+        if self._routes.get(instance.model) is instance:
+            del self._routes[instance.model]
+
+    @handles(GetTimeline)
+    async def timeline(self, message: GetTimeline) -> Timeline:
+        return self._log.timeline(message.request_id)
+
+    @handles(ListRequests)
+    async def requests(self, _: ListRequests) -> tuple[Timeline, ...]:
+        return self._log.timelines()
+
+    @handles(LocateRequest)
+    async def locate(self, message: LocateRequest) -> RequestLocation:
+        return self._log.location(message.request_id)

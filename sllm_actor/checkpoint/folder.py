@@ -1,0 +1,266 @@
+"""Describe a checkpoint folder: its weight files, their tensors, its configuration.
+
+Reads headers and JSON, never weights. Knows nothing of where the folder came from or who will load it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import stat
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from sllm_actor.checkpoint.safetensors_header import LENGTH_BYTES, Header, header_end, parse_header
+from sllm_actor.errors import (
+    CheckpointConfigInvalid,
+    CheckpointEmpty,
+    CheckpointHeaderInvalid,
+    CheckpointInvalid,
+    CheckpointMissing,
+    CheckpointTruncated,
+    PickleCheckpoint,
+)
+
+MAX_CONFIG_BYTES = 1_000_000
+MAX_INDEX_BYTES = 100_000_000
+MAX_SHARDS = 10_000
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}\.safetensors")
+_SHARD_OF_SET = re.compile(r"model-[0-9]{5}-of-([0-9]{5})\.safetensors")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+class WeightFile(msgspec.Struct, frozen=True):
+    """One safetensors file as it was found; `mtime_ns` and `inode` tell it from a later one of its name."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    header: Header
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """A folder that can be loaded; `fingerprint` tells whether it is still that one, digesting no weights."""
+
+    path: Path
+    files: tuple[WeightFile, ...]
+    config: dict[str, Any]
+    size_bytes: int
+    fingerprint: str
+    dtype: str
+    architectures: tuple[str, ...]
+
+    def file_path(self, file: WeightFile) -> Path:
+        """Return where `file` of this checkpoint is."""
+        return self.path / file.name
+
+
+def read_folder(path: Path) -> Checkpoint:
+    """Read what a checkpoint folder holds, opening every weight file for its header only.
+
+    Raises:
+        CheckpointMissing: no such folder.
+        CheckpointEmpty: no weights in it.
+        PickleCheckpoint: its weights are pickled; the message says how to convert them.
+        CheckpointTruncated, CheckpointHeaderInvalid: a weight file is damaged.
+        CheckpointConfigInvalid: config.json or the index can't be used.
+    """
+    folder = _resolve(path)
+    names, weight_map = _weight_names(folder)
+    digest = xxhash.xxh3_128()
+    files = []
+    for name in names:
+        file, header_bytes = _read_weight_file(folder, name)
+        for part in (name.encode(), b"%d %d" % (file.size_bytes, file.mtime_ns), header_bytes):
+            digest.update(b"%d:" % len(part))
+            digest.update(part)
+        files.append(file)
+    _check_weight_map(folder, files, weight_map)
+    config, config_bytes = _read_config(folder)
+    digest.update(config_bytes)
+    return Checkpoint(
+        path=folder,
+        files=tuple(files),
+        config=config,
+        size_bytes=sum(file.size_bytes for file in files),
+        fingerprint=digest.hexdigest(),
+        dtype=_dominant_dtype(files),
+        architectures=_architectures(folder, config),
+    )
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        folder = path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as wrong:
+        raise CheckpointMissing(f"{path} is not a folder that can be read: {wrong}") from None
+    if not folder.is_dir():
+        raise CheckpointMissing(f"{path} is not a folder")
+    return folder
+
+
+def _weight_names(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the weight files to read and, where there is an index, which tensor is in which."""
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"], {}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return _read_index(index)
+    try:
+        present = sorted(entry.name for entry in folder.iterdir())
+    except OSError as wrong:
+        raise CheckpointMissing(f"{folder} can't be listed: {wrong}") from None
+    shards = [match for match in map(_SHARD_OF_SET.fullmatch, present) if match]
+    if shards:
+        return _whole_set(folder, [match.group() for match in shards], int(shards[0].group(1))), {}
+    pickles = [found.name for pattern in _PICKLES for found in sorted(folder.glob(pattern))]
+    if pickles:
+        raise PickleCheckpoint(_how_to_convert(folder, pickles[0]))
+    raise CheckpointEmpty(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+
+
+def _whole_set(folder: Path, shards: list[str], count: int) -> list[str]:
+    """Without an index the shards' own names tell whether the set is whole."""
+    expected = [f"model-{k:05}-of-{count:05}.safetensors" for k in range(1, min(count, MAX_SHARDS) + 1)]
+    if shards != expected:
+        raise CheckpointTruncated(f"{folder} has {len(shards)} of {count} shards and no index to go by")
+    return shards
+
+
+def _how_to_convert(folder: Path, pickle: str) -> str:
+    target = folder.with_name(f"{folder.name}-safetensors")
+    program = (
+        "import shutil, sys, transformers; source, target = sys.argv[1:]; "
+        "model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype='auto'); "
+        "others = shutil.ignore_patterns('*.bin', '*.bin.index.json', '*.pt', '*.pth'); "
+        "shutil.copytree(source, target, ignore=others); "
+        "model.save_pretrained(target)"
+    )
+    command = shlex.join([sys.executable or "python3", "-c", program, str(folder), str(target)])
+    return (
+        f"{folder} has its weights as pickle ({pickle}), which can run code and is never loaded. "
+        f"Convert a checkpoint that you trust, then register {target}:\n{command}"
+    )
+
+
+def _read_index(index: Path) -> tuple[list[str], dict[str, str]]:
+    parsed = _json_object(index, MAX_INDEX_BYTES)
+    weight_map = parsed.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointConfigInvalid(f"{index} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise CheckpointConfigInvalid(f"{index} puts tensor {tensor!r} in a file of an impossible name")
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise CheckpointConfigInvalid(f"{index} names {len(names)} files and at most {MAX_SHARDS} are allowed")
+    return names, weight_map
+
+
+def _read_weight_file(folder: Path, name: str) -> tuple[WeightFile, bytes]:
+    path = folder / name
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CheckpointTruncated(f"{path} is named by the index and missing") from None
+    except OSError as wrong:
+        raise CheckpointInvalid(f"{path} can't be opened: {wrong.strerror}") from None
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointInvalid(f"{path} is not a regular file")
+        # Without this a readahead of up to megabytes follows each header.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        end = header_end(_read_exactly(fd, LENGTH_BYTES, path), found.st_size, str(path))
+        prefix = _read_exactly(fd, end, path)
+    except OSError as wrong:
+        raise CheckpointInvalid(f"{path} can't be read: {wrong.strerror}") from None
+    finally:
+        os.close(fd)
+    header = parse_header(prefix, found.st_size, str(path))
+    return WeightFile(name, found.st_size, found.st_mtime_ns, found.st_ino, header), prefix
+
+
+def _read_exactly(fd: int, length: int, path: Path) -> bytes:
+    parts = bytearray()
+    while len(parts) < length:
+        part = os.pread(fd, length - len(parts), len(parts))
+        if not part:
+            raise CheckpointTruncated(f"{path} has {len(parts)} bytes and its header needs {length}")
+        parts += part
+    return bytes(parts)
+
+
+def _check_weight_map(folder: Path, files: list[WeightFile], weight_map: dict[str, str]) -> None:
+    place: dict[str, str] = {}
+    for file in files:
+        for tensor in file.header.tensors:
+            if tensor.name in place:
+                raise CheckpointHeaderInvalid(
+                    f"{folder}: tensor {tensor.name!r} is in both {place[tensor.name]} and {file.name}"
+                )
+            place[tensor.name] = file.name
+    for name, shard in weight_map.items():
+        if place.get(name) != shard:
+            raise CheckpointHeaderInvalid(f"{folder}: the index puts tensor {name!r} in {shard}, it is not there")
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], bytes]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise CheckpointConfigInvalid(f"{folder} has no config.json")
+    raw = _bounded_bytes(path, MAX_CONFIG_BYTES)
+    return _parse_object(path, raw), raw
+
+
+def _architectures(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    found = config.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointConfigInvalid(f"{folder / 'config.json'}: architectures must be a list of names")
+    return tuple(found)
+
+
+def _json_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    return _parse_object(path, _bounded_bytes(path, max_bytes))
+
+
+def _bounded_bytes(path: Path, max_bytes: int) -> bytes:
+    try:
+        # A regular file only: a pipe would be waited on for ever.
+        if not path.is_file():
+            raise CheckpointConfigInvalid(f"{path} is not a file")
+        with path.open("rb") as opened:
+            raw = opened.read(max_bytes + 1)
+    except OSError as wrong:
+        raise CheckpointConfigInvalid(f"{path} can't be read: {wrong.strerror}") from None
+    if len(raw) > max_bytes:
+        raise CheckpointConfigInvalid(f"{path} is longer than {max_bytes} bytes")
+    return raw
+
+
+def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as wrong:
+        raise CheckpointConfigInvalid(f"{path} is not JSON: {wrong}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointConfigInvalid(f"{path} is not a JSON object")
+    return parsed
+
+
+def _dominant_dtype(files: list[WeightFile]) -> str:
+    size_bytes: Counter[str] = Counter()
+    for file in files:
+        for tensor in file.header.tensors:
+            size_bytes[tensor.dtype] += tensor.end - tensor.begin
+    if not size_bytes:
+        raise CheckpointEmpty("the weight files hold no tensors")
+    return max(size_bytes, key=lambda dtype: (size_bytes[dtype], dtype))

@@ -1,0 +1,1 @@
+"""`sllm-node`: start a node, and the verbs that people have in their fingers."""

@@ -1,0 +1,102 @@
+"""Ask a node over HTTP, as any client would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+CONNECT_TIMEOUT_S = 5.0
+DEFAULT_URL = "http://127.0.0.1:8400"
+MAX_EVENT_BYTES = 1024 * 1024
+
+
+class NodeUnreachable(Exception):
+    """Nothing answers at the URL."""
+
+
+class NodeRefused(Exception):
+    """The node answered with an error; `code` and `param` are its own."""
+
+    def __init__(self, message: str, code: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class NodeClient:
+    """Speaks to one node. Use as `async with NodeClient(url, key) as client`."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> NodeClient:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        self._session = aiohttp.ClientSession(
+            headers=self._headers, timeout=timeout, read_bufsize=MAX_EVENT_BYTES, trust_env=False
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def _open(
+        self, method: str, path: str, body: dict[str, Any] | None, headers: dict[str, str] | None = None
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        assert self._session is not None
+        try:
+            async with self._session.request(method, self._url + path, json=body, headers=headers) as response:
+                if response.status >= 400:
+                    raise _refusal(response.status, await response.text())
+                yield response
+        except (aiohttp.ClientConnectionError, TimeoutError, aiohttp.InvalidURL) as error:
+            raise NodeUnreachable(
+                f"no node answers at {self._url} ({error}); start one with 'sllm-node start', or name it with --url"
+            ) from error
+
+    async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask and give the JSON answer.
+
+        Raises:
+            NodeUnreachable, NodeRefused.
+        """
+        async with self._open(method, path, body) as response:
+            answer: dict[str, Any] = await response.json()
+            return answer
+
+    async def events(self, path: str, body: dict[str, Any], request_id: str) -> AsyncGenerator[dict[str, Any], None]:
+        """Ask for a stream and give its events until `[DONE]`.
+
+        Raises:
+            NodeUnreachable, NodeRefused: also where the stream ends early or with an error event.
+        """
+        async with self._open("POST", path, body, {"X-Request-Id": request_id}) as response:
+            async for line in response.content:
+                if not line.startswith(b"data: "):
+                    continue
+                data = line[len(b"data: ") :].strip()
+                if data == b"[DONE]":
+                    return
+                event = json.loads(data)
+                if "error" in event:
+                    raise _from_error(event["error"])
+                yield event
+            raise NodeRefused("the answer ended before it was complete", "stream_cut")
+
+
+def _refusal(status: int, text: str) -> NodeRefused:
+    try:
+        return _from_error(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return NodeRefused(f"HTTP {status}: {text[:200]}", f"http_{status}")
+
+
+def _from_error(error: dict[str, Any]) -> NodeRefused:
+    return NodeRefused(str(error.get("message")), str(error.get("code")), error.get("param"))

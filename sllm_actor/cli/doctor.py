@@ -1,0 +1,166 @@
+"""`sllm-node doctor`: what this machine offers a node, what is wrong, and how to mend it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import NamedTuple
+
+from sllm_actor.cli.show import out, print_json, table
+from sllm_actor.config import Config, Resolved
+from sllm_actor.config.load import knobs
+from sllm_actor.errors import SllmError
+from sllm_actor.frontend.server import bind
+from sllm_actor.loader.choice import use_native
+from sllm_actor.node.data_folder import DataFolder
+from sllm_actor.units import format_bytes
+
+MIN_OPEN_FILES = 4096
+DIRECT_BYTES = 4096
+
+
+class Finding(NamedTuple):
+    """One check. `level`: ok, warning (works, slower or smaller), or error (a node would not start)."""
+
+    check: str
+    level: str
+    found: str
+    mend: str = ""
+
+
+def _python(_: Config) -> Finding:
+    found = f"{platform.python_version()} on {platform.machine()}"
+    if sys.platform != "linux":
+        return Finding("python", "error", f"{found}, {sys.platform}", "use Linux")
+    return Finding("python", "ok", found)
+
+
+def _packages(_: Config) -> Finding:
+    try:
+        found = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "transformers", "uvloop"))
+    except PackageNotFoundError as error:
+        return Finding("packages", "error", f"{error.name} is missing", "pip install sllm_actor")
+    return Finding("packages", "ok", found)
+
+
+def _native(_: Config) -> Finding:
+    try:
+        native = use_native()
+    except SllmError as error:
+        return Finding("native loader", "error", error.message, "install with a C++ compiler at hand")
+    if native:
+        return Finding("native loader", "ok", "built")
+    return Finding(
+        "native loader", "warning", "not in use: the portable reader loads", "install without SLLM_NO_NATIVE"
+    )
+
+
+def _memory(config: Config) -> Finding:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = f"{format_bytes(config.host_pool_bytes)} wanted for the host pool, {format_bytes(available)} free"
+    if config.host_pool_bytes > available:
+        return Finding("host memory", "error", found, "lower host_pool_bytes, or free memory")
+    return Finding("host memory", "ok", found)
+
+
+def _memlock(config: Config) -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if not config.lock_host_pool or soft == resource.RLIM_INFINITY or soft >= config.host_pool_bytes:
+        return Finding("memory locking", "ok", "the pool can be locked" if config.lock_host_pool else "not wanted")
+    return Finding(
+        "memory locking", "warning", f"the limit is {format_bytes(soft)}: the pool may be swapped out",
+        "ulimit -l unlimited, or LimitMEMLOCK=infinity in the service unit",
+    )  # fmt: skip
+
+
+def _huge_pages(_: Config) -> Finding:
+    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    try:
+        chosen = path.read_text().partition("[")[2].partition("]")[0]
+    except OSError as error:
+        return Finding("huge pages", "warning", f"unknown: {error.strerror}", "")
+    if chosen in ("always", "advise", "within_size", "force"):
+        return Finding("huge pages", "ok", f"shmem_enabled is {chosen}")
+    return Finding("huge pages", "warning", f"shmem_enabled is {chosen}", f"echo advise > {path}")
+
+
+def _open_files(_: Config) -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= MIN_OPEN_FILES:
+        return Finding("open files", "ok", f"limit {soft}")
+    return Finding("open files", "warning", f"limit {soft} of {hard}", f"ulimit -n {MIN_OPEN_FILES} or more")
+
+
+def _port(config: Config) -> Finding:
+    try:
+        bind(config.host, config.port, has_key=bool(config.api_key_file)).close()
+    except SllmError as error:
+        return Finding("port", "error", error.message, "choose another with --port, or --host 127.0.0.1")
+    return Finding("port", "ok", f"{config.host}:{config.port} is free")
+
+
+def _data_folder(config: Config) -> Finding:
+    path = Path(config.data_dir).expanduser().absolute()
+    try:
+        DataFolder.open(path).close()
+    except SllmError as error:
+        return Finding("data folder", "error", error.message, "choose another with --data-dir")
+    return Finding("data folder", "ok", str(path))
+
+
+def _direct_io(config: Config) -> Finding:
+    path = Path(config.data_dir).expanduser() / "doctor.probe"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+    except OSError as error:
+        return Finding("direct reads", "warning", f"refused: {error.strerror}", "put models on ext4 or xfs")
+    finally:
+        path.unlink(missing_ok=True)
+    os.close(fd)
+    return Finding("direct reads", "ok", "O_DIRECT works where the data folder lies")
+
+
+CHECKS: tuple[Callable[[Config], Finding], ...] = (
+    _python, _packages, _native, _memory, _memlock, _huge_pages, _open_files, _port, _data_folder, _direct_io,
+)  # fmt: skip
+
+
+def report(resolved: Resolved, *, as_json: bool) -> bool:
+    """Run every check and print the findings and the knobs; false if a node would not start."""
+    findings = [check(resolved.config) for check in CHECKS]
+    healthy = all(finding.level != "error" for finding in findings)
+    values = [
+        (
+            knob.name,
+            getattr(resolved.config, knob.name),
+            knob.unit,
+            resolved.origin[knob.name],
+            knob.description,
+        )
+        for knob in knobs()
+    ]
+    if as_json:
+        keys = ("name", "value", "unit", "origin", "description")
+        shown = [dict(zip(keys, value, strict=True)) for value in values]
+        for knob in shown:
+            if knob["value"] == float("inf"):
+                knob["value"] = "forever"
+        print_json({"healthy": healthy, "checks": [finding._asdict() for finding in findings], "knobs": shown})
+        return healthy
+    marks = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "error": "[red]error[/red]"}
+    table(
+        ("CHECK", "", "FOUND", "TO MEND IT"),
+        [(finding.check, marks[finding.level], finding.found, finding.mend) for finding in findings],
+    )
+    out.print()
+    table(
+        ("KNOB", "VALUE", "UNIT", "FROM", "WHAT"),
+        [(name, str(value), unit, origin, description) for name, value, unit, origin, description in values],
+    )
+    return healthy

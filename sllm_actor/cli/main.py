@@ -1,0 +1,239 @@
+"""The `sllm-node` command: every verb, its help, its exit codes.
+
+Exit codes: 0 done; 1 the node, or what was asked of it, refused; 2 wrong usage; 3 no node answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from sllm_actor.cli.client import DEFAULT_URL, NodeClient, NodeRefused, NodeUnreachable
+from sllm_actor.cli.run import run_model
+from sllm_actor.cli.show import duration, err, out, print_json, table
+from sllm_actor.config import Resolved, resolve
+from sllm_actor.errors import SllmError
+from sllm_actor.units import format_bytes
+
+T = TypeVar("T")
+app = typer.Typer(
+    name="sllm-node", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    help="Serve many large language models from few machines: start a node, deploy models, ask them.",
+)  # fmt: skip
+
+Url = Annotated[str, typer.Option("--url", envvar="SLLM_URL", help="The node to ask.")]
+Key = Annotated[str, typer.Option("--api-key", envvar="SLLM_API_KEY", help="Its API key, where it wants one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="SLLM_CONFIG", help="A TOML file of knobs.")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder of the node's own state.")]
+Host = Annotated[str | None, typer.Option("--host", help="Address to bind; off loopback needs --api-key-file.")]
+Port = Annotated[int | None, typer.Option("--port", help="Port to bind; 0 takes a free one.")]
+KeyFile = Annotated[str | None, typer.Option("--api-key-file", help="File with the API key to ask of clients.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
+
+
+def fail(message: str, exit_code: int = 1, *, as_json: bool = False, code: str = "", param: str | None = None) -> None:
+    """Say what went wrong and end with the exit code."""
+    if as_json:
+        print_json({"error": {"message": message, "code": code, "param": param}})
+    else:
+        err.print(f"[bold red]error:[/bold red] {message}", markup=True)
+    raise typer.Exit(exit_code)
+
+
+def ask(url: str, key: str, work: Callable[[NodeClient], Awaitable[T]], *, as_json: bool) -> T:
+    """Run `work` with a client; errors become messages and exit codes."""
+
+    async def connected() -> T:
+        async with NodeClient(url, key) as client:
+            return await work(client)
+
+    try:
+        return asyncio.run(connected())
+    except NodeUnreachable as error:
+        fail(str(error), 3, as_json=as_json, code="node_unreachable")
+    except NodeRefused as error:
+        fail(str(error), 1, as_json=as_json, code=error.code, param=error.param)
+    raise AssertionError("unreachable")
+
+
+def configure(
+    file: Path | None,
+    data_dir: str | None,
+    host: str | None,
+    port: int | None,
+    key_file: str | None,
+    extra: list[str] | None,
+) -> Resolved:
+    """Put flags, variables and file together."""
+    flags: dict[str, Any] = {}
+    for text in extra or ():
+        name, _, value = text.partition("=")
+        flags[name.strip()] = value
+    named = {"data_dir": data_dir, "host": host, "port": port, "api_key_file": key_file}
+    flags |= {name: value for name, value in named.items() if value is not None}
+    return resolve(file, os.environ, flags)
+
+
+@app.command()
+def start(
+    config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
+    api_key_file: KeyFile = None, set_: Set = None, as_json: Json = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+) -> None:  # fmt: skip
+    """Start a node and serve until SIGTERM or Ctrl-C; running answers are finished first.
+
+    Example: sllm-node start --port 8400 --set host_pool_bytes=8GiB
+    """
+    from sllm_actor.cli.start import run
+
+    if log_level not in ("debug", "info", "warning", "error"):
+        fail(f"--log-level {log_level}: use debug, info, warning or error", 2, as_json=as_json)
+    try:
+        run(
+            configure(config, data_dir, host, port, api_key_file, set_).config,
+            as_json=as_json,
+            log_level=log_level,
+        )
+    except SllmError as error:
+        fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Print the version."""
+    if as_json:
+        print_json({"version": installed_version("sllm_actor")})
+    else:
+        out.print(f"sllm_actor {installed_version('sllm_actor')}")
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
+    api_key_file: KeyFile = None, set_: Set = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Check this machine and print every knob with its value and where that came from."""
+    from sllm_actor.cli.doctor import report
+
+    try:
+        resolved = configure(config, data_dir, host, port, api_key_file, set_)
+    except SllmError as error:
+        fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
+        raise
+    if not report(resolved, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def deploy(
+    source: Annotated[str, typer.Argument(help="A checkpoint folder, or builtin:demo.")],
+    name: Annotated[str, typer.Option("--name", help="Its name; the folder's name by default.")] = "",
+    keep_alive: Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")] = "",
+    replace: Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")] = False,
+    url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
+) -> None:  # fmt: skip
+    """Check a checkpoint and register it; it is loaded when the first request for it comes.
+
+    Example: sllm-node deploy ./opt-125m --name opt
+    """
+    if ":" not in source or source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser().absolute())
+    chosen = name or (source.removeprefix("builtin:") if source.startswith("builtin:") else Path(source).name)
+    body: dict[str, Any] = {"name": chosen, "source": source, "replace": replace}
+    if keep_alive:
+        body["keep_alive"] = keep_alive
+    answer = ask(url, api_key, lambda client: client.call("POST", "/admin/models", body), as_json=as_json)
+    if as_json:
+        print_json(answer)
+        return
+    model = answer["model"]
+    facts = f"{model['architecture']}, {model['dtype']}, {format_bytes(model['size_bytes'])}"
+    out.print(f"deployed [bold]{model['name']}[/bold]: {facts}")
+
+
+@app.command("ls")
+def list_models(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """List the registered models and where each is now."""
+    answer = ask(url, api_key, lambda client: client.call("GET", "/admin/models"), as_json=as_json)
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        (
+            status["model"]["name"], status["state"], format_bytes(status["model"]["size_bytes"]),
+            status["model"]["architecture"], status["model"]["dtype"], str(status["model"]["context_tokens"]),
+            duration(status["model"]["keep_alive_s"]),
+        )
+        for status in answer["models"]
+    ]  # fmt: skip
+    table(("NAME", "STATE", "SIZE", "ARCHITECTURE", "DTYPE", "CONTEXT", "KEEP ALIVE"), rows)
+
+
+@app.command("rm")
+def remove(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """Stop a model and forget it; its files stay where they are."""
+    answer = ask(url, api_key, lambda client: client.call("DELETE", f"/admin/models/{name}"), as_json=as_json)
+    print_json(answer) if as_json else out.print(f"removed {answer['removed']}")
+
+
+@app.command("ps")
+def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """List the running instances."""
+    answer = ask(url, api_key, lambda client: client.call("GET", "/admin/instances"), as_json=as_json)
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        (
+            instance["instance_id"], instance["model"], instance["node"], str(instance["pid"]), str(instance["active"]),
+            format_bytes(instance["size_bytes"]), "busy" if instance["active"] else duration(instance["expires_in_s"]),
+        )
+        for instance in answer["instances"]
+    ]  # fmt: skip
+    table(("INSTANCE", "MODEL", "NODE", "PID", "REQUESTS", "SIZE", "UNLOADS IN"), rows)
+
+
+@app.command()
+def stop(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """Unload a model's instances once their running answers are finished; it stays registered."""
+    answer = ask(url, api_key, lambda client: client.call("POST", f"/admin/models/{name}/unload"), as_json=as_json)
+    print_json(answer) if as_json else out.print(f"stopped {answer['stopped']} instance(s) of {name}")
+
+
+@app.command()
+def run(
+    model: str,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; without one: a chat, or what is piped in.")] = None,
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes a sampled answer repeatable.")] = None,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Show what the start was made of.")] = False,
+    url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
+) -> None:  # fmt: skip
+    """Ask a model, or chat with it at the terminal.
+
+    Example: sllm-node run demo "What is 47 + 35?" --timeline
+    """
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+
+    async def work(client: NodeClient) -> None:
+        await run_model(client, model, prompt, system=system, options=given, timeline=timeline, as_json=as_json)
+
+    ask(url, api_key, work, as_json=as_json)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

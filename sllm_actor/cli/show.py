@@ -1,0 +1,99 @@
+"""Tables, timelines and JSON for the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from sllm_actor.units import format_bytes, format_rate, format_seconds
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+BAR_CHARACTERS = 40
+# The rows of a start, in the order in which a person thinks of them; what a span is called inside is on the left.
+LABELS = {
+    "text": "text (template, tokens)",
+    "placement": "placement",
+    "engine": "engine (warm process)",
+    "load": "load",
+    "skeleton": "engine: skeleton",
+    "attach": "engine: attach weights",
+    "prefill": "prefill",
+}
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on one line, for programs."""
+    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a plain table, or nothing but its head where there are no rows."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    out.print(shown)
+
+
+def duration(value: float | str) -> str:
+    """Write a duration that may be `forever`."""
+    return value if isinstance(value, str) else format_seconds(value)
+
+
+class Part(NamedTuple):
+    """One row of a timeline, in seconds since the request's arrival; `moved` says what bytes it moved."""
+
+    label: str
+    begin_s: float
+    end_s: float
+    moved: str
+
+
+def timeline_parts(timeline: Mapping[str, Any]) -> list[Part]:
+    """Give the parts of a request's start, in the order in which they begin to matter."""
+    arrived_s, spans = timeline["arrived_s"], timeline["spans"]
+    parts = []
+    placed_s = next((span["begin_s"] for span in spans if span["name"] == "placement"), None)
+    if placed_s is not None:
+        parts.append(Part("queue (arrival to placement)", 0.0, placed_s - arrived_s, ""))
+    for span in sorted(spans, key=lambda span: list(LABELS).index(span["name"])):
+        parts.append(Part(LABELS[span["name"]], span["begin_s"] - arrived_s, span["end_s"] - arrived_s, _moved(span)))
+    last_s = max((part.end_s for part in parts), default=0.0)
+    parts.append(Part("first token to the gateway", last_s, timeline["first_token_s"] - arrived_s, ""))
+    return parts
+
+
+def _moved(span: Mapping[str, Any]) -> str:
+    if not span["size_bytes"]:
+        return ""
+    if span["tier"] == "host memory":
+        return f"{format_bytes(span['size_bytes'])} were in host memory already"
+    rate = format_rate(span["size_bytes"], span["end_s"] - span["begin_s"])
+    return f"{format_bytes(span['size_bytes'])} from the {span['tier']}, {rate}"
+
+
+def first_token_s(timeline: Mapping[str, Any]) -> float:
+    """Give the seconds from a request's arrival to its first token."""
+    return float(timeline["first_token_s"] - timeline["arrived_s"])
+
+
+def print_timeline(timeline: Mapping[str, Any]) -> None:
+    """Print a request's start as a waterfall."""
+    total_s = max(first_token_s(timeline), 1e-9)
+    kind = "cold" if timeline["cold"] else "warm"
+    out.print(f"{kind} start of {timeline['model']}: first token after [bold]{format_seconds(total_s)}[/bold]")
+    for part in timeline_parts(timeline):
+        left = min(BAR_CHARACTERS - 1, max(0, round(part.begin_s / total_s * BAR_CHARACTERS)))
+        width = min(BAR_CHARACTERS - left, max(1, round((part.end_s - part.begin_s) / total_s * BAR_CHARACTERS)))
+        bar = " " * left + "█" * width
+        spent = format_seconds(max(0.0, part.end_s - part.begin_s))
+        out.print(f"  {part.label:<30}{spent:>9}  {bar:<{BAR_CHARACTERS}}  {part.moved}".rstrip())

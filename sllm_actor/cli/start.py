@@ -1,0 +1,49 @@
+"""`sllm-node start`: run a node until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+
+import uvloop
+
+from sllm_actor.cli.show import err, out, print_json
+from sllm_actor.config import Config
+from sllm_actor.node import Node
+
+
+async def _serve(config: Config, as_json: bool) -> None:
+    """Run until SIGTERM or SIGINT. A signal during the start, or a second one, ends the node at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    serving = False
+    current = asyncio.current_task()
+    assert current is not None
+
+    def on_signal() -> None:
+        if stop.is_set() or not serving:
+            current.cancel()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with Node(config) as node:
+            serving = True
+            if as_json:
+                print_json({"ready": True, "url": node.url, "pid": os.getpid(), "node": config.node_id})
+            else:
+                out.print(f"node [bold]{config.node_id}[/bold] is ready at [bold]{node.url}[/bold]")
+            await stop.wait()
+            if not as_json:
+                out.print("stopping: running answers are being finished")
+    except asyncio.CancelledError:
+        err.print("stopped at once")
+
+
+def run(config: Config, *, as_json: bool, log_level: str) -> None:
+    """Run a node in this process until a signal ends it."""
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    uvloop.run(_serve(config, as_json))

@@ -1,0 +1,147 @@
+"""The knobs of a node. The docstring of each is its `description`; msgspec checks the bounds."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from sllm_actor.errors import ConfigInvalid
+from sllm_actor.units import GIB, KIB, MIB
+
+Text = Annotated[str, Meta(max_length=4096)]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that an operator can set. Flags win over `SLLM_*` variables, those over the file, that over defaults.
+
+    However one is made, every knob in it is within its bounds, or `ConfigInvalid` names the one that is not.
+    """
+
+    # Where things are.
+    data_dir: Annotated[Text, Meta(title="path", description="folder of the node's own state")] = "~/.sllm"
+    node_id: Annotated[Text, Meta(title="name", description="this node's name in the cluster")] = "node-1"
+    host: Annotated[Text, Meta(title="address", description="address the HTTP endpoint binds")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, title="port", description="HTTP port; 0 takes a free one")] = 8400
+    api_key_file: Annotated[
+        Text, Meta(title="path", description="file with the API key; needed to bind off loopback")
+    ] = ""
+
+    # Memory and bytes.
+    host_pool_bytes: Annotated[
+        int,
+        Meta(ge=16 * MIB, le=64 * 1024 * GIB, title="bytes", description="host memory held for checkpoints"),
+    ] = 2 * GIB
+    chunk_bytes: Annotated[
+        int,
+        Meta(ge=64 * KIB, le=256 * MIB, title="bytes", description="size of one pool chunk (a power of two)"),
+    ] = 16 * MIB
+    lock_host_pool: Annotated[bool, Meta(description="lock the pool in memory; needs a sufficient memlock limit")] = (
+        True
+    )
+    reading_threads: Annotated[int, Meta(ge=1, le=64, title="threads", description="threads that read files")] = 4
+
+    # Engines.
+    max_instances: Annotated[
+        int, Meta(ge=1, le=256, title="instances", description="model instances that may run at once")
+    ] = 4
+    warm_engines: Annotated[
+        int, Meta(ge=1, le=32, title="processes", description="idle engine processes kept ready")
+    ] = 2
+    engine_threads: Annotated[
+        int, Meta(ge=0, le=256, title="threads", description="compute threads per engine; 0 means all cores")
+    ] = 0
+    max_requests_per_instance: Annotated[
+        int, Meta(ge=1, le=1024, title="requests", description="generations one instance runs at once")
+    ] = 16
+    engine_refill_delay_s: Annotated[
+        float, Meta(ge=0, le=60, title="s", description="wait before a taken warm engine is replaced")
+    ] = 0.5
+    engine_start_timeout_s: Annotated[
+        float,
+        Meta(ge=1, le=3600, title="s", description="longest start of an engine, its model's load included"),
+    ] = 300.0
+    engine_stop_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="wait for an engine to leave before it is killed")
+    ] = 5.0
+
+    # Requests.
+    keep_alive_s: Annotated[
+        float, Meta(ge=0, title="s", description="idle time before an instance is unloaded; inf keeps it")
+    ] = 300.0
+    start_timeout_s: Annotated[
+        float,
+        Meta(ge=0.1, le=3600, title="s", description="longest wait of a request for a running instance"),
+    ] = 300.0
+    max_waiting_requests: Annotated[
+        int,
+        Meta(ge=1, le=100_000, title="requests", description="requests that may wait for an instance to start"),
+    ] = 256
+    max_body_bytes: Annotated[int, Meta(ge=KIB, le=GIB, title="bytes", description="largest HTTP request body")] = (
+        4 * MIB
+    )
+    body_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="longest arrival of an HTTP request body")
+    ] = 30.0
+    text_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="longest templating and tokenizing of one prompt")
+    ] = 10.0
+    drain_timeout_s: Annotated[
+        float,
+        Meta(ge=0, le=86400, title="s", description="time given to running answers when the node stops"),
+    ] = 30.0
+
+    # The runtime.
+    mailbox_messages: Annotated[
+        int, Meta(ge=8, le=1_000_000, title="messages", description="bound of an actor's mailbox")
+    ] = 1024
+    stream_credit: Annotated[
+        int, Meta(ge=1, le=65536, title="items", description="items a stream may run ahead of its reader")
+    ] = 64
+    max_frame_bytes: Annotated[
+        int, Meta(ge=64 * KIB, le=GIB, title="bytes", description="largest frame between processes")
+    ] = 16 * MIB
+    ask_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=3600, title="s", description="deadline of a question between actors")
+    ] = 10.0
+    request_history: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000, title="requests", description="finished requests whose timelines are kept"),
+    ] = 1000
+    loop_lag_fault_s: Annotated[
+        float,
+        Meta(ge=0.001, le=60, title="s", description="loop delay that is logged and counted as a fault"),
+    ] = 0.05
+
+    def __post_init__(self) -> None:
+        for name, annotation in _annotations().items():
+            check(name, getattr(self, name), annotation)
+        if self.chunk_bytes & (self.chunk_bytes - 1):
+            raise ConfigInvalid(f"chunk_bytes: {self.chunk_bytes} is not a power of two", param="chunk_bytes")
+        if self.chunk_bytes > self.host_pool_bytes:
+            raise ConfigInvalid(
+                f"host_pool_bytes: {self.host_pool_bytes} is less than one chunk of {self.chunk_bytes}",
+                param="host_pool_bytes",
+            )
+
+
+@functools.cache
+def _annotations() -> dict[str, Any]:
+    return get_type_hints(Config, include_extras=True)
+
+
+def check(name: str, value: Any, annotation: Any) -> None:
+    """Compare one knob's value with its type and bounds.
+
+    Raises:
+        ConfigInvalid: it is of another type, out of bounds, or no number.
+    """
+    try:
+        msgspec.convert(value, annotation)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise ConfigInvalid(f"{name}: {error}", param=name) from error
+    # Not-a-number is neither below nor above any bound.
+    if value != value:
+        raise ConfigInvalid(f"{name}: {value} is not a number", param=name)

@@ -1,0 +1,22 @@
+"""The nouns that every floor shares: names, models, generations, timelines. Data only."""
+
+from __future__ import annotations
+
+from sllm_actor.domain.generation import FinishReason, Sampling
+from sllm_actor.domain.model import Model, ModelState
+from sllm_actor.domain.names import ModelName, NodeId, RequestId, check_model_name, check_node_id
+from sllm_actor.domain.timeline import Span, Timeline
+
+__all__ = [
+    "FinishReason",
+    "Model",
+    "ModelName",
+    "ModelState",
+    "NodeId",
+    "RequestId",
+    "Sampling",
+    "Span",
+    "Timeline",
+    "check_model_name",
+    "check_node_id",
+]

@@ -1,0 +1,43 @@
+"""A registered model, as the cluster knows it."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from sllm_actor.domain.names import ModelName
+
+
+class ModelState(enum.StrEnum):
+    """Where a model's bytes are at most, and whether it can answer at once."""
+
+    COLD = "cold"
+    LOADING = "loading"
+    HOST = "host"
+    RUNNING = "running"
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A registration.
+
+    `fingerprint` tells whether the folder is still the one that was registered. `default_temperature` and
+    `default_top_p` are the model's own (generation_config.json) and hold where a request is silent.
+    `host_bytes` is what it takes of a host pool, in whole chunks. `keep_alive_s` may be infinite.
+    """
+
+    name: ModelName
+    path: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    size_bytes: int
+    host_bytes: int
+    context_tokens: int
+    vocabulary_tokens: int
+    eos_token_ids: tuple[int, ...]
+    default_temperature: float
+    default_top_p: float
+    chat: bool
+    keep_alive_s: float
+    registered_wall_s: float

@@ -1,0 +1,35 @@
+"""Which model classes the engine serves: those that a test compares with transformers' own `generate`.
+
+Free of torch, so that a node can refuse the others when they are deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sllm_actor.errors import UnsupportedArchitecture
+
+# Class name -> module. The fork server imports every one of them before the first fork.
+MODULES = {
+    "GPT2LMHeadModel": "transformers.models.gpt2.modeling_gpt2",
+    "LlamaForCausalLM": "transformers.models.llama.modeling_llama",
+    "OPTForCausalLM": "transformers.models.opt.modeling_opt",
+    "Qwen2ForCausalLM": "transformers.models.qwen2.modeling_qwen2",
+    "Qwen3ForCausalLM": "transformers.models.qwen3.modeling_qwen3",
+}
+
+
+def choose(architectures: Sequence[str]) -> str:
+    """Pick the class that serves a checkpoint from its config's `architectures`.
+
+    Raises:
+        UnsupportedArchitecture: none of them is served; the message lists those that are.
+    """
+    for name in architectures:
+        if name in MODULES:
+            return name
+    raise UnsupportedArchitecture(
+        f"config.json names {', '.join(architectures)[:200] or 'no architecture'}; this version serves "
+        + ", ".join(sorted(MODULES)),
+        param="architectures",
+    )

@@ -1,0 +1,222 @@
+"""The node's handle on one engine process: prepare, attach, generate, cancel, shut down. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import msgspec
+
+from sllm_actor.domain import RequestId
+from sllm_actor.errors import (
+    ActorDied,
+    EngineDied,
+    EngineStartFailed,
+    ProtocolViolation,
+    SllmError,
+    from_code,
+)
+from sllm_actor.messages.engine import (
+    FROM_ENGINE,
+    TO_ENGINE,
+    AttachWeights,
+    CancelGeneration,
+    CheckModel,
+    EngineFailed,
+    EngineHello,
+    EngineReady,
+    GenerationError,
+    ModelChecked,
+    PooledFile,
+    Prefilled,
+    PrepareModel,
+    ShutDown,
+)
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.runtime.channel import Channel
+from sllm_actor.runtime.forking import Child, ForkServer
+from sllm_actor.runtime.frames import Codec
+
+Item = Prefilled | Tokens | Finished
+
+
+class Engine:
+    """Owns one engine process and its channel. Belongs to one event loop.
+
+    `died` resolves, with the reason, when the process has left: asked or unasked.
+    """
+
+    def __init__(self, child: Child) -> None:
+        loop = asyncio.get_running_loop()
+        self.pid = child.pid
+        self.died: asyncio.Future[str] = loop.create_future()
+        self._child = child
+        self._channel: Channel | None = None
+        self._hello: asyncio.Future[Any] = loop.create_future()
+        self._answer: asyncio.Future[Any] | None = None
+        self._failure: SllmError | None = None
+        # Per request, what has arrived and is not yet taken: bounded by the request's max_tokens. The ids
+        # are the engine's own, so that a client's id that comes again never meets tokens of its first use.
+        self._streams: dict[RequestId, asyncio.Queue[Item | SllmError]] = {}
+        self._numbers = itertools.count(1)
+        child.exited.add_done_callback(lambda _: self._settle())
+
+    @classmethod
+    async def fork(cls, forks: ForkServer, pool_fd: int, max_frame_bytes: int) -> Engine:
+        """Fork an engine that waits for a model, with the host pool's descriptor in hand."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                child = await forks.fork("engine", [theirs.fileno(), pool_fd])
+        except BaseException:
+            ours.close()
+            raise
+        engine = cls(child)
+        codec = Codec(TO_ENGINE, FROM_ENGINE, max_frame_bytes)
+        try:
+            engine._channel = await Channel.open(ours, codec, engine._take, engine._closed)
+        except BaseException:
+            ours.close()
+            engine.kill()
+            raise
+        engine._settle()
+        return engine
+
+    async def ready(self) -> None:
+        """Wait until the process has said that it is warm."""
+        await self._settled(self._hello)
+
+    def prepare(self, message: PrepareModel) -> None:
+        """Let it build the model; failures show in `check` or `attach`."""
+        self._send(message)
+
+    async def check(self) -> None:
+        """Wait until the prepared model has been compared with its checkpoint's headers.
+
+        Raises:
+            CheckpointInvalid, UnsupportedArchitecture: they do not fit, or can't be served.
+        """
+        await self._ask(CheckModel(), ModelChecked)
+
+    async def attach(self, chunk_bytes: int, files: Sequence[PooledFile]) -> EngineReady:
+        """Let it map the weights, and wait until it can generate.
+
+        Raises:
+            CheckpointInvalid, UnsupportedArchitecture: the model can't be made of these files.
+            EngineDied: the process has left.
+        """
+        ready: EngineReady = await self._ask(AttachWeights(chunk_bytes=chunk_bytes, files=tuple(files)), EngineReady)
+        return ready
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Item, None]:
+        """Run one request; closing the generator cancels it.
+
+        Raises:
+            EngineDied: the process has left.
+            GenerationFailed: this request alone failed.
+        """
+        queue: asyncio.Queue[Item | SllmError] = asyncio.Queue()
+        number = RequestId(str(next(self._numbers)))
+        self._streams[number] = queue
+        finished = False
+        try:
+            self._send(_renamed(request, number))
+            while not finished:
+                item = await queue.get()
+                if isinstance(item, SllmError):
+                    finished = True
+                    raise item
+                finished = isinstance(item, Finished)
+                yield _renamed(item, request.request_id)
+        finally:
+            del self._streams[number]
+            if not finished:
+                # Where this can't be said, the process is on its way out and the request with it.
+                with contextlib.suppress(SllmError):
+                    self._send(CancelGeneration(request_id=number))
+
+    async def leave(self, timeout_s: float) -> None:
+        """Ask it to leave, wait until it has, and kill it if it takes longer than `timeout_s`."""
+        if not self.died.done():
+            # One that can't be told has failed and leaves by itself, or is killed below.
+            with contextlib.suppress(SllmError):
+                self._send(ShutDown())
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.shield(self.died)
+            except TimeoutError:
+                self.kill()
+        await asyncio.shield(self.died)
+
+    def kill(self) -> None:
+        """End the process at once; `died` follows."""
+        self._child.kill()
+
+    def _send(self, message: object) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            assert self._channel is not None
+            self._channel.send_now(message)
+        except ActorDied as error:
+            raise EngineDied(f"the engine process {self.pid} has left") from error
+
+    async def _ask(self, message: object, expected: type) -> Any:
+        self._answer = asyncio.get_running_loop().create_future()
+        self._send(message)
+        answer = await self._settled(self._answer)
+        if not isinstance(answer, expected):
+            raise EngineStartFailed(f"the engine answered {type(answer).__name__} to {type(message).__name__}")
+        return answer
+
+    async def _settled(self, future: asyncio.Future[Any]) -> Any:
+        """Wait for an answer or for the end of the process, whichever is first."""
+        await asyncio.wait([future, self.died], return_when=asyncio.FIRST_COMPLETED)
+        if future.done():
+            return future.result()
+        raise self._failure or EngineDied(f"the engine process {self.pid} has left ({self.died.result()})")
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Tokens | Finished | Prefilled):
+            queue = self._streams.get(message.request_id)
+            if queue is not None:
+                queue.put_nowait(message)
+        elif isinstance(message, GenerationError):
+            queue = self._streams.get(message.request_id)
+            if queue is not None:
+                queue.put_nowait(from_code(message.code, message.text))
+        elif isinstance(message, EngineHello):
+            if not self._hello.done():
+                self._hello.set_result(message)
+        elif isinstance(message, EngineFailed):
+            self._failure = from_code(message.code, message.text)
+            if self._answer is not None and not self._answer.done():
+                self._answer.set_exception(self._failure)
+                self._answer.exception()
+        elif self._answer is not None and not self._answer.done():
+            self._answer.set_result(message)
+
+    def _closed(self, violation: ProtocolViolation | None) -> None:
+        if violation is not None:
+            self._failure = violation
+            self.kill()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Once the process has ended and its last words are read, tell everyone who waits for it."""
+        if not self._child.exited.done() or self._channel is None or not self._channel.ended or self.died.done():
+            return
+        status = self._child.exited.result()
+        reason = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        self.died.set_result(reason)
+        error = self._failure or EngineDied(f"the engine process {self.pid} has left ({reason})")
+        for queue in self._streams.values():
+            queue.put_nowait(error)
+
+
+def _renamed(message: Any, request_id: RequestId) -> Any:
+    return msgspec.structs.replace(message, request_id=request_id)

@@ -1,0 +1,176 @@
+"""The engine process: one model, one thread, messages between the steps.
+
+Blocking by design: nothing else runs in here, and between two steps it looks at its socket.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
+from sllm_actor.domain import FinishReason, RequestId, Span
+from sllm_actor.domain.tokens import unpack_uint32
+from sllm_actor.engine import skeleton
+from sllm_actor.engine.runner import Generation, Runner
+from sllm_actor.errors import EngineStartFailed, SllmError
+from sllm_actor.messages.engine import (
+    AttachWeights,
+    CancelGeneration,
+    CheckModel,
+    EngineFailed,
+    EngineHello,
+    EngineReady,
+    GenerationError,
+    ModelChecked,
+    PooledFile,
+    Prefilled,
+    PrepareModel,
+    ShutDown,
+)
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.runtime.blocking import BlockingChannel
+from sllm_actor.runtime.clock import Clock
+
+# Maps pooled files into this process: (chunk_bytes, files) -> the bytes of each, kept mapped until it ends.
+MapFiles = Callable[[int, Sequence[PooledFile]], Mapping[str, memoryview]]
+WATCHED = ("torch", "transformers")
+
+
+def _modules() -> set[str]:
+    return {name for name in sys.modules if name.split(".")[0] in WATCHED}
+
+
+class EngineProcess:
+    """Owns the model of this process and its running generations."""
+
+    def __init__(self, channel: BlockingChannel, map_files: MapFiles, clock: Clock, threads: int) -> None:
+        self._channel = channel
+        self._map_files = map_files
+        self._clock = clock
+        self._at_fork = _modules()
+        self._spans: list[Span] = []
+        self._prepared: PrepareModel | None = None
+        self._model: PreTrainedModel | None = None
+        self._runner: Runner | None = None
+        self._running: dict[RequestId, Generation] = {}
+        torch.set_num_threads(threads)
+        torch.set_num_interop_threads(1)
+
+    def run(self) -> int:
+        """Serve until told to leave or left alone; the result is the exit status."""
+        # The compute threads start with the first large operation: let that be now, not in a request.
+        torch.ones(256, 256) @ torch.ones(256, 256)
+        try:
+            self._channel.send(EngineHello())
+            return self._serve()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return 0
+
+    def _serve(self) -> int:
+        try:
+            while True:
+                message = self._channel.receive(wait=not self._running)
+                if isinstance(message, ShutDown):
+                    return 0
+                if message is not None:
+                    self._take(message)
+                else:
+                    self._step_all()
+        except SllmError as error:
+            self._channel.send(EngineFailed(code=error.code, text=error.message))
+            return 1
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Generate):
+            self._begin(message)
+        elif isinstance(message, CancelGeneration):
+            self._running.pop(message.request_id, None)
+        elif isinstance(message, PrepareModel):
+            self._prepare(message)
+        elif isinstance(message, CheckModel):
+            self._check()
+        elif isinstance(message, AttachWeights):
+            self._attach(message)
+
+    def _span(self, name: str, begin_s: float) -> Span:
+        return Span(name=name, begin_s=begin_s, end_s=self._clock.monotonic_s())
+
+    def _prepare(self, message: PrepareModel) -> None:
+        begin_s = self._clock.monotonic_s()
+        self._prepared = message
+        self._model = skeleton.build(message.path, message.dtype)
+        self._spans.append(self._span("skeleton", begin_s))
+
+    def _check(self) -> None:
+        if self._prepared is None or self._model is None:
+            raise EngineStartFailed("a check was asked for before a model was named")
+        files = read_folder(Path(self._prepared.path)).files
+        skeleton.match(self._model, [tensor for file in files for tensor in file.header.tensors])
+        self._channel.send(ModelChecked())
+
+    def _attach(self, message: AttachWeights) -> None:
+        if self._prepared is None or self._model is None:
+            raise EngineStartFailed("weights came before the model was named")
+        begin_s = self._clock.monotonic_s()
+        mapped = self._map_files(message.chunk_bytes, message.files)
+        owner: dict[str, memoryview] = {}
+        tensors: list[Tensor] = []
+        for file in message.files:
+            data = mapped[file.name]
+            header = parse_header(data, file.size_bytes, name=file.name)
+            tensors += header.tensors
+            owner |= dict.fromkeys((tensor.name for tensor in header.tensors), data)
+        paired = skeleton.match(self._model, tensors)
+        weights = {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()}
+        skeleton.put_weights(self._model, weights)
+        self._runner = Runner(self._model, self._prepared.eos_token_ids, self._prepared.context_tokens)
+        self._spans.append(self._span("attach", begin_s))
+        late = tuple(sorted(_modules() - self._at_fork))
+        self._channel.send(EngineReady(spans=tuple(self._spans), late_imports=late))
+
+    def _begin(self, message: Generate) -> None:
+        if self._runner is None:
+            raise EngineStartFailed("a request came before the weights")
+        prompt = list(unpack_uint32(message.prompt))
+        generation = self._runner.begin(prompt, message.sampling)
+        self._running[message.request_id] = generation
+        begin_s = self._clock.monotonic_s()
+        if self._step(message.request_id, generation, lambda: self._span("prefill", begin_s)):
+            self._running.pop(message.request_id, None)
+
+    def _step_all(self) -> None:
+        for request_id, generation in list(self._running.items()):
+            if self._step(request_id, generation, None):
+                del self._running[request_id]
+
+    def _step(self, request_id: RequestId, generation: Generation, prefill: Callable[[], Span] | None) -> bool:
+        """Compute and send one token; true if the generation has ended. A failure ends it alone."""
+        runner = self._runner
+        assert runner is not None
+        try:
+            token = runner.step(generation)
+        except SllmError as error:
+            self._channel.send(GenerationError(request_id=request_id, code=error.code, text=error.message))
+            return True
+        if prefill is not None:
+            self._channel.send(Prefilled(request_id=request_id, span=prefill()))
+        if generation.finish is not FinishReason.STOP:
+            self._channel.send(Tokens(request_id=request_id, index=len(generation.tokens) - 1, token_ids=(token,)))
+        if generation.finish is None:
+            return False
+        self._channel.send(
+            Finished(
+                request_id=request_id,
+                reason=generation.finish,
+                prompt_tokens=len(generation.prompt),
+                generated_tokens=len(generation.tokens),
+            )
+        )
+        return True

@@ -1,0 +1,160 @@
+"""A model without its weights, and the weights put in place: views of mapped bytes, no copy."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from sllm_actor.checkpoint.safetensors_header import Tensor
+from sllm_actor.engine.architectures import MODULES, choose
+from sllm_actor.errors import CheckpointConfigInvalid, CheckpointInvalid, UnsupportedArchitecture
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+COMPUTE_DTYPES = frozenset({"F32", "F16", "BF16"})
+# Each layer is built before it can be compared with what the checkpoint brings: so their number has a bound.
+MAX_LAYERS = 1024
+# What transformers' configs and constructors raise at values that nobody has tried before.
+CONFIG_FAULTS = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
+    ImportError, StrictDataclassError,
+)  # fmt: skip
+
+
+def build(path: str, dtype: str) -> PreTrainedModel:
+    """Build the model of a folder on the meta device: every module, no storage.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointConfigInvalid: its config can't be served.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise UnsupportedArchitecture(f"weights of type {dtype} can't be computed with; use F32, F16 or BF16")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        name = choose(config.architectures or ())
+    except CONFIG_FAULTS as error:
+        raise CheckpointConfigInvalid(f"config.json is not one that transformers reads: {error}") from error
+    model_class = getattr(importlib.import_module(MODULES[name]), name)
+    _check(config, name, model_class.config_class)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        with torch.device("meta"), no_init_weights():
+            model: PreTrainedModel = model_class(config)
+    except CONFIG_FAULTS as error:
+        raise CheckpointConfigInvalid(f"no {name} can be built from config.json: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+def _check(config: Any, name: str, config_class: type) -> None:
+    """Refuse what the engine would compute wrongly, and overrule what a config may not choose."""
+    if type(config).__name__ != config_class.__name__:
+        raise CheckpointConfigInvalid(f"config.json has the model type {config.model_type} and names {name}")
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedArchitecture("config.json names a quantization, which this version does not serve")
+    layers = config.num_hidden_layers
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        raise CheckpointConfigInvalid(f"config.json asks for {layers} layers; 1 to {MAX_LAYERS} can be served")
+    # An attention of another name would be fetched from the Hub and run.
+    config._attn_implementation = "sdpa"
+    config.return_dict = True
+    config.output_attentions = False
+    config.output_hidden_states = False
+
+
+def match(model: PreTrainedModel, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Pair the model's tensor names with the checkpoint's.
+
+    A base model's checkpoint lacks the head's prefix (`wte.weight` for `transformer.wte.weight`), and
+    the other way round; what the model has no place for is left out.
+
+    Raises:
+        CheckpointInvalid: a tensor is missing, or has another shape than config.json says.
+        UnsupportedArchitecture: a tensor is of a type that its place can't take.
+    """
+    wanted = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, Tensor] = {}
+    for tensor in tensors:
+        for name in (tensor.name, prefix + tensor.name, tensor.name.removeprefix(prefix)):
+            if name in wanted:
+                found[name] = tensor
+                break
+    for name, place in wanted.items():
+        if not found.keys() & {name, *_tied_to(model, name)}:
+            raise CheckpointInvalid(
+                f"the checkpoint lacks the tensor {name} {list(place.shape)} that its config.json implies"
+            )
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != tuple(wanted[name].shape):
+            raise CheckpointInvalid(
+                f"the tensor {tensor.name} has shape {list(tensor.shape)}, config.json implies "
+                f"{list(wanted[name].shape)}"
+            )
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype is None or dtype.is_floating_point != wanted[name].is_floating_point():
+            raise UnsupportedArchitecture(
+                f"the tensor {tensor.name} has type {tensor.dtype}, which the engine can't use"
+            )
+    return found
+
+
+def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
+    """List the tensors of which any one is enough for this one: those that the config ties to it."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    source = tied.get(name, name)
+    return {source, *(target for target, its_source in tied.items() if its_source == source)}
+
+
+def view(data: memoryview, tensor: Tensor) -> torch.Tensor:
+    """Look at a tensor's bytes where they are mapped; copies only what lies unaligned."""
+    dtype = DTYPES[tensor.dtype]
+    count = (tensor.end - tensor.begin) // dtype.itemsize
+    if count == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
+    if tensor.begin % dtype.itemsize:
+        return torch.frombuffer(bytearray(data[tensor.begin : tensor.end]), dtype=dtype).view(tensor.shape)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=tensor.begin).view(tensor.shape)
+
+
+def put_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Make `weights` the model's own, tie what is tied, rebuild the buffers that no checkpoint holds.
+
+    Raises:
+        UnsupportedArchitecture: something of the model is still without storage.
+    """
+    places = model.state_dict()
+    # A mixed checkpoint is computed in one type, as its dominant one says.
+    own = {name: value.to(places[name].dtype) for name, value in weights.items()}
+    missing = set(model.load_state_dict(own, strict=False, assign=True).missing_keys)
+    # As `from_pretrained` does: either of two tied tensors is enough, and two that differ stay two.
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _rebuild_buffers(model, module)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_meta:
+            raise UnsupportedArchitecture(f"{type(model).__name__}: {name} can't be rebuilt from a checkpoint")
+    model.requires_grad_(False)
+
+
+def _rebuild_buffers(model: PreTrainedModel, module: torch.nn.Module) -> None:
+    """Compute a module's buffers (rotary frequencies, causal masks) as its constructor would."""
+    fresh: dict[str, Any] = {}
+    if hasattr(module, "config"):
+        fresh = dict(type(module)(config=module.config).named_buffers(recurse=False))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.is_meta and name in fresh:
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, fresh[name], persistent=persistent)

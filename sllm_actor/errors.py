@@ -1,0 +1,244 @@
+"""Every error that this project raises for the world's faults, one tree.
+
+    SllmError
+    ├── InvalidInput                 the caller must change something before trying again
+    │   ├── InvalidRequest             a request field is wrong; `param` names it
+    │   │   └── UnsupportedField         known to others, not offered here
+    │   ├── InvalidName                a model or node name outside the alphabet
+    │   ├── ConfigInvalid              a knob is unknown, of the wrong type or out of bounds
+    │   ├── SourceInvalid              a source that names nothing that can be read
+    │   ├── CheckpointInvalid          a checkpoint folder that can't be served
+    │   │   ├── CheckpointMissing        no such folder
+    │   │   ├── CheckpointEmpty          no weights in it
+    │   │   ├── CheckpointTruncated      a file ends before its tensors do
+    │   │   ├── CheckpointHeaderInvalid  a safetensors header that lies or can't be read
+    │   │   ├── CheckpointConfigInvalid  config.json absent, unreadable or absurd
+    │   │   ├── CheckpointChanged        the files differ from those registered
+    │   │   ├── PickleCheckpoint         weights as pickle, which is never loaded
+    │   │   ├── TokenizerInvalid         no usable tokenizer or chat template
+    │   │   └── UnsupportedArchitecture  a model class that the engine can't serve correctly
+    │   └── ModelTooLarge              larger than the memory that could ever be free for it
+    ├── NotFound
+    │   ├── ModelNotFound · NodeNotFound · RequestNotFound
+    ├── Conflict                     true of the world now; another state would allow it
+    │   ├── ModelExists · DataFolderInUse · AddressInUse · AlreadyThere
+    ├── Overloaded                   nothing was run; try again after `retry_after_s`
+    │   ├── MailboxFull · QueueFull · NoCapacity · Draining
+    ├── DeliveryFailed               a message that brought no answer
+    │   ├── NoSuchActor · ActorDied · DeadlineExceeded
+    ├── ProtocolViolation            a peer that breaks the frame protocol
+    │   ├── FrameTooLong · FrameInvalid
+    ├── ReadFailed                   bytes that a disk or a source did not give
+    ├── MetadataFailed               cluster facts that could not be read or written
+    └── EngineError
+        ├── EngineStartFailed · EngineDied · GenerationFailed
+
+Every class has a stable `code`, which is what crosses a process border beside the message.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SllmError(Exception):
+    """Base of every typed error; `param` names the input that was wrong, where one was."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class InvalidInput(SllmError):
+    code = "invalid_input"
+
+
+class InvalidRequest(InvalidInput):
+    code = "invalid_request"
+
+
+class UnsupportedField(InvalidRequest):
+    code = "unsupported_field"
+
+
+class InvalidName(InvalidInput):
+    code = "invalid_name"
+
+
+class ConfigInvalid(InvalidInput):
+    code = "config_invalid"
+
+
+class SourceInvalid(InvalidInput):
+    code = "source_invalid"
+
+
+class CheckpointInvalid(InvalidInput):
+    code = "checkpoint_invalid"
+
+
+class CheckpointMissing(CheckpointInvalid):
+    code = "checkpoint_missing"
+
+
+class CheckpointEmpty(CheckpointInvalid):
+    code = "checkpoint_empty"
+
+
+class CheckpointTruncated(CheckpointInvalid):
+    code = "checkpoint_truncated"
+
+
+class CheckpointHeaderInvalid(CheckpointInvalid):
+    code = "checkpoint_header_invalid"
+
+
+class CheckpointConfigInvalid(CheckpointInvalid):
+    code = "checkpoint_config_invalid"
+
+
+class CheckpointChanged(CheckpointInvalid):
+    code = "checkpoint_changed"
+
+
+class PickleCheckpoint(CheckpointInvalid):
+    code = "pickle_checkpoint"
+
+
+class TokenizerInvalid(CheckpointInvalid):
+    code = "tokenizer_invalid"
+
+
+class UnsupportedArchitecture(CheckpointInvalid):
+    code = "unsupported_architecture"
+
+
+class ModelTooLarge(InvalidInput):
+    code = "model_too_large"
+
+
+class NotFound(SllmError):
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class NodeNotFound(NotFound):
+    code = "node_not_found"
+
+
+class RequestNotFound(NotFound):
+    code = "request_not_found"
+
+
+class Conflict(SllmError):
+    code = "conflict"
+
+
+class ModelExists(Conflict):
+    code = "model_exists"
+
+
+class DataFolderInUse(Conflict):
+    code = "data_folder_in_use"
+
+
+class AddressInUse(Conflict):
+    code = "address_in_use"
+
+
+class AlreadyThere(Conflict):
+    code = "already_there"
+
+
+class Overloaded(SllmError):
+    code = "overloaded"
+
+
+class MailboxFull(Overloaded):
+    code = "mailbox_full"
+
+
+class QueueFull(Overloaded):
+    code = "queue_full"
+
+
+class NoCapacity(Overloaded):
+    code = "no_capacity"
+
+
+class Draining(Overloaded):
+    code = "draining"
+
+
+class DeliveryFailed(SllmError):
+    code = "delivery_failed"
+
+
+class NoSuchActor(DeliveryFailed):
+    code = "no_such_actor"
+
+
+class ActorDied(DeliveryFailed):
+    code = "actor_died"
+
+
+class DeadlineExceeded(DeliveryFailed):
+    code = "deadline_exceeded"
+
+
+class ProtocolViolation(SllmError):
+    code = "protocol_violation"
+
+
+class FrameTooLong(ProtocolViolation):
+    code = "frame_too_long"
+
+
+class FrameInvalid(ProtocolViolation):
+    code = "frame_invalid"
+
+
+class ReadFailed(SllmError):
+    code = "read_failed"
+
+
+class MetadataFailed(SllmError):
+    code = "metadata_failed"
+
+
+class EngineError(SllmError):
+    code = "engine_error"
+
+
+class EngineStartFailed(EngineError):
+    code = "engine_start_failed"
+
+
+class EngineDied(EngineError):
+    code = "engine_died"
+
+
+class GenerationFailed(EngineError):
+    code = "generation_failed"
+
+
+def _tree(root: type[SllmError]) -> dict[str, type[SllmError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+BY_CODE: dict[str, type[SllmError]] = _tree(SllmError)
+
+
+def from_code(code: str, message: str, param: str | None = None) -> SllmError:
+    """Rebuild the error that another process described; an unknown code becomes the base class."""
+    return BY_CODE.get(code, SllmError)(message, param=param)

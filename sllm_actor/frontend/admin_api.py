@@ -1,0 +1,114 @@
+"""`/admin/…`: models, instances, requests; and what a load balancer asks."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from aiohttp import web
+
+from sllm_actor.domain import Model, RequestId, check_model_name, check_node_id
+from sllm_actor.errors import InvalidRequest
+from sllm_actor.frontend.gateway import GATEWAY, json_response
+from sllm_actor.frontend.schema import DeployRequest, MigrationRequest
+from sllm_actor.messages.generation import GetTimeline, ListRequests
+from sllm_actor.messages.instances import ListInstances, StopInstances
+from sllm_actor.messages.migration import MigrateRequest
+from sllm_actor.messages.models import ListModels, RegisterModel, RemoveModel
+from sllm_actor.units import parse_duration_s
+
+routes = web.RouteTableDef()
+
+
+@routes.get("/health")
+async def health(_: web.Request) -> web.Response:
+    return json_response({"status": "ok"})
+
+
+@routes.get("/ready")
+async def ready(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    is_ready = gateway.ready and not gateway.draining
+    return json_response({"ready": is_ready}, status=200 if is_ready else 503)
+
+
+@routes.get("/version")
+async def get_version(_: web.Request) -> web.Response:
+    return json_response({"version": version("sllm_actor")})
+
+
+@routes.get("/admin/models")
+async def list_models(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    statuses = await gateway.manager.ask(ListModels(), timeout_s=gateway.limits.ask_timeout_s)
+    return json_response({"models": statuses})
+
+
+@routes.post("/admin/models")
+async def deploy(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    body = await gateway.read(request, DeployRequest)
+    message = RegisterModel(
+        name=check_model_name(body.name),
+        source=body.source,
+        keep_alive_s=_keep_alive_s(body.keep_alive),
+        replace=body.replace,
+    )
+    model: Model = await gateway.manager.ask(message, timeout_s=gateway.limits.deploy_timeout_s)
+    return json_response({"model": model}, status=201)
+
+
+def _keep_alive_s(given: str | float | None) -> float | None:
+    if given is None or isinstance(given, int | float):
+        return given
+    if given == "forever":
+        return float("inf")
+    try:
+        return parse_duration_s(given)
+    except ValueError as error:
+        raise InvalidRequest(f"keep_alive: {error}, or forever", param="keep_alive") from error
+
+
+@routes.delete("/admin/models/{name:.+}")
+async def remove(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    model = await gateway.model(request.match_info["name"])
+    await gateway.manager.ask(RemoveModel(name=model.name), timeout_s=gateway.limits.deploy_timeout_s)
+    return json_response({"removed": model.name})
+
+
+@routes.post("/admin/models/{name:.+}/unload")
+async def unload(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    model = await gateway.model(request.match_info["name"])
+    stopped = await gateway.manager.ask(StopInstances(model=model.name), timeout_s=gateway.limits.deploy_timeout_s)
+    return json_response({"stopped": stopped})
+
+
+@routes.get("/admin/instances")
+async def instances(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    running = await gateway.manager.ask(ListInstances(), timeout_s=gateway.limits.ask_timeout_s)
+    return json_response({"instances": running})
+
+
+@routes.get("/admin/requests")
+async def requests(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    timelines = await gateway.router.ask(ListRequests(), timeout_s=gateway.limits.ask_timeout_s)
+    return json_response({"requests": timelines})
+
+
+@routes.get("/admin/requests/{request_id}")
+async def timeline(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    question = GetTimeline(request_id=RequestId(request.match_info["request_id"]))
+    return json_response(await gateway.router.ask(question, timeout_s=gateway.limits.ask_timeout_s))
+
+
+@routes.post("/admin/requests/{request_id}/migrate")
+async def migrate(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    body = await gateway.read(request, MigrationRequest)
+    message = MigrateRequest(request_id=RequestId(request.match_info["request_id"]), to=check_node_id(body.to))
+    await gateway.coordinator.ask(message, timeout_s=gateway.limits.ask_timeout_s)
+    return json_response({"migrating": message.request_id}, status=202)

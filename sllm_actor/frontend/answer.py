@@ -1,0 +1,94 @@
+"""One answer: prompt to tokens, tokens to text, stop strings, usage. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import NamedTuple
+
+from sllm_actor.domain import FinishReason, Model, RequestId, Sampling, Span
+from sllm_actor.domain.tokens import pack_uint32
+from sllm_actor.errors import InvalidRequest
+from sllm_actor.frontend.stop_strings import StopScanner
+from sllm_actor.frontend.text import TextService
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.runtime import ActorRef
+
+
+class Wish(NamedTuple):
+    """What a client asked for, checked, with the model's defaults filled in."""
+
+    request_id: RequestId
+    model: Model
+    prompt: Sequence[int]
+    sampling: Sampling
+    stops: Sequence[str]
+    arrived_s: float
+    spans: tuple[Span, ...]
+
+
+class Piece(NamedTuple):
+    """Some text of an answer; the last piece alone has a `finish`. Token counts are totals so far."""
+
+    text: str
+    finish: FinishReason | None
+    prompt_tokens: int
+    generated_tokens: int
+
+
+def max_tokens(model: Model, prompt_tokens: int, asked: int | None) -> int:
+    """Decide how long the answer may be.
+
+    Raises:
+        InvalidRequest: the prompt, or the prompt and what was asked for, exceed the model's context.
+    """
+    room = model.context_tokens - prompt_tokens
+    if prompt_tokens == 0:
+        raise InvalidRequest("the prompt has no tokens")
+    if room < 1:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens, the context of {model.name} is {model.context_tokens} tokens"
+        )
+    if asked is not None and asked > room:
+        raise InvalidRequest(
+            f"max_tokens is {asked} and the prompt has {prompt_tokens} tokens, the context of {model.name} is "
+            f"{model.context_tokens} tokens",
+            param="max_tokens",
+        )
+    return room if asked is None else asked
+
+
+async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenerator[Piece, None]:
+    """Generate, piece by piece, ending with the piece that has a `finish`.
+
+    Raises:
+        SllmError: whatever went wrong, by its type.
+    """
+    scanner = StopScanner(wish.stops)
+    detokenizer = text.detokenizer(wish.model.path, wish.prompt)
+    generated = 0
+    request = Generate(
+        request_id=wish.request_id,
+        model=wish.model.name,
+        prompt=pack_uint32(wish.prompt),
+        sampling=wish.sampling,
+        arrived_s=wish.arrived_s,
+        spans=wish.spans,
+    )
+    prompt_tokens = len(wish.prompt)
+    async with aclosing(router.stream(request)) as items:
+        async for item in items:
+            if isinstance(item, Tokens):
+                generated += len(item.token_ids)
+                shown = scanner.push(await detokenizer.push(item.token_ids))
+            else:
+                assert isinstance(item, Finished)
+                shown = scanner.push(await detokenizer.push((), final=True)) + scanner.flush()
+                reason = FinishReason.STOP if scanner.stopped else item.reason
+                yield Piece(shown, reason, prompt_tokens, item.generated_tokens)
+                return
+            if scanner.stopped:
+                yield Piece(shown, FinishReason.STOP, prompt_tokens, generated)
+                return
+            if shown:
+                yield Piece(shown, None, prompt_tokens, generated)

@@ -1,0 +1,137 @@
+"""What the HTTP handlers share: the actors they ask, the text service, the clock, the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from sllm_actor.domain import Model, RequestId, check_model_name
+from sllm_actor.domain.names import is_request_id
+from sllm_actor.errors import DeadlineExceeded, Draining, InvalidName, InvalidRequest, ModelNotFound
+from sllm_actor.frontend.schema import parse
+from sllm_actor.frontend.text import TextService
+from sllm_actor.messages.models import GetModel
+from sllm_actor.runtime import ActorRef, Clock
+
+T = TypeVar("T")
+
+
+class Limits(NamedTuple):
+    """The gateway's knobs; the names are those of `Config`."""
+
+    max_body_bytes: int
+    body_timeout_s: float
+    ask_timeout_s: float
+    deploy_timeout_s: float
+    drain_timeout_s: float
+
+
+class Gateway:
+    """Lent to every handler. `draining` is set when the node stops: no new answers begin then."""
+
+    def __init__(
+        self,
+        *,
+        router: ActorRef,
+        manager: ActorRef,
+        coordinator: ActorRef,
+        text: TextService,
+        clock: Clock,
+        limits: Limits,
+    ) -> None:
+        self.router = router
+        self.manager = manager
+        self.coordinator = coordinator
+        self.text = text
+        self.clock = clock
+        self.limits = limits
+        self.ready = False
+        self.draining = False
+        self._answering = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    async def read(self, request: web.Request, kind: type[T]) -> T:
+        """Read and check a JSON body, within the bounds of size and time.
+
+        Raises:
+            InvalidRequest, UnsupportedField: what is wrong with it; `param` names the field.
+            DeadlineExceeded: it came too slowly.
+        """
+        if request.content_type != "application/json":
+            raise InvalidRequest(f"the content type is {request.content_type}, it must be application/json")
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                raw = await request.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the body did not arrive in {self.limits.body_timeout_s:g} s") from None
+        return parse(raw, kind)
+
+    async def model(self, name: str) -> Model:
+        """Find a registered model.
+
+        Raises:
+            ModelNotFound: there is none of that name, or there can't be.
+        """
+        try:
+            checked = check_model_name(name)
+        except InvalidName:
+            raise ModelNotFound(f"the model {name[:120]!r} does not exist", param="model") from None
+        model: Model = await self.manager.ask(GetModel(name=checked), timeout_s=self.limits.ask_timeout_s)
+        return model
+
+    def enter(self) -> None:
+        """Count an answer that begins.
+
+        Raises:
+            Draining: the node is stopping.
+        """
+        if self.draining:
+            raise Draining("this node is stopping", retry_after_s=5.0)
+        self._answering += 1
+        self._quiet.clear()
+
+    def leave(self) -> None:
+        """Count an answer that has ended."""
+        self._answering -= 1
+        if not self._answering:
+            self._quiet.set()
+
+    async def drained(self) -> bool:
+        """Wait until no answer runs, or the time for that is over; tell which."""
+        try:
+            async with asyncio.timeout(self.limits.drain_timeout_s):
+                await self._quiet.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+GATEWAY = web.AppKey("gateway", Gateway)
+REQUEST_ID = web.RequestKey("request_id", str)
+
+
+def request_id_of(request: web.Request) -> RequestId:
+    """Take over the client's X-Request-Id where it is a usable one, else make one."""
+    given = request.headers.get("X-Request-Id", "")
+    return RequestId(given if is_request_id(given) else f"req-{secrets.token_hex(12)}")
+
+
+def json_response(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """Answer with JSON; infinite durations are written as "forever"."""
+    plain = _without_infinities(msgspec.to_builtins(content))
+    return web.Response(
+        body=msgspec.json.encode(plain), status=status, headers=headers, content_type="application/json"
+    )
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(item) for item in value]
+    return "forever" if value == float("inf") else value

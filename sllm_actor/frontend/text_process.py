@@ -1,0 +1,119 @@
+"""A process that turns prompts into token ids and token ids into text.
+
+Templates and tokenizers come with models, hold the interpreter for long and may loop for ever; in a
+process of their own they block no event loop and can be killed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
+from sllm_actor.errors import InvalidRequest, SllmError, TokenizerInvalid
+from sllm_actor.messages.text import (
+    Detokenize,
+    Detokenized,
+    Encoded,
+    EncodeText,
+    LoadTokenizer,
+    RenderChat,
+    TextFailed,
+    TokenizerLoaded,
+)
+from sllm_actor.runtime.blocking import BlockingChannel
+
+MAX_TOKENIZERS = 64
+TORN = "\ufffd"
+
+
+class TextProcess:
+    """Owns the tokenizers of this process, the most recently used of them."""
+
+    def __init__(self, channel: BlockingChannel) -> None:
+        self._channel = channel
+        self._tokenizers: OrderedDict[str, PreTrainedTokenizerBase] = OrderedDict()
+
+    def run(self) -> int:
+        """Answer questions until left alone; the result is the exit status."""
+        try:
+            while True:
+                question = self._channel.receive(wait=True)
+                assert question is not None, "a receive that waits gives a message or raises"
+                try:
+                    answer = self._answer(question)
+                except SllmError as error:
+                    answer = TextFailed(call=question.call, code=error.code, text=error.message)
+                self._channel.send(answer)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return 0
+
+    def _answer(self, question: Any) -> object:
+        tokenizer = self._tokenizer(question.path)
+        if isinstance(question, Detokenize):
+            return _detokenize(tokenizer, question)
+        if isinstance(question, EncodeText):
+            return Encoded(call=question.call, token_ids=pack_uint32(tokenizer.encode(question.text)))
+        if isinstance(question, RenderChat):
+            return _render(tokenizer, question)
+        assert isinstance(question, LoadTokenizer)
+        return TokenizerLoaded(call=question.call, vocabulary_tokens=len(tokenizer), chat=_has_chat(tokenizer))
+
+    def _tokenizer(self, path: str) -> PreTrainedTokenizerBase:
+        if path not in self._tokenizers:
+            self._tokenizers[path] = _load(path)
+            while len(self._tokenizers) > MAX_TOKENIZERS:
+                self._tokenizers.popitem(last=False)
+        self._tokenizers.move_to_end(path)
+        return self._tokenizers[path]
+
+
+def _load(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # Whatever a tokenizer's files make the library raise, they are at fault.
+        raise TokenizerInvalid(f"{path} has no tokenizer that can be used: {error}") from error
+    return tokenizer
+
+
+def _has_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not tokenizer.chat_template:
+        return False
+    try:
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # The template is a program that came with the model.
+        raise TokenizerInvalid(f"the chat template does not render: {error}") from error
+    return True
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, question: RenderChat) -> Encoded:
+    turns = [{"role": turn.role, "content": turn.content} for turn in question.turns]
+    try:
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
+    # The template has written the special tokens out; the tokenizer must not add them once more.
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    return Encoded(call=question.call, token_ids=pack_uint32(token_ids))
+
+
+def _detokenize(tokenizer: PreTrainedTokenizerBase, question: Detokenize) -> Detokenized:
+    token_ids = list(unpack_uint32(question.token_ids))
+    before = _decode(tokenizer, token_ids[: question.read])
+    whole = _decode(tokenizer, token_ids)
+    if whole.endswith(TORN) and not question.final:
+        return Detokenized(call=question.call, text="", complete=False)
+    return Detokenized(call=question.call, text=whole[len(before) :], complete=True)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

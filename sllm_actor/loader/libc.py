@@ -1,0 +1,74 @@
+"""Memory calls of libc that Python has no name for, for processes without the native library."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+
+from sllm_actor.errors import ConfigInvalid
+
+# asm-generic/mman-common.h; mmap has no names for these before Python 3.13 or at all.
+_MADV_POPULATE_READ = 22
+_MAP_NORESERVE, _MAP_FIXED = 0x4000, 0x10
+_PROT_NONE = 0
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t) + (ctypes.c_int,) * 3 + (ctypes.c_int64,)
+    for name in ("munmap", "mlock"):
+        getattr(libc, name).argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
+def lock_memory(memory: memoryview) -> bool:
+    """Ask that `memory` is never swapped out; return whether that holds."""
+    first = ctypes.c_char.from_buffer(memory)
+    return bool(_libc().mlock(ctypes.addressof(first), len(memory)) == 0)
+
+
+def _mmap(libc: ctypes.CDLL, address: int | None, length: int, prot: int, flags: int, fd: int, at: int) -> int:
+    mapped = libc.mmap(address, length, prot, flags, fd, at)
+    if mapped == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(mapped)
+
+
+def map_chunks(pool_fd: int, chunk_bytes: int, chunks: Sequence[int], populate: bool) -> int:
+    """Map chunks at one fresh address, private and writable; return the address.
+
+    Python's own mmap can't be told where to map, and a copy would cost what the pool saves: so libc.
+    """
+    libc, length = _libc(), chunk_bytes * len(chunks)
+    private = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    try:
+        base = _mmap(libc, None, length, _PROT_NONE, private | mmap.MAP_ANONYMOUS, -1, 0)
+    except OSError as wrong:
+        raise ConfigInvalid(f"reserving address space: {wrong.strerror}") from None
+    try:
+        for at, chunk in enumerate(chunks):
+            where, flags = base + at * chunk_bytes, private | _MAP_FIXED
+            _mmap(
+                libc,
+                where,
+                chunk_bytes,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+                flags,
+                pool_fd,
+                chunk * chunk_bytes,
+            )
+    except OSError as wrong:
+        unmap(base, length)
+        raise ConfigInvalid(f"mapping chunks: {wrong.strerror}") from None
+    if populate:
+        libc.madvise(base, length, _MADV_POPULATE_READ)  # Only a saving: its answer is not needed.
+    return base
+
+
+def unmap(address: int, length_bytes: int) -> None:
+    """Give back what `map_chunks` mapped."""
+    _libc().munmap(address, length_bytes)

@@ -1,0 +1,110 @@
+"""InferenceWorker and its engine process, over a Unix socket pair."""
+
+from __future__ import annotations
+
+from sllm_actor.domain import RequestId, Span
+from sllm_actor.messages.declare import message
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+
+
+@message("engine.hello")
+class EngineHello:
+    """The engine's first word: it is warm and waits for a model."""
+
+
+@message("engine.prepare")
+class PrepareModel:
+    """Build the model of the folder `path` without its weights. The bytes may still be on their way."""
+
+    path: str
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    context_tokens: int
+
+
+@message("engine.check")
+class CheckModel:
+    """Compare the prepared model with the headers of its folder's files; no weight is read.
+
+    Answered by `ModelChecked` or `EngineFailed`.
+    """
+
+
+@message("engine.checked")
+class ModelChecked:
+    """The checkpoint brings every tensor that its config implies, in the right shape."""
+
+
+@message("engine.file")
+class PooledFile:
+    """A weight file in the host pool: its chunks in order, as indexes (little-endian uint32)."""
+
+    name: str
+    size_bytes: int
+    chunks: bytes
+
+
+@message("engine.attach")
+class AttachWeights:
+    """Map the files and make them the model's weights. Answered by `EngineReady` or `EngineFailed`."""
+
+    chunk_bytes: int
+    files: tuple[PooledFile, ...]
+
+
+@message("engine.ready")
+class EngineReady:
+    """The model can generate. `late_imports` names torch and transformers modules imported since the fork."""
+
+    spans: tuple[Span, ...]
+    late_imports: tuple[str, ...]
+
+
+@message("engine.failed")
+class EngineFailed:
+    """The model can't be made to run; the engine leaves after this."""
+
+    code: str
+    text: str
+
+
+@message("engine.prefilled")
+class Prefilled:
+    """The prompt of a request has been computed; its first token follows."""
+
+    request_id: RequestId
+    span: Span
+
+
+@message("engine.generation_failed")
+class GenerationError:
+    """One request failed; the engine goes on with the others."""
+
+    request_id: RequestId
+    code: str
+    text: str
+
+
+@message("engine.cancel")
+class CancelGeneration:
+    """Forget a request; nothing more is said of it."""
+
+    request_id: RequestId
+
+
+@message("engine.shutdown")
+class ShutDown:
+    """Leave, with exit status 0."""
+
+
+TO_ENGINE = (PrepareModel, CheckModel, AttachWeights, Generate, CancelGeneration, ShutDown)
+FROM_ENGINE = (
+    EngineHello,
+    ModelChecked,
+    EngineReady,
+    EngineFailed,
+    Prefilled,
+    Tokens,
+    Finished,
+    GenerationError,
+)

@@ -1,0 +1,99 @@
+"""Starting and stopping instances: Router and Scheduler to ModelManager, ModelManager to Router."""
+
+from __future__ import annotations
+
+from sllm_actor.domain import ModelName, NodeId, Span
+from sllm_actor.messages.declare import message
+
+
+@message("instances.start")
+class StartInstance:
+    """Load the model and give it an engine, under a placement.
+
+    Answered by `InstanceStarted`; fails with the typed error of whatever went wrong, everything given back.
+    """
+
+    placement_id: str
+    model: ModelName
+
+
+@message("instances.started")
+class InstanceStarted:
+    """A running instance; `worker` is the address of its InferenceWorker."""
+
+    instance_id: str
+    model: ModelName
+    node: NodeId
+    worker: str
+    spans: tuple[Span, ...]
+
+
+@message("instances.stop")
+class StopInstances:
+    """Stop instances of `model`; with `instance_id` that one alone, with `only_idle` none that generates.
+
+    Running answers are finished first. Answered by the number of instances stopped.
+    """
+
+    model: ModelName
+    instance_id: str = ""
+    only_idle: bool = False
+
+
+@message("instances.gone")
+class InstanceGone:
+    """Told to the Router: this instance takes no more requests."""
+
+    instance_id: str
+    model: ModelName
+
+
+@message("instances.activity")
+class InstanceActivity:
+    """Told to the ModelManager by a worker whenever its number of running generations changes."""
+
+    instance_id: str
+    active: int
+
+
+@message("instances.expired")
+class InstanceExpired:
+    """Told to the ModelManager by a worker whose keep-alive has passed."""
+
+    instance_id: str
+
+
+@message("instances.died")
+class InstanceDied:
+    """Told to the ModelManager by a worker whose engine process has ended unasked."""
+
+    instance_id: str
+    reason: str
+
+
+@message("instances.retire")
+class Retire:
+    """Finish running answers, take no more, stop the engine. Answered by None once the engine has left."""
+
+
+@message("instances.list")
+class ListInstances:
+    """Answered by a tuple of `InstanceStatus`."""
+
+
+@message("instances.status")
+class InstanceStatus:
+    """A running instance as `ps` shows it; `expires_in_s` is 0.0 while it generates, inf if it is kept.
+
+    `late_imports` names the torch and transformers modules that its engine had to import for it: none, if
+    the fork server did its work.
+    """
+
+    instance_id: str
+    model: ModelName
+    node: NodeId
+    pid: int
+    active: int
+    size_bytes: int
+    expires_in_s: float
+    late_imports: tuple[str, ...]

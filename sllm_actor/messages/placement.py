@@ -1,0 +1,69 @@
+"""Choosing where a model starts: Router to Scheduler, and what ModelManagers report to it."""
+
+from __future__ import annotations
+
+from sllm_actor.domain import ModelName, NodeId, RequestId
+from sllm_actor.messages.declare import message
+
+
+@message("placement.ask")
+class PlaceModel:
+    """Ask for the node that can start an instance of `model` soonest.
+
+    Answered by `Placement`, as soon as a slot is free; fails with `NoCapacity` or `QueueFull`.
+    """
+
+    request_id: RequestId
+    model: ModelName
+    fingerprint: str
+    size_bytes: int
+    host_bytes: int
+    timeout_s: float
+
+
+@message("placement.granted")
+class Placement:
+    """The right to start one instance on `node`, kept for `lease_s`; `reason` is for people."""
+
+    placement_id: str
+    node: NodeId
+    manager: str
+    estimate_s: float
+    lease_s: float
+    reason: str
+
+
+@message("placement.instance")
+class InstanceView:
+    """An instance as the Scheduler sees it. `idle_since_s`: monotonic, meaningful while `active` is 0."""
+
+    instance_id: str
+    model: ModelName
+    active: int
+    idle_since_s: float
+    host_bytes: int
+
+
+@message("placement.report")
+class NodeReport:
+    """What a ModelManager tells the Scheduler once it is up and after every change.
+
+    `slots` and `host_pool_bytes` bound what may run at once. `ended_placements` are the placements whose
+    start has succeeded or failed since the last report; `host_fingerprints` the checkpoints in host
+    memory; the bandwidth is an observed one.
+    """
+
+    node: NodeId
+    manager: str
+    slots: int
+    host_pool_bytes: int
+    instances: tuple[InstanceView, ...]
+    ended_placements: tuple[str, ...]
+    host_fingerprints: tuple[str, ...]
+    ssd_bytes_per_s: float
+    load_queue_s: float
+
+
+@message("placement.nodes")
+class ListNodes:
+    """Answered by a tuple of the newest `NodeReport` of every node."""

@@ -1,0 +1,6 @@
+"""Knobs that reach the children through the fork server's environment."""
+
+from __future__ import annotations
+
+ENGINE_THREADS = "SLLM_CHILD_ENGINE_THREADS"
+MAX_FRAME_BYTES = "SLLM_CHILD_MAX_FRAME_BYTES"

@@ -1,0 +1,246 @@
+"""One node: everything wired together, started in order, stopped in the reverse order.
+
+The composition root: the only module that knows every room.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+
+from sllm_actor.actors import MigrationCoordinator, ModelManager, Router, Scheduler
+from sllm_actor.actors.instance_starter import InstanceStarter
+from sllm_actor.actors.model_manager import Limits as ManagerLimits
+from sllm_actor.actors.registration import Examiner, TokenizerFacts
+from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.config import Config
+from sllm_actor.domain import check_node_id
+from sllm_actor.engine.client import Engine
+from sllm_actor.engine.pool import EnginePool
+from sllm_actor.errors import ConfigInvalid, SllmError
+from sllm_actor.frontend.gateway import Gateway
+from sllm_actor.frontend.gateway import Limits as GatewayLimits
+from sllm_actor.frontend.server import HttpServer, bind
+from sllm_actor.frontend.text import TextService
+from sllm_actor.loader.loader import Loader
+from sllm_actor.messages.models import ListModels, ModelStatus
+from sllm_actor.metadata import SqliteStore
+from sllm_actor.node.data_folder import DataFolder
+from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
+from sllm_actor.runtime import ActorSystem, Clock, SystemClock
+from sllm_actor.runtime.forking import ForkServer
+from sllm_actor.runtime.lag import LoopLag
+from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.sources.builtin import BUILTIN
+
+log = logging.getLogger(__name__)
+
+MAX_KEY_BYTES = 4096
+PRELOADED_TOKENIZERS = 64
+
+
+class Node:
+    """A running node, as an async context manager: `async with Node(config) as node`.
+
+    `url` is where its HTTP endpoint listens; `system` takes actors of the embedding program's own.
+    """
+
+    def __init__(self, config: Config, clock: Clock | None = None) -> None:
+        self.config = config
+        self.clock = clock or SystemClock()
+        self.system = ActorSystem(mailbox_messages=config.mailbox_messages, stream_credit=config.stream_credit)
+        self.lag = LoopLag(self.clock, config.loop_lag_fault_s)
+        self.url = ""
+        self._stack = AsyncExitStack()
+        self._http: HttpServer | None = None
+
+    async def __aenter__(self) -> Node:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish running answers within the drain time, then leave nothing behind."""
+        if self._http is not None:
+            await self._http.drain()
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        config, stack = self.config, self._stack
+        node_id = check_node_id(config.node_id)
+        api_key = _read_key(config.api_key_file)
+        # What fails often and costs nothing comes first: the port and the folder.
+        listening = bind(config.host, config.port, has_key=bool(api_key))
+        stack.callback(listening.close)
+        folder = DataFolder.open(Path(config.data_dir).expanduser().absolute())
+        stack.callback(folder.close)
+
+        tasks = TaskScope("node")
+        stack.push_async_callback(tasks.close)
+        tasks.spawn(self.lag.watch(), "lag")
+
+        forks = ForkServer(
+            "sllm_actor.node.children",
+            {ENGINE_THREADS: str(config.engine_threads), MAX_FRAME_BYTES: str(config.max_frame_bytes)},
+        )
+        stack.push_async_callback(forks.stop)
+        # The imports of the fork server take seconds; the pool is faulted in beside them.
+        importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
+        loader = await Loader.open(
+            pool_bytes=config.host_pool_bytes,
+            clock=self.clock,
+            chunk_bytes=config.chunk_bytes,
+            reading_threads=config.reading_threads,
+            lock=config.lock_host_pool,
+        )
+        stack.push_async_callback(loader.close)
+        store = await SqliteStore.open(folder.path / "metadata.db")
+        stack.push_async_callback(store.close)
+
+        engines = EnginePool(
+            lambda: Engine.fork(forks, loader.pool_fd, config.max_frame_bytes),
+            config.warm_engines,
+            config.engine_refill_delay_s,
+            self.clock,
+        )
+        stack.push_async_callback(engines.close, config.engine_stop_timeout_s)
+        text = TextService(forks, timeout_s=config.text_timeout_s, max_frame_bytes=config.max_frame_bytes)
+        stack.push_async_callback(text.close)
+        stack.push_async_callback(self.system.close)
+
+        examiner = self._examiner(engines, text)
+        gateway = await self._spawn_actors(node_id, store, loader, engines, examiner, text)
+        self._http = HttpServer(gateway, api_key)
+        stack.push_async_callback(self._http.close)
+        await self._http.start(listening)
+        self.url = self._http.url
+
+        await importing
+        await engines.start()
+        await text.start()
+        await self._load_tokenizers(gateway, text)
+        gateway.ready = True
+        log.info("node %s is ready at %s", node_id, self.url)
+
+    def _examiner(self, engines: EnginePool, text: TextService) -> Examiner:
+        async def inspect(path: str) -> TokenizerFacts:
+            loaded = await text.load(path)
+            return TokenizerFacts(loaded.vocabulary_tokens, loaded.chat)
+
+        return Examiner(
+            engines,
+            inspect,
+            BUILTIN,
+            pool_bytes=self.config.host_pool_bytes,
+            chunk_bytes=self.config.chunk_bytes,
+            keep_alive_s=self.config.keep_alive_s,
+            stop_timeout_s=self.config.engine_stop_timeout_s,
+        )
+
+    async def _spawn_actors(
+        self,
+        node_id: str,
+        store: SqliteStore,
+        loader: Loader,
+        engines: EnginePool,
+        examiner: Examiner,
+        text: TextService,
+    ) -> Gateway:
+        config = self.config
+        starter = InstanceStarter(
+            loader,
+            engines,
+            self.clock,
+            chunk_bytes=config.chunk_bytes,
+            stop_timeout_s=config.engine_stop_timeout_s,
+        )
+        manager_limits = ManagerLimits(
+            max_instances=config.max_instances,
+            host_pool_bytes=loader.pool_bytes,
+            max_requests_per_instance=config.max_requests_per_instance,
+            max_waiting_requests=config.max_waiting_requests,
+            drain_timeout_s=config.drain_timeout_s,
+            engine_stop_timeout_s=config.engine_stop_timeout_s,
+        )
+        scheduler = await self.system.spawn(
+            Scheduler(
+                self.clock,
+                lease_s=config.engine_start_timeout_s,
+                evict_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,
+                max_waiting=config.max_waiting_requests,
+            ),
+            "scheduler",
+        )
+        manager = await self.system.spawn(
+            ModelManager(check_node_id(node_id), store, loader, examiner, starter, self.clock, manager_limits),
+            "model-manager",
+        )
+        router = await self.system.spawn(
+            Router(
+                manager,
+                scheduler,
+                RequestLog(self.clock, config.request_history),
+                self.clock,
+                max_waiting=config.max_waiting_requests,
+                ask_timeout_s=config.ask_timeout_s,
+                placement_timeout_s=config.start_timeout_s,
+                start_timeout_s=config.engine_start_timeout_s,
+            ),
+            "router",
+        )
+        coordinator = await self.system.spawn(
+            MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s),
+            "migration-coordinator",
+        )
+        limits = GatewayLimits(
+            max_body_bytes=config.max_body_bytes,
+            body_timeout_s=config.body_timeout_s,
+            ask_timeout_s=config.ask_timeout_s,
+            deploy_timeout_s=config.drain_timeout_s + config.engine_start_timeout_s,
+            drain_timeout_s=config.drain_timeout_s,
+        )
+        return Gateway(
+            router=router,
+            manager=manager,
+            coordinator=coordinator,
+            text=text,
+            clock=self.clock,
+            limits=limits,
+        )
+
+    async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
+        """Load the tokenizers of registered models, so that the first request to each need not."""
+        statuses: tuple[ModelStatus, ...] = await gateway.manager.ask(ListModels(), timeout_s=self.config.ask_timeout_s)
+        for status in statuses[:PRELOADED_TOKENIZERS]:
+            try:
+                await text.load(status.model.path)
+            except SllmError as error:
+                log.warning("the tokenizer of %s can't be loaded: %s", status.model.name, error)
+
+
+def _read_key(path: str) -> str:
+    """Read the API key file: one line, not readable by others.
+
+    Raises:
+        ConfigInvalid: it can't be read, is empty, or others may read it.
+    """
+    if not path:
+        return ""
+    try:
+        with open(Path(path).expanduser(), encoding="utf-8") as opened:
+            if os.fstat(opened.fileno()).st_mode & 0o077:
+                raise ConfigInvalid(f"api_key_file: others may read {path}; chmod 600 it", param="api_key_file")
+            key = opened.read(MAX_KEY_BYTES).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"api_key_file: {path} can't be read: {error}", param="api_key_file") from None
+    if not key:
+        raise ConfigInvalid(f"api_key_file: {path} is empty", param="api_key_file")
+    return key

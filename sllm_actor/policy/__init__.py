@@ -1,0 +1,1 @@
+"""Decisions: pure functions over snapshots. No clock, no randomness, no I/O, so each can be replayed."""

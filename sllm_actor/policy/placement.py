@@ -1,0 +1,109 @@
+"""Choose the node that can start a model soonest.
+
+Pure functions over what nodes reported: no clock, no I/O.
+Cost model: ServerlessLLM (OSDI '24), startup-time-optimized scheduling: `q + n / b`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from sllm_actor.domain import NodeId
+from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
+from sllm_actor.units import format_bytes, format_seconds
+
+
+class Start(NamedTuple):
+    """A slot is free on the node: start there."""
+
+    report: NodeReport
+    estimate_s: float
+    reason: str
+
+
+class Evict(NamedTuple):
+    """Every slot is taken, and this idle instance is the one to give up."""
+
+    report: NodeReport
+    victim: InstanceView
+    reason: str
+
+
+class Wait(NamedTuple):
+    """There is no room, and none to be made, or an instance is being given up already."""
+
+    reason: str
+
+
+class Grant(NamedTuple):
+    """A placement whose instance does not show in its node's report yet: its slot and memory are taken."""
+
+    node: NodeId
+    host_bytes: int
+    expires_s: float
+
+
+Decision = Start | Evict | Wait
+
+
+def startup_s(report: NodeReport, fingerprint: str, size_bytes: int) -> float:
+    """Estimate the seconds until a checkpoint of `size_bytes` is in the node's host memory.
+
+    A CPU engine computes where the host pool lies, so bytes that are there need no further move.
+    """
+    if fingerprint in report.host_fingerprints:
+        return 0.0
+    if report.ssd_bytes_per_s <= 0:
+        return float("inf")
+    return report.load_queue_s + size_bytes / report.ssd_bytes_per_s
+
+
+def decide(
+    question: PlaceModel, reports: Sequence[NodeReport], grants: Iterable[Grant], leaving: frozenset[str]
+) -> Decision:
+    """Place one start.
+
+    `leaving`: instances that are being given up already; their slots are awaited, not taken twice.
+    """
+    open_grants = list(grants)
+    ranked = sorted(
+        reports,
+        key=lambda report: (startup_s(report, question.fingerprint, question.size_bytes), report.node),
+    )
+    for report in ranked:
+        if _has_room(report, report.instances, open_grants, question.host_bytes):
+            estimate_s = startup_s(report, question.fingerprint, question.size_bytes)
+            return Start(report, estimate_s, _reason(report, question, estimate_s))
+    for report in ranked:
+        if not _could_have_room(report, open_grants, question.host_bytes):
+            continue
+        if any(instance.instance_id in leaving for instance in report.instances):
+            return Wait(f"an instance is leaving {report.node}")
+        idle = [instance for instance in report.instances if instance.active == 0]
+        if idle:
+            victim = min(idle, key=lambda instance: (instance.idle_since_s, instance.instance_id))
+            return Evict(report, victim, f"{victim.model} has been idle the longest on {report.node}")
+    return Wait("no node would have room, whichever idle instances were given up")
+
+
+def _could_have_room(report: NodeReport, grants: Sequence[Grant], host_bytes: int) -> bool:
+    """Tell whether there would be room once every instance that does not generate had left."""
+    kept = [instance for instance in report.instances if instance.active]
+    return _has_room(report, kept, grants, host_bytes)
+
+
+def _has_room(report: NodeReport, instances: Sequence[InstanceView], grants: Sequence[Grant], host_bytes: int) -> bool:
+    """Tell whether a slot and the host memory for one more are free beside `instances` and the open grants."""
+    here = [grant for grant in grants if grant.node == report.node]
+    taken_bytes = sum(instance.host_bytes for instance in instances) + sum(grant.host_bytes for grant in here)
+    return len(instances) + len(here) < report.slots and taken_bytes + host_bytes <= report.host_pool_bytes
+
+
+def _reason(report: NodeReport, question: PlaceModel, estimate_s: float) -> str:
+    if question.fingerprint in report.host_fingerprints:
+        return f"{report.node} holds it in host memory"
+    return (
+        f"{report.node} reads {format_bytes(question.size_bytes)} at {report.ssd_bytes_per_s / 1e9:.2f} GB/s"
+        f" after a queue of {format_seconds(report.load_queue_s)}: {format_seconds(estimate_s)}"
+    )

@@ -1,0 +1,46 @@
+"""Messages over a blocking socket, for child processes that run no event loop."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from typing import Any
+
+from sllm_actor.runtime.frames import Codec
+
+READ_BYTES = 256 * 1024
+
+
+class BlockingChannel:
+    """The child's end of a channel. Not thread-safe."""
+
+    def __init__(self, sock: socket.socket, codec: Codec) -> None:
+        self._sock = sock
+        self._codec = codec
+        self._arrived: deque[Any] = deque()
+        self._sock.setblocking(True)
+
+    def send(self, message: object) -> None:
+        """Send, waiting while the other end does not read.
+
+        Raises:
+            OSError: the other end has gone.
+        """
+        self._sock.sendall(self._codec.encode(message))
+
+    def receive(self, wait: bool) -> Any | None:
+        """Give the next message; without `wait`, None where there is none yet.
+
+        Raises:
+            EOFError: the other end has gone and every message has been given.
+            ProtocolViolation: the other end broke the protocol.
+        """
+        while not self._arrived:
+            try:
+                data = self._sock.recv(READ_BYTES, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            if not data:
+                raise EOFError
+            self._arrived.extend(self._codec.feed(data))
+        return self._arrived.popleft()

@@ -1,0 +1,33 @@
+"""The only place that reads a clock. Everything else is given one, so that time can be virtual."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Time as an actor may know it."""
+
+    def monotonic_s(self) -> float:
+        """Seconds since some fixed moment; never goes back."""
+
+    def wall_s(self) -> float:
+        """Seconds since 1970 (UTC), for people only: it may jump."""
+
+    async def sleep(self, duration_s: float) -> None:
+        """Return after `duration_s` seconds of this clock."""
+
+
+class SystemClock:
+    """The machine's own clocks. CLOCK_MONOTONIC is one clock for all processes of a machine."""
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def wall_s(self) -> float:
+        return time.time()
+
+    async def sleep(self, duration_s: float) -> None:
+        await asyncio.sleep(duration_s)

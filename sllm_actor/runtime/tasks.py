@@ -1,0 +1,62 @@
+"""The only place that starts asyncio tasks, so that none is lost, anonymous or silently failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class TaskScope:
+    """Owns a set of tasks: keeps them alive, reports their failures, and ends them together.
+
+    Not thread-safe: belongs to one event loop.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def spawn(
+        self,
+        work: Coroutine[Any, Any, Any],
+        name: str,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> asyncio.Task[Any]:
+        """Start `work` as a task of this scope; its failure goes to `on_failure`, or to the log."""
+        if self._closed:
+            work.close()
+            raise asyncio.CancelledError(f"{self._name} is closed")
+        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}/{name}")
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._ended(done, on_failure))
+        return task
+
+    def _ended(self, task: asyncio.Task[Any], on_failure: Callable[[BaseException], None] | None) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            return
+        if on_failure is not None:
+            on_failure(error)
+        else:
+            log.error("task %s failed", task.get_name(), exc_info=error)
+
+    async def close(self) -> None:
+        """Cancel every task and wait until each has ended; nothing can be spawned afterwards."""
+        self._closed = True
+        current = asyncio.current_task()
+        pending = [task for task in self._tasks if task is not current]
+        for task in pending:
+            task.cancel()
+        if pending:
+            await asyncio.gather(*pending, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""What tests stand on: builders, simulated clusters, questions with known answers."""

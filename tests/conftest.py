@@ -1,0 +1,34 @@
+"""Fixtures: one shared node with the demo model, and nodes of a test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from sllm_actor.testing.node_process import NodeProcess, running_node
+
+# Small, so that many nodes start quickly; engines with one thread, so that the tests fit two cores.
+SMALL = ("host_pool_bytes=64MiB", "chunk_bytes=1MiB", "engine_threads=1")
+StartNode = Callable[..., AbstractContextManager[NodeProcess]]
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node that all tests share, with the demo model deployed; they leave it as they found it."""
+    folder = tmp_path_factory.mktemp("node")
+    with (folder / "log").open("w") as log, running_node(folder / "data", *SMALL, log=log) as running:
+        running.deploy("builtin:demo", "demo")
+        yield running
+
+
+@pytest.fixture
+def start_node(tmp_path: Path) -> StartNode:
+    """Start a node of the test's own, in the same data folder each time: `with start_node("knob=value") as node`."""
+
+    def start(*knobs: str, **environment: str) -> AbstractContextManager[NodeProcess]:
+        return running_node(tmp_path / "data", *SMALL, *knobs, environment=environment)
+
+    return start

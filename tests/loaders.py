@@ -1,0 +1,87 @@
+"""A loader on a small pool for tests, with either byte mover, that must leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import folder_of
+
+from sllm_actor.checkpoint.folder import Checkpoint, read_folder
+from sllm_actor.loader.loader import HostLease, Loader
+from sllm_actor.loader.mapping import map_files
+from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.units import KIB
+
+CHUNK = 64 * KIB
+LIMIT_S = 60.0
+
+
+@pytest.fixture(params=["native", "portable"])
+def mover(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SLLM_NO_NATIVE", "1" if request.param == "portable" else "")
+    return str(request.param)
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    if request.param == "disk":
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def threads() -> int:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    portable = [thread for thread in threading.enumerate() if thread.name.startswith("sllm-reader")]
+    return names.count("sllm-reader") + len(portable)
+
+
+def descriptors() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir() if path.exists())
+
+
+def mapped_pools() -> int:
+    return Path("/proc/self/maps").read_text().count("sllm-host-pool")
+
+
+@asynccontextmanager
+async def opened(chunks: int = 32, **options: Any) -> AsyncIterator[Loader]:
+    """A loader, and the promise that it leaves nothing behind."""
+    await asyncio.to_thread(gc.collect)  # The loop's own worker thread is not the loader's.
+    before = descriptors(), threads(), mapped_pools()
+    loader = await Loader.open(pool_bytes=chunks * CHUNK, chunk_bytes=CHUNK, clock=SystemClock(), **options)
+    try:
+        yield loader
+    finally:
+        await loader.close()
+    assert (descriptors(), threads(), mapped_pools()) == before
+
+
+def bytes_of(loader: Loader, lease: HostLease) -> list[bytes]:
+    with map_files(loader.pool_fd, loader.chunk_bytes, lease.files) as mapped:
+        return [bytes(buffer) for buffer in mapped.buffers]
+
+
+def on_disk(checkpoint: Checkpoint) -> list[bytes]:
+    return [checkpoint.file_path(file).read_bytes() for file in checkpoint.files]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not true():
+            await asyncio.sleep(0)
+
+
+def checkpoint_of(folder: Path, chunks: int = 1, seed: int = 0) -> Checkpoint:
+    return read_folder(folder_of(folder, chunks * CHUNK, seed=seed))

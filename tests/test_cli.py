@@ -1,0 +1,108 @@
+"""The command line, run as people and programs run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sllm_actor.testing.node_process import CLI, NodeProcess
+
+UNREACHABLE = ["--url", "http://127.0.0.1:9"]
+
+
+def cli(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    ran = subprocess.run([CLI, *arguments], capture_output=True, text=True, timeout=120, input=stdin)
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran
+
+
+def cli_json(*arguments: str | Path, stdin: str = "", status: int = 0) -> Any:
+    ran = cli(*arguments, "--json", stdin=stdin)
+    assert ran.returncode == status, ran
+    return json.loads(ran.stdout)
+
+
+def test_a_model_is_deployed_listed_asked_stopped_and_removed(node: NodeProcess) -> None:
+    at = ["--url", node.url]
+    deployed = cli_json("deploy", "builtin:demo", "--name", "cli/demo", "--keep-alive", "1h", *at)["model"]
+    assert (deployed["architecture"], deployed["keep_alive_s"]) == ("LlamaForCausalLM", 3600)
+    listed = {status["model"]["name"]: status["state"] for status in cli_json("ls", *at)["models"]}
+    assert listed["cli/demo"] in ("cold", "host")
+    answer = cli_json("run", "cli/demo", "What is 47 + 35?", *at)
+    assert (answer["text"], answer["finish_reason"]) == ("47 + 35 = 82", "stop")
+    assert answer["timeline"]["cold"]
+    assert [i["model"] for i in cli_json("ps", *at)["instances"] if i["model"] == "cli/demo"] == ["cli/demo"]
+    assert cli_json("stop", "cli/demo", *at) == {"stopped": 1}
+    assert cli_json("rm", "cli/demo", *at) == {"removed": "cli/demo"}
+    assert cli_json("rm", "cli/demo", *at, status=1)["error"]["code"] == "model_not_found"
+
+
+def test_people_get_tables_and_text(node: NodeProcess) -> None:
+    at = ["--url", node.url]
+    assert cli("run", "demo", "What is 47 + 35?", *at).stdout == "47 + 35 = 82\n"
+    shown = cli("run", "demo", "Add 1 and 1.", "--timeline", *at).stdout
+    assert "1 + 1 = 2" in shown
+    assert "first token after" in shown
+    assert "prefill" in shown
+    assert "demo" in cli("ls", *at).stdout
+    assert "INSTANCE" in cli("ps", *at).stdout
+    assert cli("version").stdout.startswith("sllm_actor ")
+
+
+def test_a_piped_prompt_is_answered(node: NodeProcess) -> None:
+    assert cli("run", "demo", "--url", node.url, stdin="What is 47 + 35?").stdout == "47 + 35 = 82\n"
+
+
+def test_deploying_the_same_again_changes_nothing_and_something_else_is_refused(
+    node: NodeProcess, tmp_path: Path
+) -> None:
+    at = ["--url", node.url]
+    first = cli_json("deploy", "builtin:demo", *at)
+    assert cli_json("deploy", "builtin:demo", *at) == first
+    error = cli_json("deploy", "builtin:demo", "--keep-alive", "2h", *at, status=1)["error"]
+    assert (error["code"], error["param"]) == ("model_exists", "name")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ls"], ["ps"], ["stop", "x"], ["rm", "x"], ["run", "x", "y"], ["deploy", "builtin:demo"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_node_is_an_exit_code_of_its_own(arguments: list[str]) -> None:
+    assert cli_json(*arguments, *UNREACHABLE, status=3)["error"]["code"] == "node_unreachable"
+    ran = cli(*arguments, *UNREACHABLE)
+    assert ran.returncode == 3
+    assert "sllm-node start" in ran.stderr
+
+
+def test_wrong_usage_is_an_exit_code_of_its_own() -> None:
+    assert cli("deploy").returncode == 2
+    assert cli("start", "--port", "many").returncode == 2
+    assert cli("nonsense").returncode == 2
+
+
+def test_an_unknown_knob_is_named() -> None:
+    error = cli_json("start", "--set", "speed=11", status=1)["error"]
+    assert (error["code"], error["param"]) == ("config_invalid", "speed")
+
+
+def test_doctor_finds_this_machine_fit_and_shows_every_knob_with_its_origin(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('keep_alive_s = "2m"\n')
+    report = cli_json("doctor", "--config", file, "--port", "0", "--data-dir", tmp_path / "data")
+    assert report["healthy"]
+    knobs = {knob["name"]: (knob["value"], knob["origin"]) for knob in report["knobs"]}
+    assert knobs["keep_alive_s"] == (120, str(file))
+    assert knobs["port"] == (0, "flag")
+    assert knobs["warm_engines"][1] == "default"
+
+
+def test_doctor_says_what_would_keep_a_node_from_starting(node: NodeProcess, tmp_path: Path) -> None:
+    port = node.url.rpartition(":")[2]
+    report = cli_json("doctor", "--port", port, "--data-dir", tmp_path, status=1)
+    assert not report["healthy"]
+    assert [check["check"] for check in report["checks"] if check["level"] == "error"] == ["port"]

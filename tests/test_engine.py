@@ -1,0 +1,429 @@
+"""Models as the engine builds and runs them, against transformers' own loading and `generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import (
+    CONTEXT_TOKENS,
+    VOCABULARY_TOKENS,
+    attach,
+    change_config,
+    change_tensors,
+    greedy,
+    prompt_of,
+    run,
+    run_transformers,
+    save_model,
+    tensor_names,
+)
+
+from sllm_actor.domain import FinishReason, Sampling
+from sllm_actor.engine import skeleton
+from sllm_actor.engine.architectures import MODULES, choose
+from sllm_actor.engine.kv_cache import FIRST_CAPACITY_TOKENS, GrowingLayer, new_cache
+from sllm_actor.engine.runner import Runner
+from sllm_actor.errors import (
+    CheckpointConfigInvalid,
+    CheckpointInvalid,
+    GenerationFailed,
+    UnsupportedArchitecture,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0} | parameters}
+
+
+FROM_80 = {"original_max_position_embeddings": 80}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama-grouped-queries": ("LlamaForCausalLM", {"num_key_value_heads": 2}),
+    "llama-one-key-head": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "llama-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "llama-biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("LlamaForCausalLM", {"head_dim": 16}),
+    "llama-rope-linear": ("LlamaForCausalLM", rope("linear")),
+    "llama-rope-dynamic": ("LlamaForCausalLM", rope("dynamic")),
+    "llama-rope-yarn": ("LlamaForCausalLM", rope("yarn", **FROM_80)),
+    "llama-rope-llama3": ("LlamaForCausalLM", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **FROM_80)),
+    "llama-rope-long": ("LlamaForCausalLM", rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, **FROM_80)),
+    "opt": ("OPTForCausalLM", {}),
+    "opt-tied": ("OPTForCausalLM", {"tie_word_embeddings": True}),
+    "opt-as-350m": (
+        "OPTForCausalLM",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "tie_word_embeddings": True},
+    ),
+    "opt-bare": ("OPTForCausalLM", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gpt2-tied": ("GPT2LMHeadModel", {"tie_word_embeddings": True}),
+    "gpt2-scaled-by-layer": ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-upcast": ("GPT2LMHeadModel", {"reorder_and_upcast_attn": True}),
+    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 2}),
+    "qwen2-tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2-sliding": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3-tied": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3-sliding": ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+}
+# Prompt length to new tokens: within the first capacity, over its border, over the next, and a long prompt's own.
+RUNS = {1: 2 * FIRST_CAPACITY_TOKENS + 8, FIRST_CAPACITY_TOKENS - 1: 8, FIRST_CAPACITY_TOKENS: 70, 100: 110}
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    return next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+
+
+def test_every_architecture_that_is_served_is_compared_below() -> None:
+    assert {architecture for architecture, _ in VARIANTS.values()} == set(MODULES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_answers_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
+    architecture, changes = VARIANTS[variant]
+    folder = save_model(tmp_path, architecture, **changes)
+    model = attach(folder)
+    for length, tokens in RUNS.items():
+        prompt = prompt_of(length)
+        ours = run(model, prompt, greedy(tokens))
+        assert first_difference(ours, run_transformers(folder, prompt, tokens)) is None, length
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["llama-tied", "opt", "gpt2", "qwen2", "qwen3"])
+def test_half_precision_answers_are_those_of_transformers(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    architecture, changes = VARIANTS[variant]
+    folder = save_model(tmp_path, architecture, dtype=dtype, **changes)
+    model = attach(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    prompt = prompt_of(40)
+    assert first_difference(run(model, prompt, greedy(80)), run_transformers(folder, prompt, 80)) is None
+
+
+def test_answers_that_are_computed_in_turns_are_those_that_are_computed_alone(tmp_path: Path) -> None:
+    architecture, changes = VARIANTS["llama-rope-long"]
+    model = attach(save_model(tmp_path, architecture, **changes))
+    prompts = [prompt_of(length, seed=length) for length in (1, 30, 70, 90)]
+    alone = [run(model, prompt, greedy(60)) for prompt in prompts]
+    assert len({tuple(answer) for answer in alone}) == len(prompts)
+    runner = Runner(model, (), CONTEXT_TOKENS)
+    together = [runner.begin(prompt, greedy(60)) for prompt in prompts]
+    for _ in range(60):
+        for generation in together:
+            runner.step(generation)
+    assert [generation.tokens for generation in together] == alone
+
+
+def test_a_seeded_answer_depends_on_its_seed_alone(tmp_path: Path) -> None:
+    model = attach(save_model(tmp_path, "LlamaForCausalLM"))
+
+    def answer(seed: int) -> list[int]:
+        return run(model, prompt_of(5), Sampling(max_tokens=30, temperature=1.0, top_p=0.9, seed=seed))
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+def test_an_answer_ends_at_an_end_token_at_its_limit_or_at_the_end_of_the_context(tmp_path: Path) -> None:
+    model = attach(save_model(tmp_path, "GPT2LMHeadModel"))
+    prompt = prompt_of(10)
+    whole = run(model, prompt, greedy(50))
+    eos = whole[20]
+    end = whole.index(eos) + 1
+
+    def ended(max_tokens: int, *, ignore_eos: bool) -> tuple[list[int], FinishReason | None]:
+        runner = Runner(model, (eos,), CONTEXT_TOKENS)
+        wish = Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=0, ignore_eos=ignore_eos)
+        generation = runner.begin(prompt, wish)
+        while generation.finish is None:
+            runner.step(generation)
+        return generation.tokens, generation.finish
+
+    assert ended(50, ignore_eos=False) == (whole[:end], FinishReason.STOP)
+    assert ended(end, ignore_eos=False) == (whole[:end], FinishReason.STOP)
+    assert ended(end - 1, ignore_eos=False) == (whole[: end - 1], FinishReason.LENGTH)
+    assert ended(50, ignore_eos=True) == (whole, FinishReason.LENGTH)
+    full, reason = ended(10**9, ignore_eos=True)
+    assert (len(prompt) + len(full), reason) == (CONTEXT_TOKENS, FinishReason.LENGTH)
+
+
+def test_a_prompt_that_leaves_room_for_one_token_gets_one(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "OPTForCausalLM")
+    prompt = prompt_of(CONTEXT_TOKENS - 1)
+    assert run(attach(folder), prompt, greedy(10)) == run_transformers(folder, prompt, 1)
+
+
+def test_a_token_outside_the_vocabulary_fails_its_generation_alone(tmp_path: Path) -> None:
+    runner = Runner(attach(save_model(tmp_path, "LlamaForCausalLM")), (), CONTEXT_TOKENS)
+    with pytest.raises(GenerationFailed):
+        runner.step(runner.begin([VOCABULARY_TOKENS], greedy(1)))
+    assert runner.step(runner.begin([VOCABULARY_TOKENS - 1], greedy(1))) < VOCABULARY_TOKENS
+
+
+# Checkpoints.
+
+
+def without_prefix(prefix: str, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def with_head(factor: float, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**found, "lm_head.weight": factor * found["model.embed_tokens.weight"]}
+
+
+def test_a_checkpoint_of_the_base_model_alone_is_served_where_the_head_is_tied(tmp_path: Path) -> None:
+    for architecture, prefix in (
+        ("GPT2LMHeadModel", "transformer."),
+        ("OPTForCausalLM", "model."),
+        ("Qwen2ForCausalLM", "model."),
+    ):
+        folder = save_model(tmp_path / architecture, architecture, tie_word_embeddings=True)
+        wanted = run_transformers(folder, prompt_of(5), 20)
+        change_tensors(folder, partial(without_prefix, prefix))
+        assert run(attach(folder), prompt_of(5), greedy(20)) == wanted
+
+
+def test_of_two_tied_tensors_either_one_is_enough(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    wanted = run_transformers(folder, prompt_of(5), 20)
+
+    def only_head(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        renamed = {"model.embed_tokens.weight": "lm_head.weight"}
+        return {renamed.get(name, name): value for name, value in found.items()}
+
+    change_tensors(folder, only_head)
+    model = attach(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert run(model, prompt_of(5), greedy(20)) == wanted
+
+
+def test_two_tied_tensors_that_are_equal_are_one_and_that_differ_stay_two(tmp_path: Path) -> None:
+    for name, factor in (("equal", 1.0), ("different", -1.0)):
+        folder = save_model(tmp_path / name, "LlamaForCausalLM", tie_word_embeddings=True)
+        change_tensors(folder, partial(with_head, factor))
+        model = attach(folder)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (factor == 1.0)
+        assert run(model, prompt_of(5), greedy(20)) == run_transformers(folder, prompt_of(5), 20)
+
+
+def test_a_tied_checkpoint_without_either_tensor_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
+    change_tensors(folder, lambda found: {name: value for name, value in found.items() if "embed" not in name})
+    with pytest.raises(CheckpointInvalid, match=r"lacks the tensor .*(embed_tokens|lm_head)"):
+        attach(folder)
+
+
+@pytest.mark.parametrize("architecture", MODULES)
+def test_a_missing_tensor_is_named(architecture: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path, architecture)
+    left_out = next(name for name in tensor_names(folder) if ".1." in name)
+    change_tensors(folder, lambda found: {name: value for name, value in found.items() if name != left_out})
+    with pytest.raises(CheckpointInvalid, match=f"lacks the tensor {left_out} "):
+        attach(folder)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM")
+    change_tensors(folder, lambda found: {**found, "model.norm.weight": torch.zeros(33)})
+    with pytest.raises(CheckpointInvalid, match=r"model\.norm\.weight has shape \[33\], config\.json implies \[32\]"):
+        attach(folder)
+    folder = save_model(tmp_path / "transposed", "LlamaForCausalLM")
+    change_tensors(folder, lambda found: {name: value.mT if "gate" in name else value for name, value in found.items()})
+    with pytest.raises(CheckpointInvalid, match="gate_proj"):
+        attach(folder)
+
+
+def test_a_head_that_the_config_does_not_tie_must_be_there(tmp_path: Path) -> None:
+    folder = change_config(
+        save_model(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True), tie_word_embeddings=False
+    )
+    with pytest.raises(CheckpointInvalid, match=r"lacks the tensor lm_head\.weight"):
+        attach(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_of_the_engine_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM")
+    change_tensors(folder, lambda found: {**found, "model.layers.0.mlp.up_proj.weight": torch.zeros(48, 32).to(dtype)})
+    with pytest.raises(UnsupportedArchitecture, match=r"up_proj\.weight has type"):
+        attach(folder)
+
+
+def test_a_checkpoint_of_a_type_that_is_not_computed_with_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM")
+    for dtype in ("F64", "F8_E4M3", "I8", ""):
+        with pytest.raises(UnsupportedArchitecture, match="use F32, F16 or BF16"):
+            skeleton.build(str(folder), dtype)
+
+
+def test_a_mixed_checkpoint_is_computed_in_its_dominant_type(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM", dtype=torch.bfloat16)
+    change_tensors(
+        folder, lambda found: {name: value.float() if "norm" in name else value for name, value in found.items()}
+    )
+    model = attach(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert len(run(model, prompt_of(5), greedy(5))) == 5
+
+
+def test_tensors_that_lie_unaligned_are_read_right_and_aligned_ones_are_views(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "Qwen3ForCausalLM", tie_word_embeddings=True)
+    wanted = run_transformers(folder, prompt_of(5), 20)
+    for shift_bytes in (0, 1, 2, 3, 5):
+        assert run(attach(folder, shift_bytes=shift_bytes), prompt_of(5), greedy(20)) == wanted
+
+
+def test_a_tensor_that_no_place_takes_is_left_out(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "GPT2LMHeadModel")
+    wanted = run_transformers(folder, prompt_of(5), 20)
+    change_tensors(
+        folder, lambda found: {**found, "transformer.h.0.attn.bias": torch.zeros(1, 1, 8, 8), "other": torch.zeros(3)}
+    )
+    assert run(attach(folder), prompt_of(5), greedy(20)) == wanted
+
+
+def test_a_model_of_several_files_is_put_together(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "one", "LlamaForCausalLM")
+    wanted = run_transformers(folder, prompt_of(5), 20)
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert run(attach(tmp_path / "many"), prompt_of(5), greedy(20)) == wanted
+
+
+# Configurations.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 0}, {"num_hidden_layers": -1}, {"num_hidden_layers": 10**9}, {"num_hidden_layers": "two"},
+        {"hidden_size": "wide"}, {"hidden_size": -8}, {"hidden_size": 2**70}, {"num_attention_heads": 0},
+        {"num_attention_heads": None},
+        {"hidden_act": "no_such_activation"}, {"model_type": "no_such_type"}, {"model_type": None},
+        {"model_type": "opt"},
+        {"rope_parameters": {"rope_type": "no_such_rope"}}, {"rope_parameters": 5}, {"pad_token_id": 10**18},
+        {"vocab_size": [5]},
+        {"architectures": [5]},
+    ],
+)  # fmt: skip
+def test_a_config_that_no_model_can_be_built_from_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = change_config(save_model(tmp_path, "LlamaForCausalLM"), **changes)
+    with pytest.raises(CheckpointConfigInvalid, match=r"config\.json"):
+        skeleton.build(str(folder), "F32")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"model_type": "llama"', "[" * 10_000, "\x00"])
+def test_a_config_that_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointConfigInvalid):
+        skeleton.build(str(tmp_path), "F32")
+
+
+def test_an_architecture_that_is_not_served_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM")
+    for named in (["MixtralForCausalLM"], [], None, ["LlamaModel"], ["x" * 10_000]):
+        change_config(folder, architectures=named)
+        with pytest.raises(UnsupportedArchitecture, match="GPT2LMHeadModel, LlamaForCausalLM") as caught:
+            skeleton.build(str(folder), "F32")
+        assert len(caught.value.message) < 500
+    assert choose(["Other", "OPTForCausalLM", "GPT2LMHeadModel"]) == "OPTForCausalLM"
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = change_config(
+        save_model(tmp_path, "LlamaForCausalLM"), quantization_config={"quant_method": "gptq", "bits": 4}
+    )
+    with pytest.raises(UnsupportedArchitecture, match="quantization"):
+        skeleton.build(str(folder), "F32")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "kernels-community/flash-attn"},
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        {"attn_implementation": "eager", "output_attentions": True},
+        {"output_hidden_states": True, "return_dict": False, "use_cache": False},
+        {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}},
+    ],
+)
+def test_a_config_chooses_neither_code_nor_outputs(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM")
+    wanted = run_transformers(folder, prompt_of(5), 20)
+    (folder / "evil.py").write_text("raise SystemExit('code of the model was run')")
+    model = attach(change_config(folder, **changes))
+    assert model.config._attn_implementation == "sdpa"
+    assert run(model, prompt_of(5), greedy(20)) == wanted
+
+
+def test_building_leaves_the_default_type_as_it_was(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "LlamaForCausalLM")
+    assert skeleton.build(str(folder), "BF16").lm_head.weight.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+    change_config(folder, hidden_size=-8)
+    with pytest.raises(CheckpointConfigInvalid):
+        skeleton.build(str(folder), "BF16")
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_skeleton_takes_no_memory_for_weights(tmp_path: Path) -> None:
+    folder = change_config(save_model(tmp_path, "LlamaForCausalLM"), vocab_size=2**31 - 1)
+    model = skeleton.build(str(folder), "F32")
+    assert model.lm_head.weight.is_meta
+    assert model.lm_head.weight.numel() > 2**35
+
+
+# The cache.
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=8), st.integers(0, 50))
+def test_the_cache_gives_back_all_that_was_written_however_it_came(pieces: list[int], spare: int) -> None:
+    total = sum(pieces)
+    layer = GrowingLayer(total + spare)
+    keys, values = torch.randn(1, 2, total, 4), torch.randn(1, 2, total, 6)
+    written = 0
+    for piece in pieces:
+        assert layer.get_mask_sizes(piece) == (written + piece, 0)
+        both = layer.update(keys[:, :, written : written + piece], values[:, :, written : written + piece])
+        written += piece
+        assert torch.equal(both[0], keys[:, :, :written])
+        assert torch.equal(both[1], values[:, :, :written])
+        assert layer.get_seq_length() == written
+        assert layer.keys.shape[-2] <= total + spare
+    assert layer.get_max_length() == total + spare
+
+
+def test_a_cache_grows_by_doubling_and_never_past_its_limit() -> None:
+    layer = GrowingLayer(300)
+    capacities = []
+    for _ in range(300):
+        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+        capacities.append(layer.keys.shape[-2])
+    assert sorted(set(capacities)) == [64, 128, 256, 300]
+    with pytest.raises(AssertionError):
+        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+
+
+def test_a_new_cache_has_a_layer_for_each_of_the_models() -> None:
+    cache = new_cache(3, 10)
+    assert len(cache.layers) == 3
+    assert cache.get_seq_length() == 0
+
+
+def test_the_config_of_every_tiny_model_names_its_architecture(tmp_path: Path) -> None:
+    for architecture in MODULES:
+        folder = save_model(tmp_path / architecture, architecture)
+        assert json.loads((folder / "config.json").read_text())["architectures"] == [architecture]

@@ -1,0 +1,406 @@
+"""What happens to a real node when something is killed, taken, changed or stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from conftest import SMALL, StartNode
+
+from sllm_actor.sources.builtin import BUILTIN
+from sllm_actor.testing.node_process import CLI, NodeProcess, living, running_node
+from sllm_actor.testing.questions import count, is_right
+
+CHAT = "/v1/chat/completions"
+LONG = count(1, 900)
+
+
+def ask(content: str) -> dict[str, Any]:
+    return {"model": "demo", "messages": [{"role": "user", "content": content}]}
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+
+
+def instances(node: NodeProcess) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = node.call("GET", "/admin/instances")["instances"]
+    return found
+
+
+def wait_for_instances(node: NodeProcess, number: int) -> None:
+    for _ in range(100_000):
+        if len(instances(node)) == number:
+            return
+    raise AssertionError(f"there are {instances(node)}")
+
+
+def start_failing(*arguments: str | Path) -> dict[str, Any]:
+    ran = subprocess.run([CLI, "start", "--json", *arguments], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1, ran
+    assert "Traceback" not in ran.stderr, ran.stderr
+    error: dict[str, Any] = __import__("json").loads(ran.stdout)["error"]
+    return error
+
+
+def test_a_killed_engine_costs_its_answer_an_error_frame_and_the_next_request_nothing(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        events = node.stream(CHAT, ask(LONG.prompt))
+        next(events)
+        engine = instances(node)[0]["pid"]
+        os.kill(engine, signal.SIGKILL)
+        rest = list(events)
+        assert rest[-1]["error"]["code"] == "engine_died"
+        assert rest[-1]["error"]["type"] == "server_error"
+        assert node.chat("demo", "What is 20 + 22?") == "20 + 22 = 42"
+        assert instances(node)[0]["pid"] != engine
+
+
+def test_a_killed_fork_server_is_replaced(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        assert node.chat("demo", "What is 1 + 2?") == "1 + 2 = 3"
+        forkserver = next(
+            pid for pid in node.children() if Path(f"/proc/{pid}/comm").read_text().strip() == "sllm-forkserver"
+        )
+        children = node.children()
+        os.kill(forkserver, signal.SIGKILL)
+        wait_for_instances(node, 0)
+        assert node.chat("demo", "What is 20 + 22?") == "20 + 22 = 42"
+        status, left = node.stop()
+        assert (status, left, living(children)) == (0, [], [])
+
+
+def test_sigterm_lets_a_running_answer_finish_and_leaves_no_process(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        events = node.stream(CHAT, ask(LONG.prompt))
+        begun = [next(events)]
+        children = node.children()
+        node.process.send_signal(signal.SIGTERM)
+        text = text_of([*begun, *events])
+        assert is_right(LONG, text)
+        assert node.process.wait(60) == 0
+        assert living(children) == []
+
+
+def test_sigterm_refuses_new_answers_while_one_finishes(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        events = node.stream(CHAT, ask(LONG.prompt))
+        next(events)
+        kept = node.connect()
+        kept.request("GET", "/health")
+        kept.getresponse().read()
+        node.process.send_signal(signal.SIGTERM)
+        while True:  # The listening socket closes when the signal has been handled.
+            try:
+                socket.create_connection(kept.sock.getpeername()).close()
+            except ConnectionRefusedError:
+                break
+        kept.request("POST", CHAT, __import__("json").dumps(ask("Hi")), {"Content-Type": "application/json"})
+        refused = kept.getresponse()
+        assert (refused.status, refused.headers["Retry-After"]) == (503, "5")
+        kept.close()
+        events.close()
+        assert node.process.wait(60) == 0
+
+
+def test_answers_that_outlast_the_drain_time_are_cut_off_and_the_node_still_leaves(start_node: StartNode) -> None:
+    with start_node("drain_timeout_s=0") as node:
+        node.deploy("builtin:demo", "demo")
+        events = node.stream(CHAT, ask(LONG.prompt))
+        next(events)
+        status, left = node.stop()
+        assert (status, left) == (0, [])
+        events.close()
+
+
+def test_a_node_killed_with_sigkill_leaves_no_process_and_its_folder_free(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        node.chat("demo", "What is 1 + 1?")
+        children = node.children()
+        assert len(children) >= 4, "a fork server, two text processes, engines"
+        with ExitStack() as watching:
+            ends = [os.pidfd_open(pid) for pid in children]
+            for end in ends:
+                watching.callback(os.close, end)
+            node.process.kill()
+            node.process.wait()
+            for end in ends:
+                wait_readable(end)
+    with start_node() as again:
+        assert again.chat("demo", "What is 2 + 2?") == "2 + 2 = 4", "registrations outlive the node"
+
+
+def wait_readable(fd: int) -> None:
+    import select
+
+    assert select.select([fd], [], [], 30)[0], "the process is still there"
+
+
+def test_a_port_in_use_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = start_failing("--port", str(port), "--data-dir", tmp_path)
+    assert (error["code"], error["param"]) == ("address_in_use", "port")
+    assert str(port) in error["message"]
+
+
+def test_a_data_folder_that_another_living_node_holds_is_refused(tmp_path: Path) -> None:
+    with running_node(tmp_path / "data", *SMALL) as node:
+        error = start_failing("--port", "0", "--data-dir", tmp_path / "data")
+        assert error["code"] == "data_folder_in_use"
+        assert str(node.process.pid) in error["message"]
+        assert node.call("GET", "/ready") == {"ready": True}
+
+
+def test_a_bind_off_loopback_without_a_key_is_refused(tmp_path: Path) -> None:
+    error = start_failing("--host", "0.0.0.0", "--port", "0", "--data-dir", tmp_path)
+    assert (error["code"], error["param"]) == ("config_invalid", "host")
+
+
+def test_a_key_is_asked_for_where_one_is_configured(start_node: StartNode, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("secret-1\n")
+    with start_node(f"api_key_file={key}") as node:
+        assert node.request("GET", "/health").status == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            reply = node.request("GET", "/v1/models", headers=headers)
+            assert (reply.status, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert node.request("GET", "/v1/models", headers={"Authorization": "Bearer secret-1"}).status == 200
+
+
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("secret")
+    key.chmod(0o644)
+    error = start_failing("--port", "0", "--data-dir", tmp_path / "data", "--api-key-file", key)
+    assert error["param"] == "api_key_file"
+
+
+def test_an_idle_instance_is_unloaded_and_comes_back_from_host_memory(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo", keep_alive=0)
+        assert node.chat("demo", "What is 3 + 4?") == "3 + 4 = 7"
+        wait_for_instances(node, 0)
+        assert node.call("GET", "/admin/models")["models"][0]["state"] == "host"
+        node.request("POST", CHAT, ask("What is 3 + 5?"), {"X-Request-Id": "again"})
+        timeline = node.call("GET", "/admin/requests/again")
+        assert timeline["cold"]
+        assert [span["tier"] for span in timeline["spans"] if span["name"] == "load"] == ["host memory"]
+
+
+def test_a_model_kept_forever_is_not_unloaded(start_node: StartNode) -> None:
+    with start_node("keep_alive_s=10ms") as node:
+        node.deploy("builtin:demo", "demo", keep_alive="forever")
+        node.chat("demo", "What is 3 + 4?")
+        assert instances(node)[0]["expires_in_s"] == "forever"
+
+
+def test_models_that_compete_for_one_slot_take_turns(start_node: StartNode) -> None:
+    with start_node("max_instances=1") as node:
+        for name in ("a", "b"):
+            node.deploy("builtin:demo", name)
+        for number in range(3):
+            for name in ("a", "b"):
+                assert node.chat(name, f"What is {number} + 1?") == f"{number} + 1 = {number + 1}"
+                assert [instance["model"] for instance in instances(node)] == [name]
+
+
+def test_models_that_compete_for_host_memory_take_turns(start_node: StartNode, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(BUILTIN["demo"], tmp_path / name)
+    with start_node("host_pool_bytes=16MiB", "chunk_bytes=16MiB") as node:
+        for name in ("a", "b"):
+            node.deploy(tmp_path / name, name)
+        for _ in range(2):
+            for name in ("a", "b"):
+                assert node.chat(name, "What is 1 + 1?") == "1 + 1 = 2"
+
+
+def test_a_busy_slot_is_waited_for_and_then_given(start_node: StartNode) -> None:
+    with start_node("max_instances=1") as node, ThreadPoolExecutor(1) as threads:
+        for name in ("a", "b"):
+            node.deploy("builtin:demo", name)
+        events = node.stream(CHAT, ask(LONG.prompt) | {"model": "a"})
+        begun = [next(events)]
+        waiting = threads.submit(node.chat, "b", "What is 1 + 1?")
+        assert is_right(LONG, text_of([*begun, *events]))
+        assert waiting.result() == "1 + 1 = 2"
+
+
+def test_a_slot_that_stays_busy_gives_503_with_retry_after(start_node: StartNode) -> None:
+    with start_node("max_instances=1", "start_timeout_s=0.2") as node:
+        for name in ("a", "b"):
+            node.deploy("builtin:demo", name)
+        events = node.stream(CHAT, ask(LONG.prompt) | {"model": "a"})
+        next(events)
+        reply = node.request("POST", CHAT, ask("What is 1 + 1?") | {"model": "b"})
+        events.close()
+        assert (reply.status, reply.json()["error"]["code"]) == (503, "no_capacity")
+        assert int(reply.headers["Retry-After"]) >= 1
+
+
+def test_requests_for_one_cold_model_share_one_start(start_node: StartNode) -> None:
+    with start_node() as node, ThreadPoolExecutor(8) as threads:
+        node.deploy("builtin:demo", "demo")
+        answers = list(threads.map(lambda _: node.chat("demo", "What is 5 + 6?"), range(8)))
+        assert answers == ["5 + 6 = 11"] * 8
+        assert [instance["instance_id"] for instance in instances(node)] == ["demo-1"]
+
+
+def test_waiting_requests_are_bounded(start_node: StartNode) -> None:
+    with start_node("max_waiting_requests=2", "max_instances=1") as node, ThreadPoolExecutor(8) as threads:
+        for name in ("a", "b"):
+            node.deploy("builtin:demo", name)
+        events = node.stream(CHAT, ask(LONG.prompt) | {"model": "a"})
+        next(events)
+        replies = [threads.submit(node.request, "POST", CHAT, ask("Hi") | {"model": "b"}) for _ in range(5)]
+        refused = [reply for reply in (next(done_first(replies)) for _ in range(1)) if reply.status == 429]
+        events.close()
+        assert refused
+        assert "Retry-After" in refused[0].headers
+        assert sorted(reply.result().status for reply in replies).count(200) == 2
+
+
+def done_first(futures: list[Any]) -> Any:
+    from concurrent.futures import as_completed
+
+    return (future.result() for future in as_completed(futures))
+
+
+def test_stopping_a_model_lets_its_answer_finish(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        events = node.stream(CHAT, ask(LONG.prompt))
+        begun = [next(events)]
+        with ThreadPoolExecutor(1) as threads:
+            stopping = threads.submit(node.call, "POST", "/admin/models/demo/unload", {})
+            assert is_right(LONG, text_of([*begun, *events]))
+            assert stopping.result() == {"stopped": 1}
+        assert instances(node) == []
+
+
+def test_a_removed_model_is_gone_and_can_be_deployed_again(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        node.chat("demo", "What is 1 + 1?")
+        node.call("DELETE", "/admin/models/demo")
+        assert instances(node) == []
+        assert node.request("POST", CHAT, ask("What is 1 + 1?")).status == 404
+        node.deploy("builtin:demo", "demo")
+        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+
+
+def test_files_changed_since_their_registration_are_noticed(start_node: StartNode, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN["demo"], folder)
+    with start_node() as node:
+        node.deploy(folder, "demo")
+        weights = folder / "model.safetensors"
+        os.utime(weights, ns=(1, 1))
+        reply = node.request("POST", CHAT, ask("What is 1 + 1?"))
+        assert (reply.status, reply.json()["error"]["code"]) == (400, "checkpoint_changed")
+        node.deploy(folder, "demo", replace=True)
+        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+
+
+def test_no_module_is_imported_after_the_node_is_ready_and_the_node_itself_has_no_torch(start_node: StartNode) -> None:
+    with start_node() as node:
+        node.deploy("builtin:demo", "demo")
+        node.chat("demo", "What is 1 + 1?")
+        assert [instance["late_imports"] for instance in instances(node)] == [[]]
+        assert "libtorch" not in Path(f"/proc/{node.process.pid}/maps").read_text()
+        engine = Path(f"/proc/{instances(node)[0]['pid']}/maps").read_text()
+        assert "libtorch" in engine, "the check above looks at the right thing"
+
+
+def test_a_template_that_loops_is_cut_off_and_others_go_on(start_node: StartNode, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN["demo"], folder)
+    template = folder / "chat_template.jinja"
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template.write_text("{% if messages[0].content == 'loop' %}" + loop + "{% endif %}" + template.read_text())
+    with start_node("text_timeout_s=1") as node, ThreadPoolExecutor(1) as threads:
+        node.deploy("builtin:demo", "demo")
+        node.deploy(folder, "looping")
+        stuck = threads.submit(node.request, "POST", CHAT, ask("loop") | {"model": "looping"})
+        reply = stuck.result()
+        assert (reply.status, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+        assert node.chat("looping", "What is 1 + 1?") == "1 + 1 = 2"
+
+
+def test_a_body_that_comes_byte_by_byte_is_cut_off(start_node: StartNode) -> None:
+    with start_node("body_timeout_s=0.2") as node:
+        slow = node.connect()
+        slow.putrequest("POST", CHAT)
+        slow.putheader("Content-Type", "application/json")
+        slow.putheader("Content-Length", "1000")
+        slow.endheaders()
+        slow.send(b"{")
+        answer = slow.getresponse()
+        assert answer.status == 504
+        slow.close()
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_many_starts_and_stops_leak_no_descriptor_thread_or_process(start_node: StartNode) -> None:
+    with start_node("engine_refill_delay_s=0", "warm_engines=1") as node:
+        node.deploy("builtin:demo", "demo")
+
+        def cycle() -> tuple[int, int]:
+            assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+            node.call("POST", "/admin/models/demo/unload", {})
+            pid = node.process.pid
+            return descriptors(pid), len(os.listdir(f"/proc/{pid}/task"))
+
+        for _ in range(3):
+            before = cycle()
+        for _ in range(10):
+            after = cycle()
+        # An idle engine may or may not have been forked again when the cycle ended.
+        assert after[0] <= before[0] + 2
+        assert after[1] <= before[1]
+        assert len(node.children()) <= 5, "a fork server, two text processes, at most two idle engines"
+
+
+def test_weights_that_do_not_fit_any_more_fail_the_start_and_give_everything_back(
+    start_node: StartNode, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN["demo"], folder)
+    weights = folder / "model.safetensors"
+    with start_node() as node:
+        node.deploy(folder, "demo")
+        original, times = weights.read_bytes(), weights.stat()
+
+        def overwrite(data: bytes) -> None:
+            with weights.open("r+b") as opened:
+                opened.write(data)
+            os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+        overwrite(original.replace(b"model.norm.weight", b"model.nose.weight"))
+        reply = node.request("POST", CHAT, ask("What is 1 + 1?"))
+        assert (reply.status, reply.json()["error"]["code"]) == (400, "checkpoint_invalid")
+        assert "model.norm.weight" in reply.json()["error"]["message"]
+        assert instances(node) == []
+        # The bad bytes are in the pool still, under a description that fits them; a new one reads them anew.
+        overwrite(original)
+        os.utime(weights)
+        node.deploy(folder, "demo", replace=True)
+        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"

@@ -1,0 +1,231 @@
+"""Where a model starts: soonest first, within slots and memory, giving up what has been idle longest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sllm_actor.domain import ModelName, NodeId, RequestId
+from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
+from sllm_actor.policy.bandwidth import SMALLEST_BYTES, WEIGHT, corrected
+from sllm_actor.policy.placement import Decision, Evict, Grant, Start, Wait, decide, startup_s
+from sllm_actor.units import GIB
+
+NOBODY: frozenset[str] = frozenset()
+
+
+def question(size_bytes: int = GIB, host_bytes: int = GIB) -> PlaceModel:
+    return PlaceModel(
+        request_id=RequestId("r"),
+        model=ModelName("m"),
+        fingerprint="print",
+        size_bytes=size_bytes,
+        host_bytes=host_bytes,
+        timeout_s=1.0,
+    )
+
+
+def instance(instance_id: str, *, active: int = 0, idle_since_s: float = 0.0, host_bytes: int = GIB) -> InstanceView:
+    return InstanceView(
+        instance_id=instance_id,
+        model=ModelName(f"model-of-{instance_id}"),
+        active=active,
+        idle_since_s=idle_since_s,
+        host_bytes=host_bytes,
+    )
+
+
+def node(
+    name: str,
+    *,
+    instances: Sequence[InstanceView] = (),
+    slots: int = 4,
+    pool_bytes: int = 16 * GIB,
+    in_host_memory: bool = False,
+    ssd_bytes_per_s: float = 1e9,
+    queue_s: float = 0.0,
+) -> NodeReport:
+    return NodeReport(
+        node=NodeId(name),
+        manager=f"manager-{name}",
+        slots=slots,
+        host_pool_bytes=pool_bytes,
+        instances=tuple(instances),
+        ended_placements=(),
+        host_fingerprints=("print",) if in_host_memory else ("other",),
+        ssd_bytes_per_s=ssd_bytes_per_s,
+        load_queue_s=queue_s,
+    )
+
+
+def started_on(decision: Decision) -> str:
+    assert isinstance(decision, Start)
+    return decision.report.node
+
+
+def test_a_node_that_holds_the_model_in_memory_starts_it_soonest() -> None:
+    nodes = [node("a", ssd_bytes_per_s=9e9), node("b", in_host_memory=True)]
+    decision = decide(question(), nodes, [], NOBODY)
+    assert isinstance(decision, Start)
+    assert (decision.report.node, decision.estimate_s) == ("b", 0.0)
+    assert decision.reason == "b holds it in host memory"
+
+
+def test_of_two_disks_the_faster_one_wins_and_the_estimate_says_why() -> None:
+    nodes = [node("a", ssd_bytes_per_s=1e9), node("b", ssd_bytes_per_s=2e9)]
+    decision = decide(question(size_bytes=4 * 10**9), nodes, [], NOBODY)
+    assert isinstance(decision, Start)
+    assert (decision.report.node, decision.estimate_s) == ("b", 2.0)
+    assert "4.0 GB at 2.00 GB/s" in decision.reason
+
+
+def test_a_long_queue_loses_to_a_slower_disk_and_a_short_one_does_not() -> None:
+    slower = node("a", ssd_bytes_per_s=1e9)
+    assert started_on(decide(question(), [slower, node("b", ssd_bytes_per_s=4e9, queue_s=9.0)], [], NOBODY)) == "a"
+    assert started_on(decide(question(), [slower, node("b", ssd_bytes_per_s=4e9, queue_s=0.1)], [], NOBODY)) == "b"
+
+
+def test_a_node_without_a_known_bandwidth_comes_last() -> None:
+    unknown = node("a", ssd_bytes_per_s=0.0)
+    assert startup_s(unknown, "print", GIB) == float("inf")
+    assert started_on(decide(question(), [unknown, node("b", queue_s=1e6)], [], NOBODY)) == "b"
+    assert started_on(decide(question(), [unknown], [], NOBODY)) == "a"
+
+
+def test_equal_nodes_are_chosen_by_name_whatever_their_order() -> None:
+    nodes = [node("b"), node("a"), node("c")]
+    assert started_on(decide(question(), nodes, [], NOBODY)) == "a"
+    assert started_on(decide(question(), nodes[::-1], [], NOBODY)) == "a"
+
+
+def test_a_full_node_loses_to_a_slower_one_with_a_slot() -> None:
+    full = node("a", in_host_memory=True, slots=1, instances=[instance("i", active=1)])
+    assert started_on(decide(question(), [full, node("b", queue_s=60.0)], [], NOBODY)) == "b"
+
+
+def test_memory_is_room_too() -> None:
+    tight = node("a", pool_bytes=2 * GIB, instances=[instance("i", active=1)])
+    assert started_on(decide(question(host_bytes=GIB), [tight], [], NOBODY)) == "a"
+    assert isinstance(decide(question(host_bytes=GIB + 1), [tight], [], NOBODY), Wait)
+
+
+def test_grants_take_slots_and_memory_of_their_node_until_its_report_shows_them() -> None:
+    alone = [node("a", slots=2, pool_bytes=2 * GIB)]
+    one = Grant(NodeId("a"), GIB, expires_s=0.0)
+    assert started_on(decide(question(), alone, [one], NOBODY)) == "a"
+    assert isinstance(decide(question(), alone, [one, one], NOBODY), Wait)
+    assert isinstance(decide(question(), alone, [Grant(NodeId("a"), 2 * GIB, 0.0)], NOBODY), Wait)
+    assert started_on(decide(question(), alone, [Grant(NodeId("b"), 2 * GIB, 0.0)] * 9, NOBODY)) == "a"
+
+
+def test_grants_that_come_as_an_iterator_count_for_every_node() -> None:
+    nodes = [node("a", slots=1), node("b", slots=1)]
+    grants = iter([Grant(NodeId("a"), GIB, 0.0), Grant(NodeId("b"), GIB, 0.0)])
+    assert isinstance(decide(question(), nodes, grants, NOBODY), Wait)
+
+
+def test_the_instance_that_has_been_idle_longest_is_given_up() -> None:
+    instances = [
+        instance("new", idle_since_s=50.0),
+        instance("busy", active=1, idle_since_s=0.0),
+        instance("old", idle_since_s=10.0),
+    ]
+    decision = decide(question(), [node("a", slots=3, instances=instances)], [], NOBODY)
+    assert isinstance(decision, Evict)
+    assert decision.victim.instance_id == "old"
+    assert "model-of-old" in decision.reason
+
+
+def test_nothing_is_given_up_where_a_slot_is_free_elsewhere() -> None:
+    full = node("a", slots=1, instances=[instance("idle")])
+    assert started_on(decide(question(), [full, node("b", queue_s=60.0)], [], NOBODY)) == "b"
+
+
+def test_an_instance_that_generates_is_never_given_up() -> None:
+    full = node("a", slots=2, instances=[instance("x", active=1), instance("y", active=3)])
+    assert isinstance(decide(question(), [full], [], NOBODY), Wait)
+
+
+def test_an_instance_that_is_leaving_is_waited_for_and_no_second_one_given_up() -> None:
+    full = node("a", slots=2, instances=[instance("leaving"), instance("idle")])
+    assert isinstance(decide(question(), [full], [], NOBODY), Evict)
+    decision = decide(question(), [full], [], frozenset({"leaving"}))
+    assert isinstance(decision, Wait)
+    assert "leaving a" in decision.reason
+
+
+def test_an_instance_whose_end_would_not_make_room_is_left_alone() -> None:
+    full = node("a", pool_bytes=4 * GIB, instances=[instance("busy", active=1, host_bytes=3 * GIB), instance("idle")])
+    assert isinstance(decide(question(host_bytes=2 * GIB), [full], [], NOBODY), Wait)
+    assert isinstance(decide(question(host_bytes=GIB), [full], [], NOBODY), Evict)
+    assert isinstance(
+        decide(question(host_bytes=5 * GIB), [node("a", pool_bytes=4 * GIB, instances=[instance("idle")])], [], NOBODY),
+        Wait,
+    )
+
+
+def test_without_nodes_there_is_nothing_but_to_wait() -> None:
+    assert isinstance(decide(question(), [], [], NOBODY), Wait)
+
+
+instances = st.builds(
+    instance,
+    st.integers(0, 99).map(str),
+    active=st.integers(0, 2),
+    idle_since_s=st.floats(0, 100),
+    host_bytes=st.integers(0, 4),
+)
+nodes = st.builds(
+    node,
+    st.sampled_from("abc"),
+    instances=st.lists(instances, max_size=5, unique_by=lambda one: one.instance_id),
+    slots=st.integers(0, 5),
+    pool_bytes=st.integers(0, 12),
+    in_host_memory=st.booleans(),
+    ssd_bytes_per_s=st.floats(0, 1e10),
+    queue_s=st.floats(0, 100),
+)
+grants = st.builds(Grant, st.sampled_from("abc").map(NodeId), st.integers(0, 4), st.just(0.0))
+
+
+@given(
+    st.lists(nodes, max_size=3, unique_by=lambda one: one.node),
+    st.lists(grants, max_size=5),
+    st.integers(1, 10**12),
+    st.integers(0, 6),
+    st.frozensets(st.integers(0, 99).map(str), max_size=40),
+)
+def test_a_start_never_exceeds_slots_or_pool_and_a_victim_is_always_idle_and_of_use(
+    reports: list[NodeReport], open_grants: list[Grant], size_bytes: int, host_bytes: int, leaving: frozenset[str]
+) -> None:
+    decision = decide(question(size_bytes, host_bytes), reports, open_grants, leaving)
+    assert decision == decide(question(size_bytes, host_bytes), reports[::-1], open_grants[::-1], leaving)
+    if isinstance(decision, Wait):
+        return
+    report = decision.report
+    here = [grant for grant in open_grants if grant.node == report.node]
+    held_bytes = host_bytes + sum(grant.host_bytes for grant in here)
+    if isinstance(decision, Start):
+        assert len(report.instances) + len(here) + 1 <= report.slots
+        assert held_bytes + sum(one.host_bytes for one in report.instances) <= report.host_pool_bytes
+        assert decision.estimate_s >= 0
+    else:
+        assert decision.victim in report.instances
+        assert decision.victim.active == 0
+        assert decision.victim.instance_id not in leaving
+        busy = [one for one in report.instances if one.active]
+        assert len(busy) + len(here) + 1 <= report.slots
+        assert held_bytes + sum(one.host_bytes for one in busy) <= report.host_pool_bytes
+
+
+def test_a_bandwidth_moves_towards_what_was_seen_and_ignores_what_tells_nothing() -> None:
+    assert corrected(1e9, 10**9, 0.5) == (1 - WEIGHT) * 1e9 + WEIGHT * 2e9
+    assert corrected(1e9, 10**9, 2.0) < 1e9
+    assert corrected(1e9, SMALLEST_BYTES - 1, 1e-9) == 1e9
+    assert corrected(1e9, 10**9, 0.0) == 1e9
+    learned = 1e9
+    for _ in range(50):
+        learned = corrected(learned, 10**9, 0.25)
+    assert abs(learned - 4e9) < 1e6

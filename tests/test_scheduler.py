@@ -1,0 +1,218 @@
+"""The Scheduler and the request log, alone: a manager that only remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from sllm_actor.actors import Scheduler
+from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
+from sllm_actor.errors import InvalidRequest, NoCapacity, QueueFull, RequestNotFound
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.instances import StopInstances
+from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel
+from sllm_actor.runtime import Actor, ActorRef, ActorSystem, handles
+
+MIB = 1024 * 1024
+
+
+class HandClock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+    def wall_s(self) -> float:
+        return self.now_s
+
+    async def sleep(self, duration_s: float) -> None:
+        raise AssertionError("nothing here sleeps")
+
+
+class Manager(Actor):
+    """Gives up what it is asked to, if it may, and says so in its next report."""
+
+    def __init__(self, report: NodeReport, willing: bool = True) -> None:
+        self.report = report
+        self.willing = willing
+        self.asked: list[str] = []
+
+    @handles(StopInstances)
+    async def stop(self, message: StopInstances) -> int:
+        self.asked.append(message.instance_id)
+        if not self.willing:
+            return 0
+        self.report = report(
+            slots=self.report.slots,
+            instances=[view for view in self.report.instances if view.instance_id != self.asked[-1]],
+        )
+        self.context.system.ref("scheduler").tell(self.report)
+        return 1
+
+
+def view(name: str, active: int = 0, idle_since_s: float = 0.0) -> InstanceView:
+    return InstanceView(
+        instance_id=f"{name}-1", model=ModelName(name), active=active, idle_since_s=idle_since_s, host_bytes=MIB
+    )
+
+
+def report(slots: int = 2, instances: list[InstanceView] | None = None, ended: tuple[str, ...] = ()) -> NodeReport:
+    return NodeReport(
+        node=NodeId("node-1"),
+        manager="manager",
+        slots=slots,
+        host_pool_bytes=100 * MIB,
+        instances=tuple(instances or ()),
+        ended_placements=ended,
+        host_fingerprints=(),
+        ssd_bytes_per_s=1e9,
+        load_queue_s=0.0,
+    )
+
+
+def question(model: str = "new", timeout_s: float = 30.0) -> PlaceModel:
+    return PlaceModel(
+        request_id=RequestId("r"),
+        model=ModelName(model),
+        fingerprint=model,
+        size_bytes=MIB,
+        host_bytes=MIB,
+        timeout_s=timeout_s,
+    )
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+async def system(clock: HandClock) -> AsyncIterator[ActorSystem]:
+    system = ActorSystem()
+    await system.spawn(Scheduler(clock, lease_s=60, evict_timeout_s=5, max_waiting=2), "scheduler")
+    yield system
+    await system.close()
+
+
+async def ask(system: ActorSystem, message: PlaceModel) -> Placement:
+    placement: Placement = await system.ref("scheduler").ask(message, timeout_s=60)
+    return placement
+
+
+def scheduler(system: ActorSystem) -> ActorRef:
+    return system.ref("scheduler")
+
+
+async def test_a_free_slot_is_granted_with_an_estimate_and_a_reason(system: ActorSystem) -> None:
+    scheduler(system).tell(report())
+    placement = await ask(system, question())
+    assert (placement.node, placement.manager) == ("node-1", "manager")
+    assert placement.estimate_s == pytest.approx(MIB / 1e9)
+    assert "node-1 reads" in placement.reason
+
+
+async def test_a_grant_takes_its_slot_until_its_start_has_ended(system: ActorSystem) -> None:
+    scheduler(system).tell(report(slots=1))
+    placement = await ask(system, question("a"))
+    with pytest.raises(NoCapacity):
+        await ask(system, question("b", timeout_s=0.01))
+    scheduler(system).tell(report(slots=1, ended=(placement.placement_id,)))
+    assert (await ask(system, question("b"))).node == "node-1"
+
+
+async def test_a_grant_that_nobody_used_runs_out(system: ActorSystem, clock: HandClock) -> None:
+    scheduler(system).tell(report(slots=1))
+    await ask(system, question("a"))
+    clock.now_s += 61
+    assert (await ask(system, question("b"))).node == "node-1"
+
+
+async def test_the_instance_that_has_been_idle_the_longest_is_given_up(system: ActorSystem) -> None:
+    views = [view("busy", active=1), view("late", idle_since_s=9.0), view("early", idle_since_s=5.0)]
+    manager = Manager(report(slots=3, instances=views))
+    await system.spawn(manager, "manager")
+    scheduler(system).tell(manager.report)
+    placement = await ask(system, question())
+    assert placement.node == "node-1"
+    assert manager.asked == ["early-1"]
+
+
+async def test_an_instance_that_became_busy_meanwhile_is_left_and_the_request_waits(system: ActorSystem) -> None:
+    manager = Manager(report(slots=1, instances=[view("idle")]), willing=False)
+    await system.spawn(manager, "manager")
+    scheduler(system).tell(manager.report)
+    waiting = asyncio.ensure_future(ask(system, question()))
+    while not manager.asked:
+        await asyncio.sleep(0)
+    scheduler(system).tell(report(slots=1, instances=[view("idle", active=1)]))
+    with pytest.raises(NoCapacity):
+        await ask(system, question("other", timeout_s=0.01))
+    scheduler(system).tell(report(slots=1))
+    assert (await waiting).node == "node-1"
+
+
+async def test_waiting_starts_are_served_in_order_and_bounded(system: ActorSystem) -> None:
+    first, second = (asyncio.ensure_future(ask(system, question(name))) for name in ("first", "second"))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await ask(system, question("third"))
+    scheduler(system).tell(report(slots=1))
+    placement = await first
+    assert not second.done()
+    scheduler(system).tell(report(slots=1, ended=(placement.placement_id,)))
+    assert (await second).node == "node-1"
+
+
+async def test_a_caller_that_gives_up_leaves_the_queue(system: ActorSystem) -> None:
+    gone = asyncio.ensure_future(ask(system, question("gone")))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait([gone])
+    scheduler(system).tell(report(slots=1))
+    assert (await ask(system, question("next"))).node == "node-1"
+
+
+def generate(request_id: str) -> Generate:
+    sampling = Sampling(max_tokens=9, temperature=0, top_p=1, seed=0)
+    return Generate(
+        request_id=RequestId(request_id), model=ModelName("m"), prompt=b"\1\0\0\0", sampling=sampling, arrived_s=90.0
+    )
+
+
+def test_the_log_forgets_the_oldest_finished_requests_first(clock: HandClock) -> None:
+    log = RequestLog(clock, history=2)
+    for name in ("a", "b", "c"):
+        log.close(log.open(generate(name)))
+    assert [timeline.request_id for timeline in log.timelines()] == ["c", "b"]
+    with pytest.raises(RequestNotFound):
+        log.timeline(RequestId("a"))
+
+
+def test_the_log_refuses_an_id_that_is_running_and_takes_it_again_afterwards(clock: HandClock) -> None:
+    log = RequestLog(clock, history=2)
+    record = log.open(generate("a"))
+    with pytest.raises(InvalidRequest):
+        log.open(generate("a"))
+    log.close(record)
+    log.close(log.open(generate("a")))
+    assert len(log.timelines()) == 1
+
+
+def test_a_record_takes_tokens_in_order_and_knows_its_first(clock: HandClock) -> None:
+    log = RequestLog(clock, history=2)
+    record = log.open(generate("a"))
+    record.take(Tokens(request_id=RequestId("a"), index=0, token_ids=(7, 8)), 101.0)
+    record.take(Tokens(request_id=RequestId("a"), index=2, token_ids=(9,)), 102.0)
+    with pytest.raises(AssertionError):
+        record.take(Tokens(request_id=RequestId("a"), index=2, token_ids=(9,)), 103.0)
+    record.take(
+        Finished(request_id=RequestId("a"), reason=FinishReason.LENGTH, prompt_tokens=1, generated_tokens=3), 104.0
+    )
+    timeline = log.timeline(RequestId("a"))
+    assert (timeline.generated_tokens, timeline.first_token_s, timeline.outcome) == (3, 101.0, "running")

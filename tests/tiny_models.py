@@ -1,0 +1,125 @@
+"""Builders of tiny models for tests: random weights, saved by transformers as a stock folder."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
+from sllm_actor.domain import Sampling
+from sllm_actor.engine import skeleton
+from sllm_actor.engine.architectures import MODULES
+from sllm_actor.engine.runner import Runner
+
+# Tiny products gain nothing from a second thread, and wait long for it on a busy machine.
+torch.set_num_threads(1)
+
+CONTEXT_TOKENS = 320
+VOCABULARY_TOKENS = 128
+
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "word_embed_proj_dim": 32,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY_TOKENS,
+    "max_position_embeddings": CONTEXT_TOKENS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+}
+
+
+def save_model(folder: Path, architecture: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Save a model whose weights are large enough that every token depends on all before it."""
+    model_class = getattr(importlib.import_module(MODULES[architecture]), architecture)
+    model: PreTrainedModel = model_class(model_class.config_class(**(_SHAPE | changes)))
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=random) * 0.2)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> Path:
+    """Write other values into a saved config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]) -> Path:
+    """Write other tensors into a saved model.safetensors."""
+    path = folder / "model.safetensors"
+    save_file(
+        {name: value.contiguous().clone() for name, value in change(load_file(path)).items()},
+        path,
+        {"format": "pt"},
+    )
+    return folder
+
+
+def tensor_names(folder: Path) -> list[str]:
+    return [tensor.name for file in read_folder(folder).files for tensor in file.header.tensors]
+
+
+def attach(folder: Path, *, shift_bytes: int = 0) -> PreTrainedModel:
+    """Build and fill the model as an engine does; `shift_bytes` lays the bytes that far off alignment."""
+    checkpoint = read_folder(folder)
+    model = skeleton.build(str(folder), checkpoint.dtype)
+    owner: dict[str, memoryview] = {}
+    tensors: list[Tensor] = []
+    for file in checkpoint.files:
+        raw = (folder / file.name).read_bytes()
+        data = memoryview(bytearray(shift_bytes) + raw)[shift_bytes:]
+        header = parse_header(data, len(data), file.name)
+        tensors += header.tensors
+        owner |= {tensor.name: data for tensor in header.tensors}
+    paired = skeleton.match(model, tensors)
+    skeleton.put_weights(model, {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()})
+    return model
+
+
+def greedy(max_tokens: int) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=0, ignore_eos=True)
+
+
+def run(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling, eos: Sequence[int] = ()) -> list[int]:
+    """Generate with our own loop."""
+    runner = Runner(model, eos, CONTEXT_TOKENS)
+    generation = runner.begin(prompt, sampling)
+    while generation.finish is None:
+        runner.step(generation)
+    return generation.tokens
+
+
+def run_transformers(folder: Path, prompt: Sequence[int], tokens: int) -> list[int]:
+    """Generate with transformers' own `generate`, from its own loading."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return list(out[0, len(prompt) :].tolist())
+
+
+def prompt_of(tokens: int, seed: int = 0) -> list[int]:
+    random = torch.Generator().manual_seed(seed)
+    return list(torch.randint(3, VOCABULARY_TOKENS, (tokens,), generator=random).tolist())
