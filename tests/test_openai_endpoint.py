@@ -101,9 +101,10 @@ def test_a_prompt_of_token_ids_is_the_same_as_its_text(node: NodeProcess) -> Non
     assert (status, error["param"]) == (400, "prompt")
 
 
-def test_content_may_come_in_parts_and_with_a_system_message(node: NodeProcess) -> None:
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_content_may_come_in_parts_and_with_a_system_message(node: NodeProcess, role: str) -> None:
     messages = [
-        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": role, "content": "You are a helpful assistant."},
         {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "12 + 7?"}]},
     ]
     answer = node.call("POST", CHAT, {"model": "demo", "messages": messages})

@@ -31,7 +31,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     if not model.chat:
         raise InvalidRequest(f"{model.name} has no chat template; use /v1/completions", param="model")
     begin_s = gateway.clock.monotonic_s()
-    turns = [ChatTurn(role=message.role, content=message.text()) for message in body.messages]
+    turns = [ChatTurn(role=message.template_role(), content=message.text()) for message in body.messages]
     prompt = await gateway.text.render(model.path, turns)
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
     wish = _wish(request, model, list(prompt), body, arrived_s, text_span)

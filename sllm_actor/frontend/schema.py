@@ -32,6 +32,10 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | list[TextPart]
     name: str | None = None
 
+    def template_role(self) -> str:
+        """Give the role as chat templates know it: OpenAI's newer name for a system message is known to none."""
+        return "system" if self.role == "developer" else self.role
+
     def text(self) -> str:
         """Give the content as one string, whichever way it was written."""
         if isinstance(self.content, str):
