@@ -404,3 +404,13 @@ def test_weights_that_do_not_fit_any_more_fail_the_start_and_give_everything_bac
         os.utime(weights)
         node.deploy(folder, "demo", replace=True)
         assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+
+
+def test_a_node_imports_nothing_from_the_folder_it_is_started_in(tmp_path: Path) -> None:
+    folder = tmp_path / "somewhere"
+    folder.mkdir()
+    for name in ("selectors", "torch"):
+        (folder / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    with running_node(tmp_path / "data", *SMALL, folder=folder) as node:
+        node.deploy("builtin:demo", "demo")
+        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"

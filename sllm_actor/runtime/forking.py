@@ -94,10 +94,10 @@ class ForkServer:
         ours.setblocking(False)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", BOOT, str(theirs.fileno()), self._module],
+                [sys.executable, "-P", "-c", BOOT, str(theirs.fileno()), self._module],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **ENVIRONMENT, **self._environment},
+                env={**os.environ, **ENVIRONMENT, **self._environment, "PYTHONPATH": _import_path()},
             )
         except OSError as error:
             ours.close()
@@ -216,6 +216,11 @@ class ForkServer:
         collected = self._lost()
         if collected is not None:
             await collected
+
+
+def _import_path() -> str:
+    """Let the child import what this process would, and nothing from the folder that it happens to be in."""
+    return os.pathsep.join(path for path in sys.path if path)
 
 
 def _end(child: Child, status: int) -> None:

@@ -110,14 +110,21 @@ def living(pids: list[int]) -> list[int]:
 
 @contextmanager
 def running_node(
-    data_dir: Path, *knobs: str, log: IO[str] | None = None, environment: Mapping[str, str] | None = None
+    data_dir: Path,
+    *knobs: str,
+    log: IO[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[NodeProcess]:
-    """Start a node on a free port and wait until it is ready; it is killed if it still runs at the end."""
+    """Start a node on a free port and wait until it is ready; it is killed if it still runs at the end.
+
+    `environment` is added to this process's; `folder` is where the node is started.
+    """
     command = [str(CLI), "start", "--json", "--port", "0", "--data-dir", str(data_dir)]
     for knob in knobs:
         command += ["--set", knob]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **(environment or {})}
+        command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **(environment or {})}
     )
     try:
         assert process.stdout is not None
