@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import CLI, NodeProcess
 
 UNREACHABLE = ["--url", "http://127.0.0.1:9"]
@@ -63,7 +65,8 @@ def test_deploying_the_same_again_changes_nothing_and_something_else_is_refused(
     at = ["--url", node.url]
     first = cli_json("deploy", "builtin:demo", *at)
     assert cli_json("deploy", "builtin:demo", *at) == first
-    error = cli_json("deploy", "builtin:demo", "--keep-alive", "2h", *at, status=1)["error"]
+    shutil.copytree(BUILTIN["demo"], tmp_path / "other")
+    error = cli_json("deploy", tmp_path / "other", "--name", "demo", *at, status=1)["error"]
     assert (error["code"], error["param"]) == ("model_exists", "name")
 
 

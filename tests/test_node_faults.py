@@ -312,7 +312,7 @@ def test_files_changed_since_their_registration_are_noticed(start_node: StartNod
         os.utime(weights, ns=(1, 1))
         reply = node.request("POST", CHAT, ask("What is 1 + 1?"))
         assert (reply.status, reply.json()["error"]["code"]) == (400, "checkpoint_changed")
-        node.deploy(folder, "demo", replace=True)
+        node.deploy(folder, "demo")
         assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
 
 
@@ -414,3 +414,20 @@ def test_a_node_imports_nothing_from_the_folder_it_is_started_in(tmp_path: Path)
     with running_node(tmp_path / "data", *SMALL, folder=folder) as node:
         node.deploy("builtin:demo", "demo")
         assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+
+
+def test_a_template_changed_since_its_deployment_holds_after_the_next_one(
+    start_node: StartNode, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN["demo"], folder)
+    template = folder / "chat_template.jinja"
+    with start_node() as node:
+        node.deploy(folder, "demo")
+        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+        template.write_text(
+            template.read_text().replace("set content = message.content", "set content = 'Add 3 and 4.'")
+        )
+        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+        node.deploy(folder, "demo")
+        assert node.chat("demo", "What is 1 + 1?") == "3 + 4 = 7"

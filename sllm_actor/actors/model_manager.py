@@ -110,7 +110,7 @@ class ModelManager(Actor):
             known = self._models.get(model.name)
             if known is not None and _same(known, model):
                 return known
-            if known is not None and not message.replace:
+            if known is not None and known.path != model.path and not message.replace:
                 raise ModelExists(
                     f"{model.name} is registered already, from {known.path}; replace it or remove it first",
                     param="name",

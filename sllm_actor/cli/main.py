@@ -142,6 +142,8 @@ def deploy(
 ) -> None:  # fmt: skip
     """Check a checkpoint and register it; it is loaded when the first request for it comes.
 
+    Deploying the same folder again takes over what has changed in it.
+
     Example: sllm-node deploy ./opt-125m --name opt
     """
     if ":" not in source or source.startswith((".", "/", "~")):

@@ -52,6 +52,9 @@ class TextProcess:
             return 0
 
     def _answer(self, question: Any) -> object:
+        if isinstance(question, LoadTokenizer):
+            # Asked for when a model is deployed: its files may be others than those of the last time.
+            self._tokenizers.pop(question.path, None)
         tokenizer = self._tokenizer(question.path)
         if isinstance(question, Detokenize):
             return _detokenize(tokenizer, question)

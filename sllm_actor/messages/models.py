@@ -10,6 +10,7 @@ from sllm_actor.messages.declare import message
 class RegisterModel:
     """Check the checkpoint that `source` names and register it as `name`.
 
+    A name that is registered from the same folder is updated; from another one, only with `replace`.
     Answered by `Model`, or fails with a `CheckpointInvalid`, `SourceInvalid` or `ModelExists`.
     """
 
