@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import shutil
 import tempfile
@@ -42,7 +43,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 def threads() -> int:
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # It may end between being listed and being looked at.
+            names.append(path.read_text().strip())
     portable = [thread for thread in threading.enumerate() if thread.name.startswith("sllm-reader")]
     return names.count("sllm-reader") + len(portable)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -93,7 +94,8 @@ class NodeProcess:
         found = [self.process.pid]
         for pid in found:
             for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-                found += [int(child) for child in tasks.read_text().split()]
+                with contextlib.suppress(OSError):  # It may end between being listed and being looked at.
+                    found += [int(child) for child in tasks.read_text().split()]
         return found[1:]
 
     def stop(self) -> tuple[int, list[int]]:
