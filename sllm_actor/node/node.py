@@ -219,11 +219,13 @@ class Node:
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
         """Load the tokenizers of registered models, so that the first request to each need not."""
         statuses: tuple[ModelStatus, ...] = await gateway.manager.ask(ListModels(), timeout_s=self.config.ask_timeout_s)
-        for status in statuses[:PRELOADED_TOKENIZERS]:
+        # Several names may share one folder, and each load reads it anew.
+        paths = dict.fromkeys(status.model.path for status in statuses)
+        for path in list(paths)[:PRELOADED_TOKENIZERS]:
             try:
-                await text.load(status.model.path)
+                await text.load(path)
             except SllmError as error:
-                log.warning("the tokenizer of %s can't be loaded: %s", status.model.name, error)
+                log.warning("the tokenizer of %s can't be loaded: %s", path, error)
 
 
 def _read_key(path: str) -> str:
