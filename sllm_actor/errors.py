@@ -23,11 +23,15 @@
     ├── Conflict                     true of the world now; another state would allow it
     │   ├── ModelExists · DataFolderInUse · AddressInUse · AlreadyThere
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
-    │   ├── MailboxFull · QueueFull · NoCapacity · Draining
+    │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining
     ├── DeliveryFailed               a message that brought no answer
-    │   ├── NoSuchActor · ActorDied · DeadlineExceeded
+    │   ├── NoSuchActor                not run: nobody of that name, or nobody who handles it
+    │   ├── ActorDied · DeadlineExceeded · NodeUnreachable   may have run
+    ├── HandlerFailed                a bug in the handler; the log of its node says more
     ├── ProtocolViolation            a peer that breaks the frame protocol
     │   ├── FrameTooLong · FrameInvalid
+    │   └── HandshakeRefused           two nodes that do not talk to each other
+    │       └── VersionMismatch · SecretMismatch · NodeMismatch · LinkDuplicate · NodeDown
     ├── ReadFailed                   bytes that a disk or a source did not give
     ├── MetadataFailed               cluster facts that could not be read or written
     └── EngineError
@@ -165,6 +169,10 @@ class MailboxFull(Overloaded):
     code = "mailbox_full"
 
 
+class LinkFull(Overloaded):
+    code = "link_full"
+
+
 class QueueFull(Overloaded):
     code = "queue_full"
 
@@ -193,6 +201,14 @@ class DeadlineExceeded(DeliveryFailed):
     code = "deadline_exceeded"
 
 
+class NodeUnreachable(DeliveryFailed):
+    code = "node_unreachable"
+
+
+class HandlerFailed(SllmError):
+    code = "handler_failed"
+
+
 class ProtocolViolation(SllmError):
     code = "protocol_violation"
 
@@ -203,6 +219,30 @@ class FrameTooLong(ProtocolViolation):
 
 class FrameInvalid(ProtocolViolation):
     code = "frame_invalid"
+
+
+class HandshakeRefused(ProtocolViolation):
+    code = "handshake_refused"
+
+
+class VersionMismatch(HandshakeRefused):
+    code = "version_mismatch"
+
+
+class SecretMismatch(HandshakeRefused):
+    code = "secret_mismatch"
+
+
+class NodeMismatch(HandshakeRefused):
+    code = "node_mismatch"
+
+
+class LinkDuplicate(HandshakeRefused):
+    code = "link_duplicate"
+
+
+class NodeDown(HandshakeRefused):
+    code = "node_down"
 
 
 class ReadFailed(SllmError):
@@ -239,6 +279,6 @@ def _tree(root: type[SllmError]) -> dict[str, type[SllmError]]:
 BY_CODE: dict[str, type[SllmError]] = _tree(SllmError)
 
 
-def from_code(code: str, message: str, param: str | None = None) -> SllmError:
+def from_code(code: str, message: str, param: str | None = None, retry_after_s: float | None = None) -> SllmError:
     """Rebuild the error that another process described; an unknown code becomes the base class."""
-    return BY_CODE.get(code, SllmError)(message, param=param)
+    return BY_CODE.get(code, SllmError)(message, param=param, retry_after_s=retry_after_s)

@@ -26,11 +26,27 @@ def run_python(program: str) -> str:
 
 
 def test_the_embedding_example_runs_as_it_is_printed() -> None:
-    (program,) = code_blocks(ROOT / "docs/embedding.md", "python")
+    program, _ = code_blocks(ROOT / "docs/embedding.md", "python")
     assert run_python(program).splitlines() == [
         "What is 47 + 35? 47 + 35 = 82 (1 right so far)",
         "Add 2 and 2. 2 + 2 = 4 (2 right so far)",
     ]
+
+
+def test_the_example_of_two_processes_runs_as_it_is_printed(tmp_path: Path) -> None:
+    league = tmp_path / "league.py"
+    league.write_text(code_blocks(ROOT / "docs/embedding.md", "python")[1])
+    with subprocess.Popen([sys.executable, league, "serve"], stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout is not None
+        address = serving.stdout.readline().strip()
+        played = subprocess.run(
+            [sys.executable, league, "play", address], capture_output=True, text=True, timeout=60, check=False
+        )
+        serving.kill()
+    assert played.stderr == ""
+    assert sorted(played.stdout.splitlines()) == sorted(
+        ["goal 1 for Reds!", "goal 2 for Reds!", "Reds scored 2", "again: goal 1", "again: goal 2"]
+    )
 
 
 def test_the_readmes_client_runs_as_it_is_printed(node: NodeProcess) -> None:

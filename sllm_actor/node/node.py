@@ -30,7 +30,7 @@ from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.metadata import SqliteStore
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
-from sllm_actor.runtime import ActorSystem, Clock, SystemClock
+from sllm_actor.runtime import ActorSystem, Clock, Limits, SystemClock
 from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.runtime.lag import LoopLag
 from sllm_actor.runtime.tasks import TaskScope
@@ -51,7 +51,11 @@ class Node:
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self.config = config
         self.clock = clock or SystemClock()
-        self.system = ActorSystem(mailbox_messages=config.mailbox_messages, stream_credit=config.stream_credit)
+        self.system = ActorSystem(
+            node_id=config.node_id,
+            limits=Limits(mailbox_messages=config.mailbox_messages, stream_credit=config.stream_credit),
+            clock=self.clock,
+        )
         self.lag = LoopLag(self.clock, config.loop_lag_fault_s)
         self.url = ""
         self._stack = AsyncExitStack()

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from sllm_actor.runtime.system import ActorRef, ActorSystem
+    from sllm_actor.runtime.cell import Cell
+    from sllm_actor.runtime.references import ActorRef
+    from sllm_actor.runtime.supervision import Supervision
+    from sllm_actor.runtime.system import ActorSystem
     from sllm_actor.runtime.tasks import TaskScope
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,18 +25,28 @@ class Handler(NamedTuple):
     function: Callable[..., Any]
     concurrent: bool
     stream: bool
+    priority: bool
+    # Neither concurrent nor with priority, as most are.
+    plain: bool
 
 
-def handles(message_type: type, *, concurrent: bool = False) -> Callable[[F], F]:
+# To name a field of a named tuple takes longer than to count to it, and this is done for every message.
+FUNCTION, PLAIN = Handler._fields.index("function"), Handler._fields.index("plain")
+
+
+def handles(message_type: type, *, concurrent: bool = False, priority: bool = False) -> Callable[[F], F]:
     """Mark the method that handles `message_type`.
 
     A coroutine answers an ask with what it returns, or with the typed error that it raises. An async
-    generator answers a stream. A `concurrent` handler does not hold up the messages behind it.
+    generator answers a stream. A `concurrent` handler does not hold up the messages behind it. A
+    `priority` one is for control: its messages are served before ordinary ones, and have a bound of their own.
     """
 
     def mark(function: F) -> F:
         stream = inspect.isasyncgenfunction(function)
-        function.__handles__ = (message_type, Handler(function, concurrent or stream, stream))  # type: ignore[attr-defined]
+        aside = concurrent or stream
+        handler = Handler(function, aside, stream, priority, not (aside or priority))
+        function.__handles__ = (message_type, handler)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -62,9 +75,27 @@ class Actor:
         """Run after the last message, when no handler runs any more."""
 
 
-class ActorContext(NamedTuple):
-    """What the runtime lends an actor: its system, its own reference, and a scope for background work."""
+class ActorContext:
+    """What the runtime lends an actor: its system, its own reference, its tasks, its children, its watches."""
 
-    system: ActorSystem
-    self_ref: ActorRef
-    tasks: TaskScope
+    __slots__ = ("_cell", "self_ref", "system")
+
+    def __init__(self, system: ActorSystem, self_ref: ActorRef, cell: Cell) -> None:
+        self.system = system
+        self.self_ref = self_ref
+        self._cell = cell
+
+    @property
+    def tasks(self) -> TaskScope:
+        """A scope for background work; it ends with the actor. What runs there has no caller and no deadline."""
+        return self._cell.scope
+
+    async def spawn(
+        self, actor: Actor | Callable[[], Actor], name: str, *, supervision: Supervision | None = None
+    ) -> ActorRef:
+        """Start a child, which this actor supervises: it stops before its parent does. Its name is `PARENT/NAME`."""
+        return await self.system.spawn_child(self._cell, actor, name, supervision)
+
+    def watch(self, ref: ActorRef) -> Callable[[], None]:
+        """Have `Ended` sent to this actor, once, when the actor of `ref` or its node ends; gives how to stop."""
+        return self.system.watch_for(self._cell, ref)

@@ -23,11 +23,22 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's own clocks. CLOCK_MONOTONIC is one clock for all processes of a machine."""
 
+    # The functions themselves: a call of these stands in the way of every message.
+    monotonic_s = staticmethod(time.monotonic)
+    wall_s = staticmethod(time.time)
+
+    async def sleep(self, duration_s: float) -> None:
+        await asyncio.sleep(duration_s)
+
+
+class LoopClock:
+    """The running loop's own time, for both; on a virtual loop it is as virtual as the timers."""
+
     def monotonic_s(self) -> float:
-        return time.monotonic()
+        return asyncio.get_running_loop().time()
 
     def wall_s(self) -> float:
-        return time.time()
+        return asyncio.get_running_loop().time()
 
     async def sleep(self, duration_s: float) -> None:
         await asyncio.sleep(duration_s)

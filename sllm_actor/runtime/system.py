@@ -1,302 +1,293 @@
-"""Spawns actors, delivers messages to them and stops them in order. One event loop, one system."""
+"""Spawns actors, delivers messages to them, restarts and stops them in order. One event loop, one system."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
-from collections import deque
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from functools import partial
+import os
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
-from sllm_actor.errors import ActorDied, DeadlineExceeded, MailboxFull, NoSuchActor, SllmError
-from sllm_actor.runtime.actor import Actor, ActorContext, Handler
+from sllm_actor.errors import ActorDied, ConfigInvalid, NoSuchActor, SllmError
+from sllm_actor.runtime.actor import Actor
+from sllm_actor.runtime.calls import CURRENT, NO_ENVELOPE, Deadlines, current_trace, sweep_cell
+from sllm_actor.runtime.cell import Cell
+from sllm_actor.runtime.clock import Clock, SystemClock
+from sllm_actor.runtime.limits import Limits
+from sllm_actor.runtime.network import Network, SocketNetwork
+from sllm_actor.runtime.references import ActorRef, NodeAddress
+from sllm_actor.runtime.remotes import Remotes
+from sllm_actor.runtime.security import Security
+from sllm_actor.runtime.stats import ActorStats, SystemStats
+from sllm_actor.runtime.supervision import Ended, Supervision
 from sllm_actor.runtime.tasks import TaskScope
 
 log = logging.getLogger(__name__)
 
 
-class _Reply:
-    """Where the answer to one ask goes, or the items of one stream: at most `credit` of them wait here.
+class ActorSystem:
+    """Owns the actors of one node, and its connections to others. Belongs to one event loop.
 
-    `answer` is done when the handler has ended, and cancelled when the caller has gone.
+    `messages` is the table of types that travel between nodes: msgspec structs with a tag in the field `kind`, unknown
+    fields forbidden. `randomness` gives so many random bytes; `on_escalation` hears of an actor without a parent that
+    could not be kept alive.
     """
 
-    def __init__(self, credit: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.answer: asyncio.Future[Any] = self._loop.create_future()
-        self._credit = credit
-        self._items: deque[Any] = deque()
-        self._arrival: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
-
-    @property
-    def is_stream(self) -> bool:
-        return self._credit > 0
-
-    def succeed(self, result: Any) -> None:
-        if not self.answer.done():
-            self.answer.set_result(result)
-        _wake(self._arrival)
-
-    def fail(self, error: BaseException) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
-            self.answer.exception()  # Whoever asked may be gone; that is no fault to report.
-        _wake(self._arrival)
-
-    async def put(self, item: Any) -> None:
-        """Give the reader an item, waiting while it is `credit` items behind."""
-        while len(self._items) >= self._credit:
-            self._room = self._loop.create_future()
-            await self._room
-        self._items.append(item)
-        _wake(self._arrival)
-
-    async def arrived(self) -> bool:
-        """Wait for an item; false once the handler has ended and every item is taken. Raises what it raised."""
-        while not self._items:
-            if self.answer.done():
-                self.answer.result()
-                return False
-            self._arrival = self._loop.create_future()
-            await self._arrival
-        return True
-
-    def take(self) -> Any:
-        """Give the next item, and the handler room for another."""
-        item = self._items.popleft()
-        _wake(self._room)
-        return item
-
-
-def _cancel_with(task: asyncio.Task[Any], answer: asyncio.Future[Any]) -> None:
-    if answer.cancelled():
-        task.cancel()
-
-
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
-
-
-class _Cell:
-    """One living actor: its mailbox and the task that empties it."""
-
-    def __init__(self, actor: Actor, name: str, mailbox_messages: int) -> None:
-        assert mailbox_messages > 0, "a mailbox is bounded"
-        self.actor = actor
-        self.name = name
-        self.scope = TaskScope(name)
-        self.stopping = False
-        self.runner: asyncio.Task[None] | None = None
-        self.end: asyncio.Task[None] | None = None
-        self._mailbox_messages = mailbox_messages
-        self._mailbox: asyncio.Queue[tuple[object, _Reply | None]] = asyncio.Queue(mailbox_messages)
-        self._handlers = TaskScope(f"{name}/handlers")
-
-    def put(self, message: object, reply: _Reply | None) -> None:
-        """Queue a message, or fail at once with the reason."""
-        if self.stopping:
-            raise ActorDied(f"{self.name} has stopped")
-        handler = self.actor.handlers.get(type(message))
-        if handler is None:
-            raise NoSuchActor(f"{self.name} does not handle {type(message).__name__}")
-        asked_for_stream = reply is not None and reply.is_stream
-        assert reply is None or asked_for_stream == handler.stream, f"{type(message).__name__}: ask and stream differ"
-        assert reply is not None or not handler.stream, f"{type(message).__name__} is answered by a stream"
-        # Concurrent handlers do not wait in the mailbox, so its bound is theirs too.
-        running_full = handler.concurrent and len(self._handlers) >= self._mailbox_messages
-        if running_full or self._mailbox.full():
-            raise MailboxFull(f"the mailbox of {self.name} is full", retry_after_s=1.0)
-        self._mailbox.put_nowait((message, reply))
-
-    async def run(self) -> None:
-        """Handle messages until the cell is stopped."""
-        while True:
-            message, reply = await self._mailbox.get()
-            if reply is not None and reply.answer.done():
-                continue  # The caller gave up while it waited.
-            handler = self.actor.handlers[type(message)]
-            task = self._handlers.spawn(self._handle(handler, message, reply), type(message).__name__)
-            if reply is not None:
-                reply.answer.add_done_callback(partial(_cancel_with, task))
-                task.add_done_callback(partial(self._left, reply, type(message).__name__))
-            if not handler.concurrent:
-                await asyncio.wait([task])
-
-    def _left(self, reply: _Reply, message_name: str, task: asyncio.Task[None]) -> None:
-        """Answer for a handler that was cancelled, perhaps before its first line: no caller waits for ever."""
-        why = "has stopped" if self.stopping else f"gave up on {message_name}"
-        reply.fail(ActorDied(f"{self.name} {why}"))
-
-    async def _handle(self, handler: Handler, message: object, reply: _Reply | None) -> None:
-        try:
-            result = await self._call(handler, message, reply)
-            if reply is not None:
-                reply.succeed(result)
-        except SllmError as error:
-            if reply is None:
-                log.warning("%s could not handle %s: %s", self.name, type(message).__name__, error)
-            else:
-                reply.fail(error)
-        except Exception:
-            log.exception("%s failed on %s", self.name, type(message).__name__)
-            if reply is not None:
-                reply.fail(SllmError(f"{self.name} failed on {type(message).__name__}; the node's log says more"))
-
-    async def _call(self, handler: Handler, message: object, reply: _Reply | None) -> Any:
-        if not handler.stream:
-            return await handler.function(self.actor, message)
-        assert reply is not None, "put has checked it"
-        async with aclosing(handler.function(self.actor, message)) as items:
-            async for item in items:
-                await reply.put(item)
-        return None
-
-    async def abandon(self) -> None:
-        """Take no more messages, end what runs, tell every waiting caller."""
-        self.stopping = True
-        if self.runner is not None:
-            self.runner.cancel()
-        await self._handlers.close()
-        await self.scope.close()
-        while not self._mailbox.empty():
-            _, reply = self._mailbox.get_nowait()
-            if reply is not None:
-                reply.fail(ActorDied(f"{self.name} has stopped"))
-
-    async def stop(self) -> None:
-        """Abandon it and let the actor clean up; a failure there must not keep others from stopping."""
-        await self.abandon()
-        try:
-            await self.actor.stopped()
-        except Exception:
-            log.exception("%s failed while it stopped", self.name)
-
-
-class ActorRef:
-    """Where messages to one actor go. Survives the actor; sending to one that has gone fails with a typed error."""
-
-    def __init__(self, system: ActorSystem, name: str) -> None:
-        self._system = system
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"ActorRef({self.name!r})"
-
-    def tell(self, message: object) -> None:
-        """Send and forget. A message that can't be delivered is a dead letter: counted and logged."""
-        try:
-            self._system._deliver(self.name, message, None)
-        except SllmError as error:
-            self._system._dead_letter(self.name, message, error)
-
-    async def ask(self, message: object, *, timeout_s: float) -> Any:
-        """Send and wait for the answer. Cancelling this cancels the handler.
-
-        Raises:
-            DeadlineExceeded: no answer within `timeout_s`.
-            NoSuchActor, ActorDied, MailboxFull: not delivered, or its actor ended.
-            SllmError: whatever typed error the handler raised.
-        """
-        reply = _Reply(credit=0)
-        self._system._deliver(self.name, message, reply)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await reply.answer
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{self.name} did not answer {type(message).__name__} within {timeout_s:g} s"
-            ) from None
-
-    async def stream(self, message: object) -> AsyncGenerator[Any, None]:
-        """Send and iterate over the items of the answer; at most the system's credit of them run ahead.
-
-        Close it (`contextlib.aclosing`) to cancel the handler. Raises like `ask`, but has no deadline.
-        """
-        reply = _Reply(self._system.stream_credit)
-        self._system._deliver(self.name, message, reply)
-        try:
-            while await reply.arrived():
-                yield reply.take()
-        finally:
-            reply.answer.cancel()
-
-
-class ActorSystem:
-    """Owns the actors of one node. Belongs to one event loop."""
-
-    def __init__(self, *, mailbox_messages: int = 1024, stream_credit: int = 64) -> None:
-        self.stream_credit = stream_credit
+    def __init__(
+        self,
+        *,
+        node_id: str = "local",
+        messages: Sequence[type] = (),
+        security: Security | None = None,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        network: Network | None = None,
+        randomness: Callable[[int], bytes] = os.urandom,
+        on_escalation: Callable[[ActorRef, Exception], None] | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.clock = clock or SystemClock()
+        self.now_s = self.clock.monotonic_s
+        self.tasks = TaskScope("system")
+        self.deadlines = Deadlines(self.clock)
         self.dead_letters = 0
-        self._mailbox_messages = mailbox_messages
-        self._cells: dict[str, _Cell] = {}
+        self.deadlines.watch(lambda now_s: min([sweep_cell(cell, now_s) for cell in self.cells.values()], default=inf))
+        self.cells: dict[str, Cell] = {}
         self._closing = False
-        self._scope = TaskScope("system")
+        self._watches = 0
+        self._on_escalation = on_escalation
+        self._context = contextvars.copy_context()
+        self._context.run(CURRENT.set, NO_ENVELOPE)
+        # Bound to the loop at its first call: to look for the running loop takes longer than to make a future.
+        self.create_future: Callable[[], asyncio.Future[Any]] = self._create_first_future
+        uid = int.from_bytes(randomness(7), "big") + 1
+        self.address = NodeAddress(node_id, "", uid)
+        self._remotes = Remotes(
+            self,
+            messages,
+            security or Security(),
+            network or SocketNetwork(self.limits.handshake_timeout_s),
+            randomness,
+        )
 
-    async def spawn(self, actor: Actor, name: str) -> ActorRef:
+    def _create_first_future(self) -> asyncio.Future[Any]:
+        self.create_future = asyncio.get_running_loop().create_future
+        return self.create_future()
+
+    def fresh_context(self) -> contextvars.Context:
+        """Give the context of a handler, free of whoever happened to wake it."""
+        return self._context.copy()
+
+    def callerless_context(self) -> contextvars.Context:
+        """Give a copy of the caller's context for work that outlives the call: its trace stays, its deadline goes."""
+        context = contextvars.copy_context()
+        context.run(CURRENT.set, (None, None, None, inf, current_trace()))
+        return context
+
+    # Actors.
+
+    async def spawn(
+        self, actor: Actor | Callable[[], Actor], name: str, *, supervision: Supervision | None = None
+    ) -> ActorRef:
         """Start an actor under a name that no living actor has.
+
+        Given an instance, an unexpected exception in a handler fails that call and the actor goes on. Given a
+        class or another way to make one, it is made anew then, as `supervision` says (three times in five seconds
+        by default); its reference and its mailbox stay.
 
         Raises:
             ActorDied: the system is closing, or the actor was stopped before it had started.
         """
+        return await self._spawn(None, actor, name, supervision)
+
+    async def spawn_child(
+        self, parent: Cell, actor: Actor | Callable[[], Actor], name: str, supervision: Supervision | None
+    ) -> ActorRef:
+        """Start an actor that `parent` supervises; `ActorContext.spawn` is for everyone else."""
+        if parent.closed:
+            raise ActorDied(f"{name} can't start: {parent.name} is stopping")
+        return await self._spawn(parent, actor, f"{parent.name}/{name}", supervision)
+
+    async def _spawn(
+        self,
+        parent: Cell | None,
+        actor: Actor | Callable[[], Actor],
+        name: str,
+        supervision: Supervision | None,
+    ) -> ActorRef:
         if self._closing:
             raise ActorDied(f"{name} can't start: its system is closing")
-        assert name not in self._cells, f"there is an actor named {name} already"
-        ref = ActorRef(self, name)
-        cell = _Cell(actor, name, self._mailbox_messages)
-        actor.context = ActorContext(self, ref, cell.scope)
-        self._cells[name] = cell
+        assert name not in self.cells, f"there is an actor named {name} already"
+        ref = ActorRef(self, name, self.address, None)
+        if isinstance(actor, Actor):
+            assert supervision is None, "an instance can't be made anew; give its class"
+            cell = Cell(self, ref, None, actor, parent, None)
+        else:
+            cell = Cell(self, ref, actor, actor(), parent, supervision or Supervision())
+        self.cells[name] = cell
+        if parent is not None:
+            parent.children[name] = cell
         try:
-            await actor.started()
+            await cell.start()
         except BaseException:
-            self._cells.pop(name, None)
-            await cell.abandon()
+            if cell.end is None:
+                self._forget(cell)
+                await cell.stop()
             raise
-        if cell.stopping:
-            raise ActorDied(f"{name} was stopped while it started")
-        cell.runner = self._scope.spawn(cell.run(), name)
         return ref
 
-    def ref(self, name: str) -> ActorRef:
-        """Make a reference from a name that travelled in a message."""
-        return ActorRef(self, name)
+    def _forget(self, cell: Cell) -> None:
+        self.cells.pop(cell.name, None)
+        if cell.parent is not None:
+            cell.parent.children.pop(cell.name, None)
+
+    def ref(self, name: str, at: str | NodeAddress | None = None) -> ActorRef:
+        """Make a reference from a name; `at` is the node's address, `ID@ENDPOINT`, this one by default.
+
+        Raises:
+            ConfigInvalid: `at` is no address.
+        """
+        if at is None:
+            return ActorRef(self, name, self.address, None)
+        address = NodeAddress.parse(at) if isinstance(at, str) else at
+        if address.node == self.address.node and address.uid in (0, self.address.uid):
+            return ActorRef(self, name, self.address, None)
+        return ActorRef(self, name, address, self._remotes.peer(address))
 
     def names(self) -> list[str]:
         """List the living actors, oldest first."""
-        return list(self._cells)
+        return list(self.cells)
 
-    def _deliver(self, name: str, message: object, reply: _Reply | None) -> None:
-        cell = self._cells.get(name)
+    # Messages.
+
+    def cell(self, name: str) -> Cell:
+        """Find an actor of this system.
+
+        Raises:
+            NoSuchActor: there is none of that name.
+        """
+        cell = self.cells.get(name)
         if cell is None:
             raise NoSuchActor(f"there is no actor {name}")
-        cell.put(message, reply)
+        return cell
 
-    def _dead_letter(self, name: str, message: object, error: SllmError) -> None:
+    def dead_letter(self, name: str, what: str, error: SllmError) -> None:
+        """Count and log a message that found no reader."""
         self.dead_letters += 1
-        log.info("dead letter %s to %s: %s", type(message).__name__, name, error)
+        log.info("dead letter %s to %s: %s", what, name, error)
 
-    async def stop(self, name: str) -> None:
-        """Stop one actor; does nothing if there is none of that name. Whoever asks again waits for the same end.
+    # Watching.
 
-        An actor that stops itself is cancelled there.
+    def watch(self, ref: ActorRef, hear: Callable[[str], None]) -> Callable[[], None]:
+        """Call `hear` with the reason, once, when the actor of `ref` has ended; gives how to stop watching.
+
+        It may be called before this returns: one that is not there has ended.
         """
-        cell = self._cells.get(name)
+        if not ref.is_local:
+            return self._remotes.peer(ref.address).watch(ref, hear)
+        cell = self.cells.get(ref.name)
         if cell is None:
-            return
+            hear("no_such_actor")
+            return _nothing
+        self._watches += 1
+        cell.watchers[self._watches] = hear
+        number = self._watches
+
+        def stop() -> None:
+            cell.watchers.pop(number, None)
+
+        return stop
+
+    def watch_for(self, watcher: Cell, ref: ActorRef) -> Callable[[], None]:
+        """Send `Ended` to an actor; `ActorContext.watch` is for everyone else."""
+        return self.watch(ref, lambda reason: watcher.hear_of(Ended(ref, reason)))
+
+    # Ends.
+
+    def escalated(self, ref: ActorRef, failure: Exception) -> None:
+        """An actor without a parent could not be kept alive."""
+        if self._on_escalation is not None:
+            self._on_escalation(ref, failure)
+        else:
+            log.critical("%r could not be kept alive: %r", ref, failure)
+
+    async def stop(self, name: str, *, drain_s: float = 0.0) -> None:
+        """Stop one actor and its children; does nothing if there is none of that name.
+
+        It takes no more messages. Those that had come are handled for up to `drain_s` seconds, then what runs is
+        cancelled. Whoever asks again waits for the same end. An actor that stops itself is cancelled there.
+        """
+        cell = self.cells.get(name)
+        if cell is not None:
+            await asyncio.shield(self.end(cell, "stopped", drain_s))
+
+    def end(self, cell: Cell, reason: str, drain_s: float = 0.0) -> asyncio.Task[None]:
+        """Begin to stop an actor; its watchers will hear the reason."""
         if cell.end is None:
-            cell.end = self._scope.spawn(self._end(cell), f"{name}/stop")
-        await asyncio.shield(cell.end)
+            cell.closed = True
+            work = self._end(cell, reason, drain_s)
+            cell.end = self.tasks.spawn(work, f"{cell.name}/stop", context=self.fresh_context())
+        return cell.end
 
-    async def _end(self, cell: _Cell) -> None:
+    async def _end(self, cell: Cell, reason: str, drain_s: float) -> None:
+        if drain_s > 0:
+            try:
+                async with asyncio.timeout(drain_s):
+                    await cell.drain()
+            except TimeoutError:
+                log.warning("%s was not drained within %g s", cell.name, drain_s)
         await cell.stop()
-        self._cells.pop(cell.name, None)
+        self._forget(cell)
+        cell.tell_watchers(reason)
 
-    async def close(self) -> None:
-        """Stop every actor, youngest first; none can be spawned any more."""
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Stop every actor, youngest first, and every connection; none can be spawned any more."""
         self._closing = True
-        while self._cells:
-            await self.stop(next(reversed(self._cells)))
-        await self._scope.close()
+        self._remotes.close_listeners()
+        while self.cells:
+            await self.stop(next(reversed(self.cells)), drain_s=drain_s)
+        await self._remotes.close()
+        self.deadlines.close()
+        await self.tasks.close()
+
+    # Other nodes.
+
+    async def listen(self, endpoint: str) -> str:
+        """Let other nodes connect at an endpoint (`tcp://HOST:PORT`, `unix:///PATH`); gives this node's address.
+
+        Raises:
+            ConfigInvalid: it can be reached from other machines, and neither a secret nor TLS secures it.
+            AddressInUse: someone listens there.
+        """
+        if self.address.endpoint:
+            raise ConfigInvalid(f"this node listens at {self.address.endpoint} already", param="endpoint")
+        given = await self._remotes.listen(endpoint)
+        self.address = self.address._replace(endpoint=given)
+        return str(self.address)
+
+    # What can be seen.
+
+    def stats(self) -> SystemStats:
+        """Give the counts of every actor and connection as they are now."""
+        actors = tuple(
+            ActorStats(
+                name=cell.name,
+                mailbox_depth=cell.depth,
+                handled=cell.handled,
+                busy_s=cell.busy_s,
+                restarts=cell.restarts,
+            )
+            for cell in self.cells.values()
+        )
+        return SystemStats(
+            node=self.address.node,
+            dead_letters=self.dead_letters,
+            actors=actors,
+            links=self._remotes.stats(),
+        )
+
+
+def _nothing() -> None:
+    """Stop watching what has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -16,31 +17,43 @@ class TaskScope:
     Not thread-safe: belongs to one event loop.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, make_context: Callable[[], Context] | None = None) -> None:
         self._name = name
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._make_context = make_context
+        # In the order of their start, so that they also end in one.
+        self._tasks: dict[asyncio.Task[Any], None] = {}
         self._closed = False
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """List the tasks that have not ended, oldest first."""
+        return list(self._tasks)
 
     def spawn(
         self,
         work: Coroutine[Any, Any, Any],
         name: str,
         on_failure: Callable[[BaseException], None] | None = None,
+        context: Context | None = None,
     ) -> asyncio.Task[Any]:
-        """Start `work` as a task of this scope; its failure goes to `on_failure`, or to the log."""
+        """Start `work` as a task of this scope; its failure goes to `on_failure`, or to the log.
+
+        It runs in `context`, or in the one that the scope makes, or in a copy of the caller's.
+        """
         if self._closed:
             work.close()
             raise asyncio.CancelledError(f"{self._name} is closed")
-        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}/{name}")
-        self._tasks.add(task)
+        if context is None and self._make_context is not None:
+            context = self._make_context()
+        task = asyncio.get_running_loop().create_task(work, name=f"{self._name}/{name}", context=context)
+        self._tasks[task] = None
         task.add_done_callback(lambda done: self._ended(done, on_failure))
         return task
 
     def _ended(self, task: asyncio.Task[Any], on_failure: Callable[[BaseException], None] | None) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if task.cancelled():
             return
         error = task.exception()

@@ -1,0 +1,392 @@
+"""One living actor: its mailbox, the task that empties it, and what happens when it fails or stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from math import inf
+from typing import TYPE_CHECKING
+
+from sllm_actor.errors import ActorDied, HandlerFailed, MailboxFull, NoSuchActor, SllmError
+from sllm_actor.runtime.actor import FUNCTION, PLAIN, Actor, ActorContext, Handler
+from sllm_actor.runtime.aside import Aside
+from sllm_actor.runtime.calls import CURRENT, NO_ENVELOPE, Envelope, Reply, fail, too_late, wake
+from sllm_actor.runtime.supervision import Ended, RestartWindow, Supervision
+from sllm_actor.runtime.tasks import TaskScope
+
+if TYPE_CHECKING:
+    from sllm_actor.runtime.references import ActorRef
+    from sllm_actor.runtime.system import ActorSystem
+
+log = logging.getLogger(__name__)
+
+# Messages that one actor handles before the others on the loop have a turn.
+TURN_MESSAGES = 64
+set_current = CURRENT.set
+
+
+class Cell:
+    """An actor's place in its system. It outlives the actor object, which a restart makes anew."""
+
+    __slots__ = (
+        "_alive",
+        "_aside",
+        "_control",
+        "_current",
+        "_draining",
+        "_failure",
+        "_gone",
+        "_runner",
+        "_scope",
+        "_started",
+        "_stopping",
+        "_window",
+        "actor",
+        "bound",
+        "busy_s",
+        "children",
+        "closed",
+        "end",
+        "handled",
+        "make",
+        "name",
+        "parent",
+        "queue",
+        "ref",
+        "restarts",
+        "system",
+        "waiter",
+        "watchers",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        system: ActorSystem,
+        ref: ActorRef,
+        make: Callable[[], Actor] | None,
+        actor: Actor,
+        parent: Cell | None,
+        supervision: Supervision | None,
+    ) -> None:
+        self.system = system
+        self.ref = ref
+        self.name = ref.name
+        self.make = make
+        self.actor = actor
+        self.parent = parent
+        self.children: dict[str, Cell] = {}
+        self.watchers: dict[int, Callable[[str], None]] = {}
+        self.closed = False
+        self.end: asyncio.Task[None] | None = None
+        self.handled = 0
+        self.restarts = 0
+        self.busy_s = 0.0
+        self.bound = system.limits.mailbox_messages
+        self._window = RestartWindow(supervision) if supervision is not None else None
+        self.queue: deque[Envelope] = deque()
+        self._control: deque[Envelope] = deque()
+        self.waiter: asyncio.Future[None] | None = None
+        self._runner: asyncio.Task[None] | None = None
+        self._current: Envelope | None = None
+        # Who waits in the mailbox for nobody any more.
+        self._gone: set[Reply | None] = set()
+        self._aside: Aside | None = None
+        self._scope: TaskScope | None = None
+        self._started = False
+        # Whether the present actor object has started, and is to be asked to clean up.
+        self._alive = False
+        self._draining = False
+        self._stopping = False
+        self._failure: Exception | None = None
+
+    # The mailbox.
+
+    @property
+    def depth(self) -> int:
+        """Messages that wait."""
+        return len(self.queue) + len(self._control)
+
+    @property
+    def scope(self) -> TaskScope:
+        """The actor's own background tasks."""
+        if self._scope is None:
+            self._scope = TaskScope(self.name, self.system.callerless_context)
+        return self._scope
+
+    def put(
+        self, message: object, reply: Reply | None, deadline_s: float, trace: bytes | None, wants_stream: bool
+    ) -> None:
+        """Queue a message, or fail at once with the reason. `reply` is where its answer goes, None for nowhere.
+
+        Raises:
+            ActorDied, NoSuchActor, MailboxFull: it was not queued, and will not run.
+        """
+        if self.closed:
+            raise ActorDied(f"{self.name} has stopped")
+        handler = self.actor.handlers.get(type(message))
+        if handler is None or handler.stream is not wants_stream:
+            raise self._refusal(message, handler)
+        queue = self.queue
+        if not handler[PLAIN]:
+            queue = self._queue_for(handler)
+        elif len(queue) >= self.bound:
+            raise MailboxFull(f"the mailbox of {self.name} is full", retry_after_s=1.0)
+        queue.append((message, reply, handler, deadline_s, trace))
+        waiter = self.waiter
+        if waiter is None:
+            self._stir()
+        elif not waiter.done():
+            waiter.set_result(None)
+
+    def _queue_for(self, handler: Handler) -> deque[Envelope]:
+        """Find the queue of a handler that is not an ordinary one."""
+        limits = self.system.limits
+        if handler.priority:
+            queue, bound = self._control, limits.control_messages
+        else:
+            queue, bound = self.queue, limits.mailbox_messages
+        # Concurrent handlers do not wait in the mailbox, so its bound is theirs too.
+        if len(queue) >= bound or (handler.concurrent and self._aside is not None and len(self._aside) >= bound):
+            raise MailboxFull(f"the mailbox of {self.name} is full", retry_after_s=1.0)
+        return queue
+
+    def _refusal(self, message: object, handler: Handler | None) -> NoSuchActor:
+        what = type(message).__name__
+        if handler is None:
+            return NoSuchActor(f"{self.name} does not handle {what}")
+        return NoSuchActor(f"{self.name} answers {what} by {'a stream' if handler.stream else 'one answer, no stream'}")
+
+    def hear_of(self, ended: Ended) -> None:
+        """Queue a notice that was asked for by watching; as many come as there are watches."""
+        handler = self.actor.handlers.get(Ended)
+        if handler is None or self.closed:
+            return
+        self._control.append((ended, None, handler, inf, None))
+        self._stir()
+
+    def _stir(self) -> None:
+        if self.waiter is not None:
+            wake(self.waiter)
+        elif self._runner is None and self._started:
+            self._start_runner()
+
+    def _start_runner(self) -> None:
+        self._runner = self.system.tasks.spawn(self._run(), self.name, context=self.system.fresh_context())
+
+    # Running.
+
+    async def start(self) -> None:
+        """Let the actor begin; its messages wait until it has."""
+        self.actor.context = ActorContext(self.system, self.ref, self)
+        await self.actor.started()
+        if self.closed:
+            raise ActorDied(f"{self.name} was stopped while it started")
+        self._started = self._alive = True
+        if self.depth or self._failure is not None:
+            self._start_runner()
+
+    async def _run(self) -> None:
+        while True:
+            if self._failure is not None:
+                set_current(NO_ENVELOPE)
+                if not await self._recover(self._failure):
+                    self._fail_queued()
+                    return
+                continue
+            if not self.queue and not self._control:
+                if self._draining:
+                    return
+                # Who is in here was answered just before it gave up.
+                self._gone.clear()
+                self.waiter = self.system.create_future()
+                await self.waiter
+                self.waiter = None
+            await self._turn()
+            if self.queue or self._control:
+                await asyncio.sleep(0)
+
+    async def _turn(self) -> None:
+        """Handle the messages that are there, up to a turn's share."""
+        control, queue, actor, gone = self._control, self.queue, self.actor, self._gone
+        handled = 0
+        began_s = self.system.now_s()
+        for _ in range(TURN_MESSAGES):
+            if control:
+                envelope = control.popleft()
+            elif queue:
+                envelope = queue.popleft()
+            else:
+                break
+            handled += 1
+            message, reply, handler, deadline_s, _ = envelope
+            if gone and reply in gone:
+                gone.discard(reply)
+                continue  # The caller gave up while it waited.
+            if deadline_s <= began_s:
+                fail(reply, too_late(self.name, type(message)))
+                continue
+            if not handler[PLAIN] and handler.concurrent:
+                self._run_aside(envelope)
+                continue
+            set_current(envelope)
+            self._current = envelope
+            try:
+                result = await handler[FUNCTION](actor, message)
+                if reply is not None:
+                    reply.set_result(result)
+            except BaseException as error:
+                self._handle_failure(error, message, reply)
+            self._current = None
+            if self._failure is not None:
+                break
+        self.handled += handled
+        self.busy_s += self.system.now_s() - began_s
+
+    def _handle_failure(self, error: BaseException, message: object, reply: Reply | None) -> None:
+        """Sort out why a serial handler ended: by its caller, by a stop, by a typed error, or by a bug."""
+        if isinstance(error, asyncio.InvalidStateError) and reply is not None and reply.done():
+            return  # It answered an asker who has given up.
+        if isinstance(error, asyncio.CancelledError):
+            if self._stopping:
+                fail(reply, ActorDied(f"{self.name} has stopped"))
+                raise error
+            while self._runner is not None and self._runner.cancelling():
+                self._runner.uncancel()
+            fail(reply, ActorDied(f"{self.name} gave up on {type(message).__name__}"))
+        elif isinstance(error, SllmError):
+            self.failed_as_typed(error, message, reply)
+        elif isinstance(error, Exception):
+            self.failed_by_bug(error, message, reply)
+        else:
+            raise error
+
+    def failed_as_typed(self, error: SllmError, message: object, reply: Reply | None) -> None:
+        """A handler said in a typed error why it can't."""
+        if reply is None:
+            log.warning("%s could not handle %s: %s", self.name, type(message).__name__, error)
+        fail(reply, error)
+
+    def failed_by_bug(self, error: Exception, message: object, reply: Reply | None) -> None:
+        """A handler raised what it should not: the actor has failed."""
+        what = type(message).__name__
+        log.error("%s failed on %s", self.name, what, exc_info=error)
+        fail(reply, HandlerFailed(f"{self.name} failed on {what}; the log of its node says more"))
+        if self._window is not None and self._failure is None:
+            self._failure = error
+            self._stir()
+
+    def _run_aside(self, envelope: Envelope) -> None:
+        if self._aside is None:
+            self._aside = Aside(self)
+        self._aside.run(envelope)
+
+    def cancel_call(self, reply: Reply) -> None:
+        """Cancel the handler whose answer would go there, if it still runs."""
+        if self._current is not None and self._current[1] is reply:
+            if self._runner is not None:
+                self._runner.cancel()
+        elif (self._aside is None or not self._aside.cancel(reply)) and (self.queue or self._control):
+            self._gone.add(reply)
+
+    def envelopes(self) -> list[Envelope]:
+        """List the messages that wait here or are being handled."""
+        aside = self._aside.envelopes() if self._aside is not None else ()
+        current = () if self._current is None else (self._current,)
+        return [*self._control, *self.queue, *aside, *current]
+
+    # Failure.
+
+    async def _recover(self, failure: Exception) -> bool:
+        """Make the actor anew, mailbox and reference kept; false when that was too often, and the parent has to."""
+        while True:
+            await self._end_work()
+            self._failure = None
+            assert self._window is not None and self.make is not None
+            if not self._window.allows(self.system.now_s()):
+                log.error("%s failed too often and is stopped", self.name)
+                self.system.end(self, "failed")
+                self._pass_up(failure)
+                return False
+            self.restarts += 1
+            log.warning("%s is restarted after %r", self.name, failure)
+            try:
+                self.actor = self.make()
+                self.actor.context = ActorContext(self.system, self.ref, self)
+                await self.actor.started()
+                self._alive = True
+                return True
+            except Exception as error:
+                log.error("%s failed while it restarted", self.name, exc_info=error)
+                failure = error
+
+    def _pass_up(self, failure: Exception) -> None:
+        if self.parent is None:
+            self.system.escalated(self.ref, failure)
+        else:
+            self.parent.child_failed(failure)
+
+    def child_failed(self, failure: Exception) -> None:
+        """A child could not be kept alive: this actor has failed, too, unless it can't be made anew."""
+        if self._window is None:
+            self._pass_up(failure)
+        elif self._failure is None and not self.closed:
+            self._failure = failure
+            self._stir()
+
+    # The end.
+
+    async def drain(self) -> None:
+        """Take no more messages; return once those that had come are handled."""
+        self.closed = True
+        self._draining = True
+        self._stir()
+        while self.depth or self._current is not None or self._aside:
+            running = [self._runner] if self._runner is not None and not self._runner.done() else []
+            running += self._aside.tasks() if self._aside is not None else []
+            if not running:
+                return
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+
+    async def stop(self) -> None:
+        """End what runs, tell every waiting caller, and let the actor clean up, if it has ever started."""
+        self.closed = True
+        self._stopping = True
+        if self._runner is not None and self._runner is not asyncio.current_task():
+            self._runner.cancel()
+            await asyncio.wait([self._runner])
+        self._fail_queued()
+        await self._end_work()
+
+    def _fail_queued(self) -> None:
+        for queue in (self._control, self.queue):
+            while queue:
+                fail(queue.popleft()[1], ActorDied(f"{self.name} has stopped"))
+
+    async def _end_work(self) -> None:
+        """End the handlers, children and background tasks of the present actor; let it clean up."""
+        if self._aside is not None:
+            await self._aside.close()
+            self._aside = None
+        await self._end_helpers()
+        if not self._alive:
+            return
+        self._alive = False
+        try:
+            await self.actor.stopped()
+        except Exception:
+            log.exception("%s failed while it stopped", self.name)
+
+    async def _end_helpers(self) -> None:
+        if self._scope is not None:
+            await self._scope.close()
+            self._scope = None
+        while self.children:
+            await self.system.stop(next(reversed(self.children)))
+
+    def tell_watchers(self, reason: str) -> None:
+        """Say that this actor has ended for good."""
+        watchers, self.watchers = self.watchers, {}
+        for hear in watchers.values():
+            hear(reason)

@@ -1,0 +1,93 @@
+"""Dial a peer until it answers: one attempt at a time, further apart after each failure, with jitter."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from sllm_actor.errors import ConfigInvalid, HandshakeRefused, LinkDuplicate, NodeUnreachable, SllmError
+
+if TYPE_CHECKING:
+    from sllm_actor.runtime.link import Link
+    from sllm_actor.runtime.peer import Peer
+    from sllm_actor.runtime.remotes import Remotes
+
+log = logging.getLogger(__name__)
+
+
+class Dialling:
+    """The attempts to reach one peer. `error` is why the last one failed, None while there is hope."""
+
+    def __init__(self, peer: Peer, remotes: Remotes) -> None:
+        self.error: SllmError | None = None
+        self._peer = peer
+        self._remotes = remotes
+        self._limits = remotes.system.limits
+        self._task: asyncio.Task[None] | None = None
+        self._link: Link | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Tell whether an attempt runs that has not failed yet."""
+        return self._task is not None and self.error is None
+
+    def begin(self) -> None:
+        """Dial until there is a link; does nothing if that is being done, or there is nowhere to dial."""
+        if self._task is None and self._peer.link is None and self._peer.endpoint and not self._remotes.closing:
+            system = self._remotes.system
+            self._task = system.tasks.spawn(self._run(), f"dial-{self._peer.node}", context=system.fresh_context())
+
+    def succeeded(self) -> None:
+        """There is a link, whoever dialled."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Dial no more."""
+        self.error = None
+        task, self._task = self._task, None
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
+    async def _run(self) -> None:
+        delay_s = self._limits.redial_first_s
+        try:
+            while self._peer.link is None:
+                error = await self._attempt()
+                if error is None or self._peer.link is not None:
+                    return
+                if not isinstance(error, LinkDuplicate):
+                    # One that crossed the peer's own dial has not failed: that one will open.
+                    self.error = error
+                    self._peer.unreachable(error)
+                await self._remotes.system.clock.sleep(delay_s * (0.5 + self._remotes.chance()))
+                delay_s = min(delay_s * 2, self._limits.redial_last_s)
+        finally:
+            if self._task is asyncio.current_task():
+                self._task = None
+
+    async def _attempt(self) -> SllmError | None:
+        """Dial once; give why there is no link, None when there is."""
+        peer, network = self._peer, self._remotes.network
+        outcome: asyncio.Future[SllmError | None] = asyncio.get_running_loop().create_future()
+
+        def settle(error: SllmError | None) -> None:
+            if not outcome.done():
+                outcome.set_result(error)
+
+        link = self._remotes.dialling_link(peer, settle)
+        try:
+            async with asyncio.timeout(self._limits.handshake_timeout_s):
+                await network.dial(peer.endpoint, lambda: link, self._remotes.security.client_tls)
+            return await outcome
+        except TimeoutError:
+            return NodeUnreachable(f"{peer.node} did not answer at {peer.endpoint}")
+        except ConfigInvalid as error:
+            return error
+        except HandshakeRefused as error:
+            return error
+        except OSError as error:
+            return NodeUnreachable(f"{peer.node} can't be reached at {peer.endpoint}: {error.strerror or error}")
+        finally:
+            if not link.is_open:
+                link.close(NodeUnreachable(f"the attempt to reach {peer.node} was given up"))

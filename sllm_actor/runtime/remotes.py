@@ -1,0 +1,236 @@
+"""All of a system's connections to other nodes: who may connect, and which of two that cross stays."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from sllm_actor.errors import (
+    ConfigInvalid,
+    LinkDuplicate,
+    NodeDown,
+    NodeMismatch,
+    NodeUnreachable,
+    Overloaded,
+    SllmError,
+)
+from sllm_actor.runtime.handshake import MAX_NAME_LENGTH, NONCE_BYTES, VERSION_MAX, VERSION_MIN, Hello
+from sllm_actor.runtime.letters import LetterCodec
+from sllm_actor.runtime.link import Link
+from sllm_actor.runtime.network import Endpoint, Listener, Network
+from sllm_actor.runtime.peer import Peer
+from sllm_actor.runtime.references import ActorRef, NodeAddress
+from sllm_actor.runtime.security import Security
+from sllm_actor.runtime.stats import LinkStats
+from sllm_actor.runtime.wire import Role, Wire
+
+if TYPE_CHECKING:
+    from sllm_actor.runtime.system import ActorSystem
+
+
+class Remotes:
+    """Owns the peers, the listener and the links that are still shaking hands."""
+
+    def __init__(
+        self,
+        system: ActorSystem,
+        messages: Sequence[type],
+        security: Security,
+        network: Network,
+        randomness: Callable[[int], bytes],
+    ) -> None:
+        self.system = system
+        self.security = security
+        self.network = network
+        self.closing = False
+        self.codec = LetterCodec(messages, self._write_reference, self._read_reference, ActorRef)
+        self._randomness = randomness
+        # A peer lives as long as a reference, a link, a dial or a timer needs it.
+        self._peers: weakref.WeakValueDictionary[str, Peer] = weakref.WeakValueDictionary()
+        self._down: dict[str, int] = {}
+        system.deadlines.watch(lambda now_s: min([peer.sweep(now_s) for peer in self._peers.values()], default=inf))
+        self._owners: dict[Link, Peer | None] = {}
+        self._listener: Listener | None = None
+
+    def chance(self) -> float:
+        """Give a random number from 0 to 1."""
+        return int.from_bytes(self._randomness(4), "big") / 2**32
+
+    def peer(self, address: NodeAddress) -> Peer:
+        """Find or begin the peer of a node.
+
+        Raises:
+            Overloaded: too many nodes are known already.
+        """
+        peer = self._peers.get(address.node)
+        if peer is None:
+            if len(self._peers) >= self.system.limits.max_peers:
+                gc.collect()
+            if len(self._peers) >= self.system.limits.max_peers:
+                raise Overloaded(f"{len(self._peers)} nodes are known already")
+            peer = self._peers[address.node] = Peer(self, address.node)
+        if address.endpoint and peer.link is None:
+            peer.endpoint = address.endpoint
+        return peer
+
+    def declare_down(self, node: str, uid: int) -> None:
+        """Remember that an incarnation was declared down; of as many nodes as may be known, the oldest is forgotten."""
+        self._down.pop(node, None)
+        self._down[node] = uid
+        while len(self._down) > self.system.limits.max_peers:
+            del self._down[next(iter(self._down))]
+
+    def is_down(self, node: str, uid: int) -> bool:
+        """Tell whether this incarnation was declared down."""
+        return self._down.get(node) == uid
+
+    # References in messages: node, endpoint, uid, name.
+
+    def _write_reference(self, ref: ActorRef) -> Any:
+        address = self.system.address if ref.is_local else ref.address
+        return (address.node, address.endpoint, address.uid, ref.name)
+
+    def _read_reference(self, raw: Any) -> ActorRef:
+        if type(raw) is not list or [type(field) for field in raw] != [str, str, int, str]:
+            raise ValueError("a reference is written as node, endpoint, uid and name")
+        node, endpoint, uid, name = raw
+        if not 0 < len(node) <= MAX_NAME_LENGTH or len(endpoint) > MAX_NAME_LENGTH or not 0 <= uid < 2**63:
+            raise ValueError("a reference whose node is out of bounds")
+        try:
+            if endpoint:
+                Endpoint.parse(endpoint)
+            return self.system.ref(name, NodeAddress(node, endpoint, uid))
+        except SllmError as error:
+            raise ValueError(error.message) from error
+
+    # Links.
+
+    async def listen(self, endpoint: str) -> str:
+        """Accept connections; gives the endpoint as others dial it. Raises like `ActorSystem.listen`."""
+        # The simulated network has hosts of its own; for real ones the rule holds.
+        if not self.security.is_secured and not Endpoint.parse(endpoint).is_local:
+            raise ConfigInvalid(
+                f"{endpoint} can be reached from other machines: give a cluster secret or TLS", param="endpoint"
+            )
+        self._listener = await self.network.listen(endpoint, self._accepting_link, self.security.server_tls)
+        return self._listener.endpoint
+
+    def _hello(self, links: int) -> Hello:
+        limits, address = self.system.limits, self.system.address
+        return Hello(
+            version_min=VERSION_MIN,
+            version_max=VERSION_MAX,
+            node=address.node,
+            uid=address.uid,
+            nonce=self._randomness(NONCE_BYTES),
+            endpoint=address.endpoint,
+            secured=bool(self.security.secret),
+            links=links,
+            max_frame_bytes=limits.max_frame_bytes,
+            max_blob_bytes=limits.max_blob_bytes,
+        )
+
+    def _accepting_link(self) -> Link:
+        link = self._link(Wire(Role.ACCEPTOR, self._hello(0), self.codec, self.system.limits, self.security.secret))
+        shaking = sum(not known.is_open for known in self._owners)
+        if self.closing or shaking > self.system.limits.max_handshakes:
+            link.close(NodeUnreachable("too many peers are shaking hands"))
+        return link
+
+    def dialling_link(self, peer: Peer, settle: Callable[[SllmError | None], None]) -> Link:
+        """Make a link to dial a peer with; `settle` hears once how the handshake ended, None for well."""
+        wire = Wire(
+            Role.DIALER,
+            self._hello(peer.links_seen),
+            self.codec,
+            self.system.limits,
+            self.security.secret,
+            expected_node=peer.node,
+        )
+        link = self._link(wire)
+        link.dialled = settle
+        return link
+
+    def _link(self, wire: Wire) -> Link:
+        link = Link(wire, self, self.codec, self.system.clock, self.system.limits)
+        self._owners[link] = None
+        return link
+
+    def introduced(self, link: Link, hello: Hello) -> None:
+        """Admit a peer that has proved itself, or say why not."""
+        if hello.node == self.system.address.node:
+            link.refuse(NodeMismatch(f"there is a node {hello.node!r} already, this one"))
+            return
+        try:
+            peer = self.peer(NodeAddress(hello.node, "", 0))
+        except Overloaded as error:
+            link.refuse(NodeMismatch(error.message))
+            return
+        ours_first = self.system.address.node < hello.node
+        if self.is_down(hello.node, hello.uid):
+            link.refuse(NodeDown(f"this incarnation of {hello.node} was declared down; begin another"))
+        elif peer.link is not None and hello.uid == peer.uid and hello.links < peer.links_seen:
+            # Dialled before the link that we have was open there, too.
+            link.refuse(LinkDuplicate(f"{self.system.address.node} and {hello.node} are connected already"))
+        elif peer.link is None and peer.dialling.under_way and ours_first:
+            link.refuse(LinkDuplicate(f"{self.system.address.node} is dialling {hello.node} itself"))
+        else:
+            if peer.link is not None:
+                peer.link.close(NodeUnreachable(f"{hello.node} has connected anew"))
+                peer.lost(peer.link, NodeUnreachable(f"{hello.node} has connected anew"))
+            link.admit()
+
+    def opened(self, link: Link, hello: Hello) -> None:
+        """Make a link its peer's."""
+        peer = self.peer(NodeAddress(hello.node, "", 0))
+        if self.closing or peer.link is not None or self.is_down(hello.node, hello.uid):
+            link.close(LinkDuplicate(f"{hello.node} is connected already, or declared down"))
+            return
+        self._owners[link] = peer
+        link.hear = peer.hearing.hear
+        peer.opened(link, hello)
+        if link.dialled is not None:
+            link.dialled(None)
+
+    def closed(self, link: Link, error: SllmError) -> None:
+        """Forget a link."""
+        peer = self._owners.pop(link, None)
+        if peer is not None:
+            peer.lost(link, error)
+        elif link.dialled is not None:
+            link.dialled(error)
+
+    def close_listeners(self) -> None:
+        """Accept nobody any more."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    async def close(self) -> None:
+        """Say goodbye to every peer, and end every link."""
+        self.closing = True
+        self.close_listeners()
+        for peer in list(self._peers.values()):
+            peer.close()
+        for link in list(self._owners):
+            link.close(NodeUnreachable("this node is closing"))
+        await self._until_closed()
+
+    async def _until_closed(self) -> None:
+        """Give the transports the turns that they need to close."""
+        for _ in range(CLOSING_TURNS):
+            if not self._owners:
+                return
+            await self.system.clock.sleep(0)
+        for link in list(self._owners):
+            link.abort()
+
+    def stats(self) -> tuple[LinkStats, ...]:
+        """Give the counts of every peer."""
+        return tuple(peer.stats() for peer in self._peers.values())
+
+
+CLOSING_TURNS = 100
