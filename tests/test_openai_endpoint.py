@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
+from sllm_actor.frontend.gateway import trace_of
 from sllm_actor.testing.node_process import NodeProcess
 from sllm_actor.testing.questions import Kind, count, is_right, unseen
 
@@ -223,3 +225,29 @@ def test_migrating_where_there_is_no_other_node_says_so(node: NodeProcess) -> No
     assert (absent.status, absent.json()["error"]["code"]) == (404, "node_not_found")
     assert (here.status, here.json()["error"]["code"]) == (409, "already_there")
     assert (unknown.status, unknown.json()["error"]["code"]) == (404, "request_not_found")
+
+
+def test_the_runtime_shows_its_actors_and_how_late_the_loop_was(node: NodeProcess) -> None:
+    shown = node.call("GET", "/admin/runtime")
+    actors = {actor["name"]: actor for actor in shown["system"]["actors"]}
+    assert {"scheduler", "model-manager", "router", "migration-coordinator"} <= actors.keys()
+    assert actors["model-manager"]["handled"] > 0
+    assert all(actor["restarts"] == 0 for actor in actors.values())
+    assert shown["system"]["dead_letters"] >= 0
+    assert shown["loop_lag"].keys() == {"worst_s", "faults"}
+
+
+@pytest.mark.parametrize(
+    ("header", "trace"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", 25),
+        ("", None),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7", None),
+        ("01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", None),
+        ("00-" + "é" * 32 + "-00f067aa0ba902b7-01", None),
+    ],
+)
+def test_a_trace_context_is_taken_over_where_it_is_one(header: str, trace: int | None) -> None:
+    request = make_mocked_request("POST", "/v1/completions", headers={"traceparent": header})
+    taken = trace_of(request)
+    assert taken is None if trace is None else taken == bytes.fromhex(header[3:].replace("-", ""))

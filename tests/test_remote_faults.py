@@ -367,7 +367,8 @@ async def test_after_a_restart_of_the_peer_old_references_have_died_and_names_wo
             await comes_back(by_name)
             assert type(await ask(old)) is ActorDied
             assert type(await outcome(anext(old.stream(Count(upto=1))))) is ActorDied
-            assert (await ended).reason == "node_down"
+            # A link that came back while the node was closing found the actor stopped already.
+            assert (await ended).reason in ("node_down", "no_such_actor")
             assert (await old.ended()).reason == "node_down"
             assert await ask(a.ref("man", b.address)) == "x"
 
@@ -399,7 +400,7 @@ async def test_asking_a_node_that_was_declared_down_but_answers_fails_at_once() 
         ref = a.ref("man", str(b.address))
         assert await ask(ref) == "x"
         peer = a._remotes.peer(b.address)
-        peer._declare_down()
+        peer.declare_down()
         cut(a)
         long_down = msgspec.structs.replace(SOON_DOWN, down_after_s=FOR_EVER_S)
         peer.limits = long_down

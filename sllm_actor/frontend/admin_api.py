@@ -84,6 +84,11 @@ async def unload(request: web.Request) -> web.Response:
     return json_response({"stopped": stopped})
 
 
+@routes.get("/admin/runtime")
+async def runtime(request: web.Request) -> web.Response:
+    return json_response(request.app[GATEWAY].observe())
+
+
 @routes.get("/admin/instances")
 async def instances(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -42,6 +44,7 @@ class Gateway:
         text: TextService,
         clock: Clock,
         limits: Limits,
+        observe: Callable[[], Any],
     ) -> None:
         self.router = router
         self.manager = manager
@@ -49,6 +52,8 @@ class Gateway:
         self.text = text
         self.clock = clock
         self.limits = limits
+        # Gives the counts of the actors, the connections and the loop.
+        self.observe = observe
         self.ready = False
         self.draining = False
         self._answering = 0
@@ -112,6 +117,7 @@ class Gateway:
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
+TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 REQUEST_ID = web.RequestKey("request_id", str)
 
 
@@ -119,6 +125,12 @@ def request_id_of(request: web.Request) -> RequestId:
     """Take over the client's X-Request-Id where it is a usable one, else make one."""
     given = request.headers.get("X-Request-Id", "")
     return RequestId(given if is_request_id(given) else f"req-{secrets.token_hex(12)}")
+
+
+def trace_of(request: web.Request) -> bytes | None:
+    """Give the W3C trace context of a request: 25 bytes (trace id, parent id, flags), None where there is none."""
+    match = TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
+    return bytes.fromhex("".join(match.groups())) if match else None
 
 
 def json_response(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -14,10 +14,11 @@ from sllm_actor.domain import Model, RequestId, Sampling, Span
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend import http_errors
 from sllm_actor.frontend.answer import Piece, Wish, answer, max_tokens
-from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response
+from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
 from sllm_actor.frontend.schema import ChatRequest, CompletionRequest
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.messages.text import ChatTurn
+from sllm_actor.runtime import tracing
 
 routes = web.RouteTableDef()
 
@@ -169,11 +170,12 @@ async def _reply(
 ) -> web.StreamResponse:
     gateway.enter()
     try:
-        async with aclosing(answer(wish, gateway.router, gateway.text)) as pieces:
-            if body.stream:
-                usage = body.stream_options is not None and body.stream_options.include_usage
-                return await _stream(request, pieces, shape, usage)
-            return await _gather(pieces, shape)
+        with tracing(trace_of(request)):
+            async with aclosing(answer(wish, gateway.router, gateway.text)) as pieces:
+                if body.stream:
+                    usage = body.stream_options is not None and body.stream_options.include_usage
+                    return await _stream(request, pieces, shape, usage)
+                return await _gather(pieces, shape)
     finally:
         gateway.leave()
 

@@ -10,6 +10,7 @@ import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from sllm_actor.actors import MigrationCoordinator, ModelManager, Router, Scheduler
 from sllm_actor.actors.instance_starter import InstanceStarter
@@ -211,14 +212,12 @@ class Node:
             deploy_timeout_s=config.drain_timeout_s + config.engine_start_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
         )
-        return Gateway(
-            router=router,
-            manager=manager,
-            coordinator=coordinator,
-            text=text,
-            clock=self.clock,
-            limits=limits,
-        )
+        actors = {"router": router, "manager": manager, "coordinator": coordinator}
+        return Gateway(**actors, text=text, clock=self.clock, limits=limits, observe=self._observe)
+
+    def _observe(self) -> dict[str, Any]:
+        lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}
+        return {"system": self.system.stats(), "loop_lag": lag}
 
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
         """Load the tokenizers of registered models, so that the first request to each need not."""

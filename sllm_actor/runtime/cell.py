@@ -30,36 +30,13 @@ set_current = CURRENT.set
 class Cell:
     """An actor's place in its system. It outlives the actor object, which a restart makes anew."""
 
+    # fmt: off
     __slots__ = (
-        "_alive",
-        "_aside",
-        "_control",
-        "_current",
-        "_draining",
-        "_failure",
-        "_gone",
-        "_runner",
-        "_scope",
-        "_started",
-        "_stopping",
-        "_window",
-        "actor",
-        "bound",
-        "busy_s",
-        "children",
-        "closed",
-        "end",
-        "handled",
-        "make",
-        "name",
-        "parent",
-        "queue",
-        "ref",
-        "restarts",
-        "system",
-        "waiter",
-        "watchers",
-    )  # fmt: skip
+        "_alive", "_aside", "_cleaning", "_control", "_current", "_draining", "_failure", "_gone", "_runner",
+        "_scope", "_started", "_stopping", "_window", "actor", "bound", "busy_s", "children", "closed", "end",
+        "handled", "make", "name", "parent", "queue", "ref", "restarts", "system", "waiter", "watchers",
+    )
+    # fmt: on
 
     def __init__(
         self,
@@ -97,6 +74,7 @@ class Cell:
         self._started = False
         # Whether the present actor object has started, and is to be asked to clean up.
         self._alive = False
+        self._cleaning: asyncio.Task[None] | None = None
         self._draining = False
         self._stopping = False
         self._failure: Exception | None = None
@@ -203,6 +181,7 @@ class Cell:
                 self.waiter = self.system.create_future()
                 await self.waiter
                 self.waiter = None
+                continue
             await self._turn()
             if self.queue or self._control:
                 await asyncio.sleep(0)
@@ -365,7 +344,14 @@ class Cell:
                 fail(queue.popleft()[1], ActorDied(f"{self.name} has stopped"))
 
     async def _end_work(self) -> None:
-        """End the handlers, children and background tasks of the present actor; let it clean up."""
+        """End what belongs to the present actor; let it clean up, once, whoever else wants it meanwhile."""
+        if self._cleaning is None:
+            work = self._clean_up()
+            self._cleaning = self.system.tasks.spawn(work, f"{self.name}/end", context=self.system.fresh_context())
+        await asyncio.shield(self._cleaning)
+        self._cleaning = None
+
+    async def _clean_up(self) -> None:
         if self._aside is not None:
             await self._aside.close()
             self._aside = None

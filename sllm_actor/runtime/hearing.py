@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The reason of a goodbye that is for good.
+# Reasons of a goodbye that is for good: the speaker ends, or has declared the listener's incarnation down.
 CLOSING = "closing"
+DECLARED_DOWN = "declared_down"
 
 
 class Hearing:
@@ -226,7 +227,7 @@ class Hearing:
         self._peer.link.heartbeat.hear_echo(letter)
 
     def _hear_goodbye(self, letter: Goodbye) -> None:
-        self._peer.said_goodbye = letter.reason == CLOSING
+        self._peer.said_goodbye = letter.reason in (CLOSING, DECLARED_DOWN)
         if self._peer.link is not None:
             self._peer.link.close(NodeUnreachable(f"{self._peer.node} said goodbye: {letter.reason[:100]}"))
 

@@ -111,11 +111,11 @@ class Peer:
         self.last_call = number = self.last_call + 1
         limits = self.limits
         letter = (STREAM, number, ref.name, trace, message, limits.stream_credit, limits.stream_window_bytes)
+        stream = self.streams[number] = RemoteStream(self, number, ref.name)
         if link is None:
             self._queue(letter, ref, number, type(message))
         else:
             link.send(letter)
-        stream = self.streams[number] = RemoteStream(self, number, ref.name)
         return stream
 
     def tell(self, ref: ActorRef, message: object, trace: bytes | None) -> None:
@@ -273,7 +273,7 @@ class Peer:
         for theirs in incoming:
             theirs.call_off()
         if self.said_goodbye:
-            self._declare_down()
+            self.declare_down()
         elif not self._remotes.closing:
             self._await_end()
             if self.endpoint:
@@ -282,9 +282,10 @@ class Peer:
     def _await_end(self) -> None:
         if self._down_timer is None and self.link is None:
             loop = asyncio.get_running_loop()
-            self._down_timer = loop.call_later(self.limits.down_after_s, self._declare_down)
+            self._down_timer = loop.call_later(self.limits.down_after_s, self.declare_down)
 
-    def _declare_down(self) -> None:
+    def declare_down(self) -> None:
+        """Give up on the incarnation that was there: its watchers hear so, and it is not talked to again."""
         if self._down_timer is not None:
             self._down_timer.cancel()
             self._down_timer = None

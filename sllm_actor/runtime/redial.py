@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from sllm_actor.errors import ConfigInvalid, HandshakeRefused, LinkDuplicate, NodeUnreachable, SllmError
+from sllm_actor.errors import ConfigInvalid, HandshakeRefused, LinkDuplicate, NodeDown, NodeUnreachable, SllmError
 
 if TYPE_CHECKING:
     from sllm_actor.runtime.link import Link
@@ -55,6 +55,10 @@ class Dialling:
             while self._peer.link is None:
                 error = await self._attempt()
                 if error is None or self._peer.link is not None:
+                    return
+                if isinstance(error, NodeDown):
+                    # It has declared this incarnation down: there is nothing to wait for.
+                    self._peer.declare_down()
                     return
                 if not isinstance(error, LinkDuplicate):
                     # One that crossed the peer's own dial has not failed: that one will open.

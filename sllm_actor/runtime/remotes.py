@@ -18,6 +18,7 @@ from sllm_actor.errors import (
     SllmError,
 )
 from sllm_actor.runtime.handshake import MAX_NAME_LENGTH, NONCE_BYTES, VERSION_MAX, VERSION_MIN, Hello
+from sllm_actor.runtime.hearing import DECLARED_DOWN
 from sllm_actor.runtime.letters import LetterCodec
 from sllm_actor.runtime.link import Link
 from sllm_actor.runtime.network import Endpoint, Listener, Network
@@ -135,7 +136,7 @@ class Remotes:
 
     def _accepting_link(self) -> Link:
         link = self._link(Wire(Role.ACCEPTOR, self._hello(0), self.codec, self.system.limits, self.security.secret))
-        shaking = sum(not known.is_open for known in self._owners)
+        shaking = sum(not known.is_open and known.dialled is None for known in self._owners)
         if self.closing or shaking > self.system.limits.max_handshakes:
             link.close(NodeUnreachable("too many peers are shaking hands"))
         return link
@@ -186,8 +187,12 @@ class Remotes:
     def opened(self, link: Link, hello: Hello) -> None:
         """Make a link its peer's."""
         peer = self.peer(NodeAddress(hello.node, "", 0))
-        if self.closing or peer.link is not None or self.is_down(hello.node, hello.uid):
-            link.close(LinkDuplicate(f"{hello.node} is connected already, or declared down"))
+        if self.is_down(hello.node, hello.uid):
+            # It let us in, so it does not know: each is down to the other from now on.
+            link.goodbye(DECLARED_DOWN)
+            return
+        if self.closing or peer.link is not None:
+            link.close(LinkDuplicate(f"{hello.node} is connected already"))
             return
         self._owners[link] = peer
         link.hear = peer.hearing.hear
