@@ -5,24 +5,34 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import coldstart
+from benchmarks import actors, coldstart
 from benchmarks.report import Report
 
-BENCHES = {"coldstart": coldstart.run}
+BENCHES = ("actors", "coldstart")
+SECONDS = 0.8
 
 
 def main() -> None:
     """Run one benchmark, print its table, and write its JSON where that is asked for."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure against peers in the same run.")
-    parser.add_argument("name", choices=sorted(BENCHES))
+    parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats (at least 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
     parser.add_argument("--work-dir", type=Path, default=Path(".demo"), help="where checkpoints and data are kept")
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=actors.NAMES, metavar="PART", help="of actors: these parts alone"
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
     arguments = parser.parse_args()
     if arguments.repeats < 5:
         parser.error("--repeats: a median of fewer than five says little")
-    report = Report(arguments.name, arguments.repeats)
-    BENCHES[arguments.name](report, arguments.repeats, arguments.work_dir)
+    options = f" --only {' '.join(arguments.only)}" if arguments.only else ""
+    options += f" --seconds {arguments.seconds:g}" if arguments.seconds != SECONDS else ""
+    report = Report(arguments.name, arguments.repeats, options)
+    if arguments.name == "actors":
+        actors.run(report, arguments.repeats, arguments.only, arguments.seconds)
+    else:
+        coldstart.run(report, arguments.repeats, arguments.work_dir)
     report.print()
     if arguments.json:
         report.write(arguments.json)

@@ -14,7 +14,7 @@ from typing import Any
 from sllm_actor.cli.show import out, table
 from sllm_actor.units import format_bytes
 
-PACKAGES = ("sllm_actor", "torch", "transformers", "uvloop", "msgspec", "aiohttp")
+PACKAGES = ("sllm_actor", "torch", "transformers", "uvloop", "msgspec", "msgpack", "aiohttp")
 
 
 def _processor() -> str:
@@ -27,9 +27,10 @@ def _processor() -> str:
 class Report:
     """Collects the rows and ratios of one run."""
 
-    def __init__(self, bench: str, repeats: int) -> None:
+    def __init__(self, bench: str, repeats: int, options: str = "") -> None:
         self._bench = bench
-        self._command = f"scripts/bench {bench} --repeats {repeats}"
+        self._command = f"scripts/bench {bench} --repeats {repeats}{options}"
+        self.peer_versions: dict[str, str] = {}
         self._rows: list[dict[str, Any]] = []
         self._ratios: dict[str, dict[str, float]] = {}
 
@@ -52,7 +53,9 @@ class Report:
         return {
             "bench": self._bench,
             "command": self._command,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in PACKAGES}
+            | self.peer_versions,
             "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory": format_bytes(memory_bytes)},
             "rows": self._rows,
             "ratios": self._ratios,
@@ -71,7 +74,7 @@ class Report:
         table(
             ("RATIO", "MEDIAN", "MIN", "MAX", "N"),
             [
-                [name, f"{spread['median']:.1f}", f"{spread['min']:.1f}", f"{spread['max']:.1f}", str(spread["n"])]
+                [name, f"{spread['median']:.2f}", f"{spread['min']:.2f}", f"{spread['max']:.2f}", str(spread["n"])]
                 for name, spread in self._ratios.items()
             ],
         )

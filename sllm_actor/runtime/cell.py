@@ -34,7 +34,7 @@ class Cell:
     __slots__ = (
         "_alive", "_aside", "_cleaning", "_control", "_current", "_draining", "_failure", "_gone", "_runner",
         "_scope", "_started", "_stopping", "_window", "actor", "bound", "busy_s", "children", "closed", "end",
-        "handled", "make", "name", "parent", "queue", "ref", "restarts", "system", "waiter", "watchers",
+        "handled", "handlers", "make", "name", "parent", "queue", "ref", "restarts", "system", "waiter", "watchers",
     )
     # fmt: on
 
@@ -52,6 +52,7 @@ class Cell:
         self.name = ref.name
         self.make = make
         self.actor = actor
+        self.handlers = actor.handlers
         self.parent = parent
         self.children: dict[str, Cell] = {}
         self.watchers: dict[int, Callable[[str], None]] = {}
@@ -103,7 +104,7 @@ class Cell:
         """
         if self.closed:
             raise ActorDied(f"{self.name} has stopped")
-        handler = self.actor.handlers.get(type(message))
+        handler = self.handlers.get(type(message))
         if handler is None or handler.stream is not wants_stream:
             raise self._refusal(message, handler)
         queue = self.queue
@@ -217,9 +218,9 @@ class Cell:
                     reply.set_result(result)
             except BaseException as error:
                 self._handle_failure(error, message, reply)
-            self._current = None
-            if self._failure is not None:
-                break
+                if self._failure is not None:
+                    break
+        self._current = None
         self.handled += handled
         self.busy_s += self.system.now_s() - began_s
 
@@ -292,6 +293,7 @@ class Cell:
             log.warning("%s is restarted after %r", self.name, failure)
             try:
                 self.actor = self.make()
+                self.handlers = self.actor.handlers
                 self.actor.context = ActorContext(self.system, self.ref, self)
                 await self.actor.started()
                 self._alive = True

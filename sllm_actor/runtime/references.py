@@ -52,11 +52,14 @@ class NodeAddress(NamedTuple):
 class ActorRef:
     """Where messages to one actor go. Survives the actor; sending to one that has gone fails with a typed error."""
 
-    __slots__ = ("_cell", "_peer", "_system", "address", "name")
+    __slots__ = ("_cell", "_deadlines", "_now_s", "_peer", "_system", "address", "name")
 
     def __init__(self, system: ActorSystem, name: str, address: NodeAddress, peer: Peer | None) -> None:
         self._system = system
         self._peer = peer
+        # At hand for every ask.
+        self._now_s = system.now_s
+        self._deadlines = system.deadlines
         self._cell: Cell | None = None
         self.name = name
         self.address = address
@@ -109,14 +112,14 @@ class ActorRef:
         """
         current = CURRENT.get()
         deadline_s, trace = current[3], current[4]
-        system, peer = self._system, self._peer
-        now_s = system.now_s()
+        now_s = self._now_s()
         if now_s + timeout_s < deadline_s:
             deadline_s = now_s + timeout_s
         if deadline_s <= now_s:
             raise too_late(self.name, type(message))
-        if deadline_s < system.deadlines.next_s:
-            system.deadlines.note(deadline_s)
+        if deadline_s < self._deadlines.next_s:
+            self._deadlines.note(deadline_s)
+        peer = self._peer
         if peer is not None:
             # Written out here, not in a method of the peer: each call of one costs every remote ask a twentieth.
             if type(message) not in peer.sendable:
@@ -126,7 +129,7 @@ class ActorRef:
                 link = peer.way_to(uid)
             peer.last_call = number = peer.last_call + 1
             letter = (ASK, number, name, deadline_s - now_s, trace, message)
-            future = system.create_future()
+            future = self._system.create_future()
             peer.calls[number] = (deadline_s, future, name, type(message))
             if link is not None:
                 link.send(letter)
@@ -140,8 +143,8 @@ class ActorRef:
         cell = self._cell
         if cell is None or cell.closed:
             cell = self._local_cell()
-        future = system.create_future()
-        handler, waiter, queue = cell.actor.handlers.get(type(message)), cell.waiter, cell.queue
+        future = self._system.create_future()
+        handler, waiter, queue = cell.handlers.get(type(message)), cell.waiter, cell.queue
         if waiter is None or handler is None or not handler[PLAIN] or len(queue) >= cell.bound:
             cell.put(message, future, deadline_s, trace, False)
         else:
