@@ -73,3 +73,6 @@ class TaskScope:
             task.cancel()
         if pending:
             await asyncio.gather(*pending, return_exceptions=True)
+        for task in pending:
+            # One that had ended just before may not have been told off yet.
+            self._tasks.pop(task, None)
