@@ -66,7 +66,15 @@ class Actor:
                 message_type, handler = attribute.__handles__
                 assert message_type not in own, f"{cls.__name__} handles {message_type.__name__} twice"
                 own[message_type] = handler
-        cls.handlers = cls.handlers | own
+        inherited: dict[type, Handler] = {}
+        for base in reversed(cls.__mro__[1:]):
+            inherited |= vars(base).get("handlers", {})
+        for message_type, handler in inherited.items():
+            # A method that is overridden under its name handles what it did, without being marked again.
+            override = vars(cls).get(handler.function.__name__)
+            if override is not None and not hasattr(override, "__handles__"):
+                inherited[message_type] = handler._replace(function=override)
+        cls.handlers = inherited | own
 
     async def started(self) -> None:
         """Run before the first message; an error here fails the spawn."""

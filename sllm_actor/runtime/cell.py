@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,8 @@ class Cell:
     __slots__ = (
         "_alive", "_aside", "_cleaning", "_control", "_current", "_draining", "_failure", "_gone", "_runner",
         "_scope", "_started", "_stopping", "_window", "actor", "bound", "busy_s", "children", "closed", "end",
-        "handled", "handlers", "make", "name", "parent", "queue", "ref", "restarts", "system", "waiter", "watchers",
+        "handled", "handlers", "make", "name", "parent", "queue", "ref", "restarts", "system", "waiter",
+        "watchers", "watching",
     )
     # fmt: on
 
@@ -55,7 +56,9 @@ class Cell:
         self.handlers = actor.handlers
         self.parent = parent
         self.children: dict[str, Cell] = {}
+        # Who watches this actor, and how this actor stops watching others.
         self.watchers: dict[int, Callable[[str], None]] = {}
+        self.watching: dict[int, Callable[[], None]] = {}
         self.closed = False
         self.end: asyncio.Task[None] | None = None
         self.handled = 0
@@ -78,7 +81,7 @@ class Cell:
         self._cleaning: asyncio.Task[None] | None = None
         self._draining = False
         self._stopping = False
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     # The mailbox.
 
@@ -121,11 +124,8 @@ class Cell:
 
     def _queue_for(self, handler: Handler) -> deque[Envelope]:
         """Find the queue of a handler that is not an ordinary one."""
-        limits = self.system.limits
-        if handler.priority:
-            queue, bound = self._control, limits.control_messages
-        else:
-            queue, bound = self.queue, limits.mailbox_messages
+        control = self.system.limits.control_messages
+        queue, bound = (self._control, control) if handler.priority else (self.queue, self.bound)
         # Concurrent handlers do not wait in the mailbox, so its bound is theirs too.
         if len(queue) >= bound or (handler.concurrent and self._aside is not None and len(self._aside) >= bound):
             raise MailboxFull(f"the mailbox of {self.name} is full", retry_after_s=1.0)
@@ -154,38 +154,49 @@ class Cell:
     def _start_runner(self) -> None:
         self._runner = self.system.tasks.spawn(self._run(), self.name, context=self.system.fresh_context())
 
-    # Running.
-
     async def start(self) -> None:
         """Let the actor begin; its messages wait until it has."""
         self.actor.context = ActorContext(self.system, self.ref, self)
         await self.actor.started()
         if self.closed:
+            await self._end_helpers()
             raise ActorDied(f"{self.name} was stopped while it started")
         self._started = self._alive = True
         if self.depth or self._failure is not None:
             self._start_runner()
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             if self._failure is not None:
                 set_current(NO_ENVELOPE)
                 if not await self._recover(self._failure):
                     self._fail_queued()
                     return
-                continue
-            if not self.queue and not self._control:
-                if self._draining:
-                    return
+            elif self.queue or self._control:
+                await self._turn()
+                await self._rest(asyncio.sleep(0))
+            elif self._draining:
+                return
+            else:
                 # Who is in here was answered just before it gave up.
                 self._gone.clear()
                 self.waiter = self.system.create_future()
-                await self.waiter
+                await self._rest(self.waiter)
                 self.waiter = None
-                continue
-            await self._turn()
-            if self.queue or self._control:
-                await asyncio.sleep(0)
+
+    async def _rest(self, until: Awaitable[None]) -> None:
+        """Wait between messages. A cancel that comes here was meant for a handler that has ended."""
+        try:
+            await until
+        except asyncio.CancelledError:
+            if self._stopping:
+                raise
+            self._forgive()
+
+    def _forgive(self) -> None:
+        """Take a cancel for done."""
+        while self._runner is not None and self._runner.cancelling():
+            self._runner.uncancel()
 
     async def _turn(self) -> None:
         """Handle the messages that are there, up to a turn's share."""
@@ -216,6 +227,8 @@ class Cell:
                 result = await handler[FUNCTION](actor, message)
                 if reply is not None:
                     reply.set_result(result)
+                if self._stopping:
+                    break  # The handler was cancelled, and would not have it.
             except BaseException as error:
                 self._handle_failure(error, message, reply)
                 if self._failure is not None:
@@ -232,15 +245,14 @@ class Cell:
             if self._stopping:
                 fail(reply, ActorDied(f"{self.name} has stopped"))
                 raise error
-            while self._runner is not None and self._runner.cancelling():
-                self._runner.uncancel()
+            self._forgive()
             fail(reply, ActorDied(f"{self.name} gave up on {type(message).__name__}"))
         elif isinstance(error, SllmError):
             self.failed_as_typed(error, message, reply)
-        elif isinstance(error, Exception):
-            self.failed_by_bug(error, message, reply)
         else:
-            raise error
+            self.failed_by_bug(error, message, reply)
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise error
 
     def failed_as_typed(self, error: SllmError, message: object, reply: Reply | None) -> None:
         """A handler said in a typed error why it can't."""
@@ -248,7 +260,7 @@ class Cell:
             log.warning("%s could not handle %s: %s", self.name, type(message).__name__, error)
         fail(reply, error)
 
-    def failed_by_bug(self, error: Exception, message: object, reply: Reply | None) -> None:
+    def failed_by_bug(self, error: BaseException, message: object, reply: Reply | None) -> None:
         """A handler raised what it should not: the actor has failed."""
         what = type(message).__name__
         log.error("%s failed on %s", self.name, what, exc_info=error)
@@ -272,17 +284,17 @@ class Cell:
 
     def envelopes(self) -> list[Envelope]:
         """List the messages that wait here or are being handled."""
-        aside = self._aside.envelopes() if self._aside is not None else ()
-        current = () if self._current is None else (self._current,)
-        return [*self._control, *self.queue, *aside, *current]
+        aside = self._aside.envelopes() if self._aside is not None else []
+        return [*self._control, *self.queue, *aside, *([self._current] if self._current is not None else [])]
 
-    # Failure.
-
-    async def _recover(self, failure: Exception) -> bool:
+    async def _recover(self, failure: BaseException) -> bool:
         """Make the actor anew, mailbox and reference kept; false when that was too often, and the parent has to."""
         while True:
             await self._end_work()
             self._failure = None
+            # What the old object watched, the new one watches anew.
+            for notice in [envelope for envelope in self._control if type(envelope[0]) is Ended]:
+                self._control.remove(notice)
             assert self._window is not None and self.make is not None
             if not self._window.allows(self.system.now_s()):
                 log.error("%s failed too often and is stopped", self.name)
@@ -298,25 +310,26 @@ class Cell:
                 await self.actor.started()
                 self._alive = True
                 return True
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if self._stopping:
+                    raise
+                self._forgive()
                 log.error("%s failed while it restarted", self.name, exc_info=error)
                 failure = error
 
-    def _pass_up(self, failure: Exception) -> None:
+    def _pass_up(self, failure: BaseException) -> None:
         if self.parent is None:
             self.system.escalated(self.ref, failure)
         else:
             self.parent.child_failed(failure)
 
-    def child_failed(self, failure: Exception) -> None:
+    def child_failed(self, failure: BaseException) -> None:
         """A child could not be kept alive: this actor has failed, too, unless it can't be made anew."""
         if self._window is None:
             self._pass_up(failure)
         elif self._failure is None and not self.closed:
             self._failure = failure
             self._stir()
-
-    # The end.
 
     async def drain(self) -> None:
         """Take no more messages; return once those that had come are handled."""
@@ -350,10 +363,16 @@ class Cell:
         if self._cleaning is None:
             work = self._clean_up()
             self._cleaning = self.system.tasks.spawn(work, f"{self.name}/end", context=self.system.fresh_context())
-        await asyncio.shield(self._cleaning)
-        self._cleaning = None
+        try:
+            await asyncio.shield(self._cleaning)
+        finally:
+            if self._cleaning is not None and self._cleaning.done():
+                self._cleaning = None
 
     async def _clean_up(self) -> None:
+        for stop in list(self.watching.values()):
+            stop()
+        self.watching.clear()
         if self._aside is not None:
             await self._aside.close()
             self._aside = None
@@ -363,7 +382,8 @@ class Cell:
         self._alive = False
         try:
             await self.actor.stopped()
-        except Exception:
+        except (Exception, asyncio.CancelledError):
+            # Nobody cancels this: a cancellation here is that of something it waited for.
             log.exception("%s failed while it stopped", self.name)
 
     async def _end_helpers(self) -> None:

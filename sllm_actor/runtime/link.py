@@ -93,7 +93,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         # Nothing waits in the transport: what can't be written now stays here, where small frames may pass large ones.
-        # (One byte, because TLS transports take the bound itself for too much, and would stop at none.)
+        # (TLS transports take the bound itself for too much.)
         self._transport.set_write_buffer_limits(high=1, low=0)
         if self._error is not None:
             self._transport.abort()
@@ -352,7 +352,8 @@ class Link(asyncio.BufferedProtocol):
             frames = self.outgoing.next_frames(self._small)
             if frames:
                 self.sent_bytes += sum(map(len, frames))
-                self._transport.writelines(frames)
+                for frame in frames:  # asyncio's `writelines` does not pause from Python 3.12 on.
+                    self._transport.write(frame)
             if self._small and not self._paused:
                 self._flush_small()
             self._hindered = self._paused or bool(self.outgoing)
@@ -365,8 +366,6 @@ class Link(asyncio.BufferedProtocol):
         if data and self._transport is not None and not self._ended:
             self.sent_bytes += len(data)
             self._transport.write(data)
-
-    # The end.
 
     def goodbye(self, reason: str) -> None:
         """Say why, and close once everything is written."""

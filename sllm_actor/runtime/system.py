@@ -45,7 +45,7 @@ class ActorSystem:
         clock: Clock | None = None,
         network: Network | None = None,
         randomness: Callable[[int], bytes] = os.urandom,
-        on_escalation: Callable[[ActorRef, Exception], None] | None = None,
+        on_escalation: Callable[[ActorRef, BaseException], None] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.clock = clock or SystemClock()
@@ -202,11 +202,28 @@ class ActorSystem:
 
     def watch_for(self, watcher: Cell, ref: ActorRef) -> Callable[[], None]:
         """Send `Ended` to an actor; `ActorContext.watch` is for everyone else."""
-        return self.watch(ref, lambda reason: watcher.hear_of(Ended(ref, reason)))
+        self._watches += 1
+        number, heard = self._watches, False
+
+        def hear(reason: str) -> None:
+            nonlocal heard
+            heard = True
+            watcher.watching.pop(number, None)
+            watcher.hear_of(Ended(ref, reason))
+
+        stop = self.watch(ref, hear)
+        if not heard:
+            watcher.watching[number] = stop
+
+        def stop_watching() -> None:
+            watcher.watching.pop(number, None)
+            stop()
+
+        return stop_watching
 
     # Ends.
 
-    def escalated(self, ref: ActorRef, failure: Exception) -> None:
+    def escalated(self, ref: ActorRef, failure: BaseException) -> None:
         """An actor without a parent could not be kept alive."""
         if self._on_escalation is not None:
             self._on_escalation(ref, failure)
@@ -238,9 +255,11 @@ class ActorSystem:
                     await cell.drain()
             except TimeoutError:
                 log.warning("%s was not drained within %g s", cell.name, drain_s)
-        await cell.stop()
-        self._forget(cell)
-        cell.tell_watchers(reason)
+        try:
+            await cell.stop()
+        finally:
+            self._forget(cell)
+            cell.tell_watchers(reason)
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """Stop every actor, youngest first, and every connection; none can be spawned any more."""

@@ -92,7 +92,7 @@ class Cluster:
         self.addresses[name] = await system.listen(endpoint)
         self.systems[name], self.drivers[name] = system, driver
 
-    def _escalated(self, ref: ActorRef, failure: Exception) -> None:
+    def _escalated(self, ref: ActorRef, failure: BaseException) -> None:
         self._witness.problem(f"{ref!r} escalates {failure!r}")
 
     def drive(self, name: str) -> None:
