@@ -204,8 +204,8 @@ async def test_listening_for_other_machines_without_security_is_refused() -> Non
         for nonsense in ("", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:99999", "unix://relative", "http://a:1"):
             with pytest.raises(ConfigInvalid):
                 await a.listen(nonsense)
-    async with node("a", listen="tcp://0.0.0.0:0", security=Security(secret=SECRET)) as a:
-        assert a.address.endpoint.startswith("tcp://0.0.0.0:")
+    async with node("a", listen="", security=Security(secret=SECRET)) as a:
+        assert await a.listen("tcp://0.0.0.0:0", advertise="tcp://127.0.0.1:1") == "a@tcp://127.0.0.1:1"
 
 
 # Who is let in.

@@ -53,6 +53,8 @@ class Heartbeat:
         self._last_s = now_s
         if self._detector.phi(now_s) > self._threshold:
             self._link.close(NodeUnreachable(f"{self._link.peer_name} has been silent for too long"))
+            # It would not answer a polite end either.
+            self._link.abort()
             return
         stamp = int(now_s * 1e9)
         self._stamps.append(stamp)
@@ -60,9 +62,8 @@ class Heartbeat:
         self._later()
 
     def hear_beat(self, beat: Beat) -> None:
-        """Echo a heartbeat, unless the peer reads nothing anyway."""
-        if not self._link.waiting_bytes:
-            self._link.send_control(Echo(stamp=beat.stamp), None)
+        """Echo a heartbeat, however much waits: a busy link is a living one."""
+        self._link.send_control(Echo(stamp=beat.stamp), None)
 
     def hear_echo(self, echo: Echo) -> None:
         """Learn from an echo how far away the peer is, and that it lives; what was not said has no echo."""

@@ -193,8 +193,6 @@ class Link(asyncio.BufferedProtocol):
         within = f"within {self._limits.handshake_timeout_s:g} s"
         self.close(DeadlineExceeded(f"{self.peer_name} did not finish the handshake {within}"))
 
-    # Letters out.
-
     def send(self, letter: tuple[Any, ...]) -> None:
         """Write an ask, a tell, an answer or an item at the end of this turn, or as soon as the peer reads.
 
@@ -269,6 +267,8 @@ class Link(asyncio.BufferedProtocol):
         return size
 
     def _put(self, data: bytes) -> None:
+        if self._error is not None:
+            return
         self.waiting_bytes += len(data) + LETTER_COST_BYTES
         if self.waiting_bytes > self._limits.link_unread_bytes:
             self.close(NodeUnreachable(f"{self.peer_name} does not read what it asks for"))

@@ -14,6 +14,7 @@ import ssl
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from sllm_actor.errors import AddressInUse, ConfigInvalid
@@ -26,6 +27,8 @@ ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 NOT_SENT_LOW_WATER_BYTES = 128 * 1024
 BACKLOG_CONNECTIONS = 256
 ACCEPT_AGAIN_S = 0.2
+# A TLS peer may be gone when it is to confirm the end.
+TLS_SHUTDOWN_S = 1.0
 TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
 
@@ -102,10 +105,12 @@ class Endpoint(NamedTuple):
 
 
 class SocketNetwork:
-    """The machine's own sockets. Whoever connects has `handshake_timeout_s` seconds for the TLS handshake."""
+    """The machine's own sockets. Whoever connects has `handshake_timeout_s` seconds for the TLS handshake, and at most
+    `max_handshakes` are under way at a listener."""
 
-    def __init__(self, handshake_timeout_s: float = 5.0) -> None:
+    def __init__(self, handshake_timeout_s: float = 5.0, max_handshakes: int = 128) -> None:
         self._handshake_timeout_s = handshake_timeout_s
+        self._max_handshakes = max_handshakes
 
     async def listen(self, endpoint: str, factory: ProtocolFactory, tls: ssl.SSLContext | None) -> Listener:
         where = Endpoint.parse(endpoint)
@@ -115,16 +120,19 @@ class SocketNetwork:
             raise AddressInUse(f"can't listen at {endpoint}: {error.strerror or error}", param="endpoint") from error
         host = f"[{where.host}]" if ":" in where.host else where.host
         given = endpoint if where.path else f"tcp://{host}:{sock.getsockname()[1]}"
-        return _SocketListener(sock, given, where.path, factory, tls, self._handshake_timeout_s)
+        return _SocketListener(sock, given, where.path, factory, tls, self._handshake_timeout_s, self._max_handshakes)
 
     async def dial(self, endpoint: str, factory: ProtocolFactory, tls: ssl.SSLContext | None) -> None:
         where = Endpoint.parse(endpoint)
         loop = asyncio.get_running_loop()
+        secured: dict[str, Any] = {}
+        if tls is not None:
+            secured = {"ssl": tls, "server_hostname": "", "ssl_shutdown_timeout": TLS_SHUTDOWN_S}
         if where.path:
             # The name in a certificate is checked by us: it is a node's, not a host's.
-            await loop.create_unix_connection(factory, where.path, ssl=tls, server_hostname="" if tls else None)
+            await loop.create_unix_connection(factory, where.path, **secured)
         else:
-            await loop.create_connection(factory, where.host, where.port, ssl=tls, server_hostname="" if tls else None)
+            await loop.create_connection(factory, where.host, where.port, **secured)
 
 
 def _bind(where: Endpoint) -> socket.socket:
@@ -158,7 +166,9 @@ class _SocketListener:
         factory: ProtocolFactory,
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
+        max_handshakes: int,
     ) -> None:
+        self._max_handshakes = max_handshakes
         self.endpoint = endpoint
         self._sock = sock
         self._path = path
@@ -182,13 +192,22 @@ class _SocketListener:
                 self._loop.remove_reader(self._sock.fileno())
                 self._loop.call_later(ACCEPT_AGAIN_S, self._resume)
                 return
+            if len(self._scope) >= self._max_handshakes:
+                connection.close()
+                continue
             connection.setblocking(False)
-            self._scope.spawn(self._take(connection), "handshake", on_failure=_not_a_peer)
+            task = self._scope.spawn(self._take(connection), "handshake", on_failure=_not_a_peer)
+            # One that is cancelled before its first step closes nothing by itself.
+            task.add_done_callback(partial(_close_if_cancelled, connection))
 
     async def _take(self, connection: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(
-                self._factory, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout_s
+                self._factory,
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._handshake_timeout_s,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_S if self._tls is not None else None,
             )
         except BaseException:
             connection.close()
@@ -209,6 +228,11 @@ class _SocketListener:
         if self._path:
             with suppress(OSError):
                 os.unlink(self._path)
+
+
+def _close_if_cancelled(connection: socket.socket, handshake: asyncio.Task[None]) -> None:
+    if handshake.cancelled():
+        connection.close()
 
 
 def _not_a_peer(error: BaseException) -> None:

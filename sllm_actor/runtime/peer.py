@@ -193,6 +193,9 @@ class Peer:
     def opened(self, link: Link, hello: Hello) -> None:
         """A link to it is open: what waited goes out, and watches begin anew."""
         if hello.uid != self.uid:
+            if self.uid:
+                # Another has taken its place, for good: of two that claim one id, the older ends.
+                self._remotes.declare_down(self.node, self.uid)
             self._end_incarnation(hello.uid)
             self.uid, self.links_seen = hello.uid, 0
         self.link = self.hearing.link = link

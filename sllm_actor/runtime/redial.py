@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from sllm_actor.errors import ConfigInvalid, HandshakeRefused, LinkDuplicate, NodeDown, NodeUnreachable, SllmError
+from sllm_actor.errors import ConfigInvalid, HandshakeRefused, LinkDuplicate, NodeUnreachable, SllmError
 
 if TYPE_CHECKING:
     from sllm_actor.runtime.link import Link
@@ -25,6 +25,8 @@ class Dialling:
         self._remotes = remotes
         self._limits = remotes.system.limits
         self._task: asyncio.Task[None] | None = None
+        self._delay_s = remotes.system.limits.redial_first_s
+        self._opened_s: float | None = None
         self._link: Link | None = None
 
     @property
@@ -40,6 +42,7 @@ class Dialling:
 
     def succeeded(self) -> None:
         """There is a link, whoever dialled."""
+        self._opened_s = self._remotes.system.now_s()
         self.stop()
 
     def stop(self) -> None:
@@ -50,25 +53,29 @@ class Dialling:
             task.cancel()
 
     async def _run(self) -> None:
-        delay_s = self._limits.redial_first_s
+        opened_s, self._opened_s = self._opened_s, None
+        if opened_s is not None and self._remotes.system.now_s() - opened_s > self._limits.redial_last_s:
+            self._delay_s = self._limits.redial_first_s
         try:
+            if opened_s is not None:
+                # One that was lost soon after it had opened may be lost so again and again.
+                await self._pause()
             while self._peer.link is None:
                 error = await self._attempt()
                 if error is None or self._peer.link is not None:
-                    return
-                if isinstance(error, NodeDown):
-                    # It has declared this incarnation down: there is nothing to wait for.
-                    self._peer.declare_down()
                     return
                 if not isinstance(error, LinkDuplicate):
                     # One that crossed the peer's own dial has not failed: that one will open.
                     self.error = error
                     self._peer.unreachable(error)
-                await self._remotes.system.clock.sleep(delay_s * (0.5 + self._remotes.chance()))
-                delay_s = min(delay_s * 2, self._limits.redial_last_s)
+                await self._pause()
         finally:
             if self._task is asyncio.current_task():
                 self._task = None
+
+    async def _pause(self) -> None:
+        delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, self._limits.redial_last_s)
+        await self._remotes.system.clock.sleep(delay_s * (0.5 + self._remotes.chance()))
 
     async def _attempt(self) -> SllmError | None:
         """Dial once; give why there is no link, None when there is."""

@@ -78,6 +78,11 @@ class ActorRef:
         return (self.name, self.address.node, self.address.uid)
 
     @property
+    def peer(self) -> Peer | None:
+        """The actor's node as this one sees it, None for an actor of this system."""
+        return self._peer
+
+    @property
     def is_local(self) -> bool:
         """Tell whether the actor is one of this system's."""
         return self._peer is None
@@ -113,9 +118,10 @@ class ActorRef:
         current = CURRENT.get()
         deadline_s, trace = current[3], current[4]
         now_s = self._now_s()
-        if now_s + timeout_s < deadline_s:
+        # Turned round, so that what is not a number is no time at all.
+        if not now_s + timeout_s >= deadline_s:
             deadline_s = now_s + timeout_s
-        if deadline_s <= now_s:
+        if not deadline_s > now_s:
             raise too_late(self.name, type(message))
         if deadline_s < self._deadlines.next_s:
             self._deadlines.note(deadline_s)

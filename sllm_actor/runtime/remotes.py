@@ -60,8 +60,8 @@ class Remotes:
         """Give a random number from 0 to 1."""
         return int.from_bytes(self._randomness(4), "big") / 2**32
 
-    def peer(self, address: NodeAddress) -> Peer:
-        """Find or begin the peer of a node.
+    def peer(self, address: NodeAddress, *, heard: bool = False) -> Peer:
+        """Find or begin the peer of a node. An endpoint that was `heard` in a message replaces none that is known.
 
         Raises:
             Overloaded: too many nodes are known already.
@@ -73,7 +73,7 @@ class Remotes:
             if len(self._peers) >= self.system.limits.max_peers:
                 raise Overloaded(f"{len(self._peers)} nodes are known already")
             peer = self._peers[address.node] = Peer(self, address.node)
-        if address.endpoint and peer.link is None:
+        if address.endpoint and peer.link is None and not (heard and peer.endpoint):
             peer.endpoint = address.endpoint
         return peer
 
@@ -103,21 +103,28 @@ class Remotes:
         try:
             if endpoint:
                 Endpoint.parse(endpoint)
-            return self.system.ref(name, NodeAddress(node, endpoint, uid))
+            address = NodeAddress(node, endpoint, uid)
+            if node == self.system.address.node and uid in (0, self.system.address.uid):
+                return self.system.ref(name)
+            return ActorRef(self.system, name, address, self.peer(address, heard=True))
         except SllmError as error:
             raise ValueError(error.message) from error
 
     # Links.
 
-    async def listen(self, endpoint: str) -> str:
+    async def listen(self, endpoint: str, advertise: str | None) -> str:
         """Accept connections; gives the endpoint as others dial it. Raises like `ActorSystem.listen`."""
         # The simulated network has hosts of its own; for real ones the rule holds.
         if not self.security.is_secured and not Endpoint.parse(endpoint).is_local:
             raise ConfigInvalid(
                 f"{endpoint} can be reached from other machines: give a cluster secret or TLS", param="endpoint"
             )
+        if advertise is None and Endpoint.parse(endpoint).host in ("0.0.0.0", "::"):
+            raise ConfigInvalid(f"others can't dial {endpoint}: say what to advertise", param="advertise")
+        if advertise is not None:
+            Endpoint.parse(advertise)
         self._listener = await self.network.listen(endpoint, self._accepting_link, self.security.server_tls)
-        return self._listener.endpoint
+        return advertise or self._listener.endpoint
 
     def _hello(self, links: int) -> Hello:
         limits, address = self.system.limits, self.system.address

@@ -68,7 +68,7 @@ class ActorSystem:
             self,
             messages,
             security or Security(),
-            network or SocketNetwork(self.limits.handshake_timeout_s),
+            network or SocketNetwork(self.limits.handshake_timeout_s, self.limits.max_handshakes),
             randomness,
         )
 
@@ -185,8 +185,9 @@ class ActorSystem:
 
         It may be called before this returns: one that is not there has ended.
         """
-        if not ref.is_local:
-            return self._remotes.peer(ref.address).watch(ref, hear)
+        peer = ref.peer
+        if peer is not None:
+            return peer.watch(ref, hear)
         cell = self.cells.get(ref.name)
         if cell is None:
             hear("no_such_actor")
@@ -273,8 +274,10 @@ class ActorSystem:
 
     # Other nodes.
 
-    async def listen(self, endpoint: str) -> str:
+    async def listen(self, endpoint: str, *, advertise: str | None = None) -> str:
         """Let other nodes connect at an endpoint (`tcp://HOST:PORT`, `unix:///PATH`); gives this node's address.
+
+        `advertise` is the endpoint that others are told to dial, by default the same: `tcp://0.0.0.0:8401` needs one.
 
         Raises:
             ConfigInvalid: it can be reached from other machines, and neither a secret nor TLS secures it.
@@ -282,8 +285,7 @@ class ActorSystem:
         """
         if self.address.endpoint:
             raise ConfigInvalid(f"this node listens at {self.address.endpoint} already", param="endpoint")
-        given = await self._remotes.listen(endpoint)
-        self.address = self.address._replace(endpoint=given)
+        self.address = self.address._replace(endpoint=await self._remotes.listen(endpoint, advertise))
         return str(self.address)
 
     # What can be seen.
