@@ -23,7 +23,7 @@ ABORT, CHUNK, BEGIN = 0x91, 0x92, 0x93
 # Length; array of two; uint32 transfer; bin32 of so many bytes.
 CHUNK_HEADER = struct.Struct(">IBBIBI")
 UINT32, BIN32 = 0xCE, 0xC6
-CHUNK_BYTES = 128 * 1024
+CHUNK_BYTES = 64 * 1024
 MAX_BLOBS_PER_TRANSFER = 64
 # Transfers that a sender has begun and not ended; a receiver takes more.
 RUNNING_TRANSFERS = 8
