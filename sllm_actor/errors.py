@@ -14,14 +14,19 @@
     │   │   ├── CheckpointHeaderInvalid  a safetensors header that lies or can't be read
     │   │   ├── CheckpointConfigInvalid  config.json absent, unreadable or absurd
     │   │   ├── CheckpointChanged        the files differ from those registered
+    │   │   ├── CheckpointCorrupt        bytes that differ from their digests
+    │   │   ├── CheckpointUnsplittable   a tensor or model that can't be partitioned as was asked
     │   │   ├── PickleCheckpoint         weights as pickle, which is never loaded
+    │   │   ├── PickleInvalid            a pickle that can't be converted: code in it, or no plain tensors
     │   │   ├── TokenizerInvalid         no usable tokenizer or chat template
     │   │   └── UnsupportedArchitecture  a model class that the engine can't serve correctly
+    │   ├── TargetInvalid              a folder that nothing may be written to
     │   └── ModelTooLarge              larger than the memory that could ever be free for it
     ├── NotFound
     │   ├── ModelNotFound · NodeNotFound · RequestNotFound
     ├── Conflict                     true of the world now; another state would allow it
     │   ├── ModelExists · DataFolderInUse · AddressInUse · AlreadyThere
+    │   ├── TargetExists · TargetBusy  something is there, and is not to be replaced; another process writes it
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
     │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining
     ├── DeliveryFailed               a message that brought no answer
@@ -33,6 +38,8 @@
     │   └── HandshakeRefused           two nodes that do not talk to each other
     │       └── VersionMismatch · SecretMismatch · NodeMismatch · LinkDuplicate · NodeDown
     ├── ReadFailed                   bytes that a disk or a source did not give
+    ├── WriteFailed                  bytes that a disk did not take; what was there before is as it was
+    ├── ConversionFailed             the process that reads pickles ended; the message says how
     ├── MetadataFailed               cluster facts that could not be read or written
     └── EngineError
         ├── EngineStartFailed · EngineDied · GenerationFailed
@@ -109,8 +116,20 @@ class CheckpointChanged(CheckpointInvalid):
     code = "checkpoint_changed"
 
 
+class CheckpointCorrupt(CheckpointInvalid):
+    code = "checkpoint_corrupt"
+
+
+class CheckpointUnsplittable(CheckpointInvalid):
+    code = "checkpoint_unsplittable"
+
+
 class PickleCheckpoint(CheckpointInvalid):
     code = "pickle_checkpoint"
+
+
+class PickleInvalid(CheckpointInvalid):
+    code = "pickle_invalid"
 
 
 class TokenizerInvalid(CheckpointInvalid):
@@ -119,6 +138,10 @@ class TokenizerInvalid(CheckpointInvalid):
 
 class UnsupportedArchitecture(CheckpointInvalid):
     code = "unsupported_architecture"
+
+
+class TargetInvalid(InvalidInput):
+    code = "target_invalid"
 
 
 class ModelTooLarge(InvalidInput):
@@ -159,6 +182,14 @@ class AddressInUse(Conflict):
 
 class AlreadyThere(Conflict):
     code = "already_there"
+
+
+class TargetExists(Conflict):
+    code = "target_exists"
+
+
+class TargetBusy(Conflict):
+    code = "target_busy"
 
 
 class Overloaded(SllmError):
@@ -247,6 +278,14 @@ class NodeDown(HandshakeRefused):
 
 class ReadFailed(SllmError):
     code = "read_failed"
+
+
+class WriteFailed(SllmError):
+    code = "write_failed"
+
+
+class ConversionFailed(SllmError):
+    code = "conversion_failed"
 
 
 class MetadataFailed(SllmError):

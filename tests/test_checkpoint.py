@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -353,7 +354,8 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(tmp_path:
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(PickleCheckpoint, match="never loaded") as refused:
         read_folder(source)
-    command = shlex.split(refused.value.message.splitlines()[-1])
+    program, *arguments = shlex.split(refused.value.message.splitlines()[-1])
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True)
     target = source.with_name("it's pickled-safetensors")
     converted = read_folder(target)

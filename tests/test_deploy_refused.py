@@ -77,7 +77,7 @@ def test_a_pickle_is_refused_with_a_way_to_convert_it(node: NodeProcess, folder:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     error = refusal(node, folder)
     assert error["code"] == "pickle_checkpoint"
-    assert "save_pretrained" in error["message"]
+    assert "sllm-node convert" in error["message"]
 
 
 def test_a_missing_config(node: NodeProcess, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
+from safetensors.torch import load_file
 from tiny_models import CONTEXT_TOKENS, VOCABULARY_TOKENS, change_tensors, prompt_of, run_transformers, save_model
 
+from sllm_actor.checkpoint.convert import convert
 from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.domain import FinishReason, ModelName, RequestId, Sampling
 from sllm_actor.domain.tokens import pack_uint32
@@ -28,6 +32,7 @@ from sllm_actor.errors import (
     FrameTooLong,
     GenerationFailed,
     SllmError,
+    UnsupportedArchitecture,
 )
 from sllm_actor.messages.engine import (
     FROM_ENGINE,
@@ -463,3 +468,31 @@ async def test_a_refill_that_fails_is_tried_again_with_the_next_engine_taken(
     await engines.take()
     await asyncio.gather(*(forking.forked.get() for _ in range(4)))
     await engines.close(LIMIT_S)
+
+
+async def test_a_converted_pickle_answers_as_its_model_does_also_where_two_layers_share_weights(
+    start: Start, pool: Pool, llama: Path, tmp_path: Path
+) -> None:
+    weights = load_file(llama / "model.safetensors")
+    up = "model.layers.{}.mlp.up_proj.weight"
+    weights[up.format(1)] = weights[up.format(0)]
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(llama / "config.json", source)
+    torch.save(weights, source / "pytorch_model.bin")
+    expected = change_tensors(shutil.copytree(llama, tmp_path / "stock"), lambda _: weights)
+    converted = convert(source, tmp_path / "converted")
+    assert converted.manifest.aliases == {up.format(1): up.format(0)}
+    engine = await serving(start, pool, converted.path)
+    prompt = prompt_of(11)
+    assert await answer(engine, ask(prompt, 6)) == run_transformers(expected, prompt, 6)
+
+
+async def test_slices_for_ranks_are_refused_before_their_weights_are_read(
+    start: Start, llama: Path, tmp_path: Path
+) -> None:
+    ranks = convert(llama, tmp_path / "ranks", tensor_parallel=2).path
+    engine = await start()
+    engine.prepare(prepare(ranks))
+    with pytest.raises(UnsupportedArchitecture, match="split for 2 ranks"):
+        await engine.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,10 +168,27 @@ def test_there_is_no_pickle() -> None:
     found += [
         f"{name_of(path)}:{line} torch.load"
         for path in MODULES
+        if path != PACKAGE / "checkpoint" / "pickle_child.py"
         for owner, name, line in attributes(tree_of(path))
         if (owner, name) == ("torch", "load")
     ]
     assert not found
+
+
+def test_pickled_weights_are_read_in_a_child_process_without_code() -> None:
+    child = PACKAGE / "checkpoint" / "pickle_child.py"
+    calls = [
+        node
+        for node in ast.walk(tree_of(child))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load"
+        and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+    ]  # fmt: skip
+    assert len(calls) == 1
+    (weights_only,) = [keyword.value for keyword in calls[0].keywords if keyword.arg == "weights_only"]
+    assert isinstance(weights_only, ast.Constant) and weights_only.value is True
+    loaded = "import sys, sllm_actor.checkpoint.convert, sllm_actor.checkpoint.verify; print('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
 
 
 def test_no_code_of_a_model_is_ever_run() -> None:

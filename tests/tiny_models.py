@@ -92,7 +92,7 @@ def attach(folder: Path, *, shift_bytes: int = 0) -> PreTrainedModel:
         header = parse_header(data, len(data), file.name)
         tensors += header.tensors
         owner |= {tensor.name: data for tensor in header.tensors}
-    paired = skeleton.match(model, tensors)
+    paired = skeleton.match(model, tensors, checkpoint.aliases)
     skeleton.put_weights(model, {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()})
     return model
 

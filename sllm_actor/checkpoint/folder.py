@@ -1,4 +1,4 @@
-"""Describe a checkpoint folder: its weight files, their tensors, its configuration.
+"""Describe a checkpoint folder: its weight files, their tensors, its configuration and its manifest.
 
 Reads headers and JSON, never weights. Knows nothing of where the folder came from or who will load it.
 """
@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import stat
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ from typing import Any
 import msgspec
 import xxhash
 
+from sllm_actor.checkpoint.digests import DIGEST_BYTES, digest
+from sllm_actor.checkpoint.layout import is_pad
+from sllm_actor.checkpoint.manifest import FoundFile, Manifest, PartitionKind, check_agreement, read_manifest
 from sllm_actor.checkpoint.safetensors_header import LENGTH_BYTES, Header, header_end, parse_header
 from sllm_actor.errors import (
     CheckpointConfigInvalid,
@@ -38,13 +40,17 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 class WeightFile(msgspec.Struct, frozen=True):
-    """One safetensors file as it was found; `mtime_ns` and `inode` tell it from a later one of its name."""
+    """One safetensors file as it was found; `mtime_ns` and `inode` tell it from a later one of its name.
+
+    `digests` has 16 bytes for each `Checkpoint.digest_bytes` of the file; nothing where there is no manifest.
+    """
 
     name: str
     size_bytes: int
     mtime_ns: int
     inode: int
     header: Header
+    digests: bytes = b""
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -57,6 +63,29 @@ class Checkpoint(msgspec.Struct, frozen=True):
     fingerprint: str
     dtype: str
     architectures: tuple[str, ...]
+    manifest: Manifest | None = None
+
+    @property
+    def digest_bytes(self) -> int:
+        """How many bytes of a file one digest covers; 0 where there are none."""
+        return self.manifest.chunk_bytes if self.manifest is not None else 0
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Tensors that are stored under another name, by the name that is not stored."""
+        return self.manifest.aliases if self.manifest is not None else {}
+
+    @property
+    def ranks(self) -> int:
+        """How many tensor-parallel ranks the files are for; 1 where tensors are whole."""
+        if self.manifest is None or self.manifest.partition.kind is not PartitionKind.TENSOR_PARALLEL:
+            return 1
+        return self.manifest.partition.count
+
+    def files_of_rank(self, rank: int) -> tuple[WeightFile, ...]:
+        """Return the files that a tensor-parallel rank loads: its own one, or all where tensors are whole."""
+        assert 0 <= rank < self.ranks, "ranks are counted from 0"
+        return self.files if self.ranks == 1 else (self.files[rank],)
 
     def file_path(self, file: WeightFile) -> Path:
         """Return where `file` of this checkpoint is."""
@@ -72,29 +101,58 @@ def read_folder(path: Path) -> Checkpoint:
         PickleCheckpoint: its weights are pickled; the message says how to convert them.
         CheckpointTruncated, CheckpointHeaderInvalid: a weight file is damaged.
         CheckpointConfigInvalid: config.json or the index can't be used.
+        CheckpointInvalid: sllm.json disagrees with the folder.
     """
     folder = _resolve(path)
-    names, weight_map = _weight_names(folder)
-    digest = xxhash.xxh3_128()
-    files = []
+    manifest = read_manifest(folder)
+    names, weight_map = _weight_names(folder, manifest)
+    fingerprint = xxhash.xxh3_128()
+    files: list[WeightFile] = []
+    header_digests: list[str] = []
     for name in names:
         file, header_bytes = _read_weight_file(folder, name)
         for part in (name.encode(), b"%d %d" % (file.size_bytes, file.mtime_ns), header_bytes):
-            digest.update(b"%d:" % len(part))
-            digest.update(part)
+            fingerprint.update(b"%d:" % len(part))
+            fingerprint.update(part)
         files.append(file)
-    _check_weight_map(folder, files, weight_map)
-    config, config_bytes = _read_config(folder)
-    digest.update(config_bytes)
+        header_digests.append(digest(header_bytes).hex())
+    if manifest is None or manifest.partition.kind is not PartitionKind.TENSOR_PARALLEL:
+        _check_weight_map(folder, files, weight_map)
+    config, config_bytes = read_config(folder)
+    fingerprint.update(config_bytes)
+    if manifest is not None:
+        files = _with_digests(folder, manifest, files, header_digests, digest(config_bytes).hex())
+        fingerprint.update(manifest.model_id.encode())
     return Checkpoint(
         path=folder,
         files=tuple(files),
         config=config,
         size_bytes=sum(file.size_bytes for file in files),
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint.hexdigest(),
         dtype=_dominant_dtype(files),
         architectures=_architectures(folder, config),
+        manifest=manifest,
     )
+
+
+def _with_digests(
+    folder: Path, manifest: Manifest, files: list[WeightFile], header_digests: list[str], config_digest: str
+) -> list[WeightFile]:
+    """Hold the manifest against the folder and give each file the digests that it has for it."""
+    found = [
+        FoundFile(
+            file.name, file.size_bytes, header_digest,
+            {tensor.name: (tensor.dtype, tensor.shape) for tensor in file.header.tensors if not is_pad(tensor.name)},
+        )
+        for file, header_digest in zip(files, header_digests, strict=True)
+    ]  # fmt: skip
+    check_agreement(manifest, folder, found, _entries(folder), config_digest)
+    digested = []
+    for file, record in zip(files, manifest.files, strict=True):
+        raw = bytes.fromhex("".join(record.digests))
+        assert len(raw) == len(record.digests) * DIGEST_BYTES, "the manifest has been checked"
+        digested.append(msgspec.structs.replace(file, digests=raw))
+    return digested
 
 
 def _resolve(path: Path) -> Path:
@@ -107,17 +165,18 @@ def _resolve(path: Path) -> Path:
     return folder
 
 
-def _weight_names(folder: Path) -> tuple[list[str], dict[str, str]]:
+def _weight_names(folder: Path, manifest: Manifest | None) -> tuple[list[str], dict[str, str]]:
     """Return the weight files to read and, where there is an index, which tensor is in which."""
+    if manifest is not None:
+        index = folder / "model.safetensors.index.json"
+        by_layers = manifest.partition.kind is PartitionKind.LAYERS and index.exists()
+        return [file.name for file in manifest.files], _read_index(index)[1] if by_layers else {}
     if (folder / "model.safetensors").exists():
         return ["model.safetensors"], {}
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return _read_index(index)
-    try:
-        present = sorted(entry.name for entry in folder.iterdir())
-    except OSError as wrong:
-        raise CheckpointMissing(f"{folder} can't be listed: {wrong}") from None
+    present = _entries(folder)
     shards = [match for match in map(_SHARD_OF_SET.fullmatch, present) if match]
     if shards:
         return _whole_set(folder, [match.group() for match in shards], int(shards[0].group(1))), {}
@@ -125,6 +184,13 @@ def _weight_names(folder: Path) -> tuple[list[str], dict[str, str]]:
     if pickles:
         raise PickleCheckpoint(_how_to_convert(folder, pickles[0]))
     raise CheckpointEmpty(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError as wrong:
+        raise CheckpointMissing(f"{folder} can't be listed: {wrong}") from None
 
 
 def _whole_set(folder: Path, shards: list[str], count: int) -> list[str]:
@@ -137,22 +203,15 @@ def _whole_set(folder: Path, shards: list[str], count: int) -> list[str]:
 
 def _how_to_convert(folder: Path, pickle: str) -> str:
     target = folder.with_name(f"{folder.name}-safetensors")
-    program = (
-        "import shutil, sys, transformers; source, target = sys.argv[1:]; "
-        "model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype='auto'); "
-        "others = shutil.ignore_patterns('*.bin', '*.bin.index.json', '*.pt', '*.pth'); "
-        "shutil.copytree(source, target, ignore=others); "
-        "model.save_pretrained(target)"
-    )
-    command = shlex.join([sys.executable or "python3", "-c", program, str(folder), str(target)])
+    command = shlex.join(["sllm-node", "convert", str(folder), str(target)])
     return (
         f"{folder} has its weights as pickle ({pickle}), which can run code and is never loaded. "
-        f"Convert a checkpoint that you trust, then register {target}:\n{command}"
+        f"Convert it, then register {target}:\n{command}"
     )
 
 
 def _read_index(index: Path) -> tuple[list[str], dict[str, str]]:
-    parsed = _json_object(index, MAX_INDEX_BYTES)
+    parsed = read_json(index, MAX_INDEX_BYTES)
     weight_map = parsed.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointConfigInvalid(f"{index} has no weight_map")
@@ -170,7 +229,7 @@ def _read_weight_file(folder: Path, name: str) -> tuple[WeightFile, bytes]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise CheckpointTruncated(f"{path} is named by the index and missing") from None
+        raise CheckpointTruncated(f"{path} is listed and missing") from None
     except OSError as wrong:
         raise CheckpointInvalid(f"{path} can't be opened: {wrong.strerror}") from None
     try:
@@ -213,7 +272,7 @@ def _check_weight_map(folder: Path, files: list[WeightFile], weight_map: dict[st
             raise CheckpointHeaderInvalid(f"{folder}: the index puts tensor {name!r} in {shard}, it is not there")
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], bytes]:
+def read_config(folder: Path) -> tuple[dict[str, Any], bytes]:
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointConfigInvalid(f"{folder} has no config.json")
@@ -228,7 +287,12 @@ def _architectures(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _json_object(path: Path, max_bytes: int) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object of at most `max_bytes`.
+
+    Raises:
+        CheckpointConfigInvalid: it is none, longer, or no file.
+    """
     return _parse_object(path, _bounded_bytes(path, max_bytes))
 
 
@@ -260,6 +324,8 @@ def _dominant_dtype(files: list[WeightFile]) -> str:
     size_bytes: Counter[str] = Counter()
     for file in files:
         for tensor in file.header.tensors:
+            if is_pad(tensor.name):
+                continue
             size_bytes[tensor.dtype] += tensor.end - tensor.begin
     if not size_bytes:
         raise CheckpointEmpty("the weight files hold no tensors")

@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.markup import escape
 
+from sllm_actor.cli import checkpoints
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient, NodeRefused, NodeUnreachable
 from sllm_actor.cli.run import run_model
 from sllm_actor.cli.show import duration, err, out, print_json, table
@@ -44,7 +47,7 @@ def fail(message: str, exit_code: int = 1, *, as_json: bool = False, code: str =
     if as_json:
         print_json({"error": {"message": message, "code": code, "param": param}})
     else:
-        err.print(f"[bold red]error:[/bold red] {message}", markup=True)
+        err.print(f"[bold red]error:[/bold red] {escape(message)}", markup=True)
     raise typer.Exit(exit_code)
 
 
@@ -62,6 +65,15 @@ def ask(url: str, key: str, work: Callable[[NodeClient], Awaitable[T]], *, as_js
     except NodeRefused as error:
         fail(str(error), 1, as_json=as_json, code=error.code, param=error.param)
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def refusals(*, as_json: bool) -> Iterator[None]:
+    """Turn typed errors into a message and exit code 1."""
+    try:
+        yield
+    except SllmError as error:
+        fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
 
 
 def configure(
@@ -234,6 +246,42 @@ def run(
         await run_model(client, model, prompt, system=system, options=given, timeline=timeline, as_json=as_json)
 
     ask(url, api_key, work, as_json=as_json)
+
+
+@app.command()
+def convert(
+    source: checkpoints.Source, target: checkpoints.Target, partitions: checkpoints.Partitions = 1,
+    tensor_parallel: checkpoints.TensorParallel = 1, replace: checkpoints.Replace = False,
+    chunk_bytes: checkpoints.ChunkBytes = checkpoints.DEFAULT_CHUNK, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Convert a checkpoint folder into one that is laid out for loading, with a digest for every chunk.
+
+    The target appears when it is whole. Needs no node.
+
+    Example: sllm-node convert ./opt-125m ./opt-125m-sllm --partitions 2
+    """
+    if partitions > 1 and tensor_parallel > 1:
+        fail("--partitions and --tensor-parallel exclude each other", 2, as_json=as_json)
+    size_bytes = checkpoints.chunk_size(chunk_bytes)
+    with refusals(as_json=as_json):
+        checkpoints.run_convert(
+            source, target, partitions, tensor_parallel, size_bytes, replace=replace, as_json=as_json
+        )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    as_json: Json = False,
+) -> None:
+    """Read every byte of a converted checkpoint and compare it with its digests.
+
+    Of a folder that was not converted only headers and index can be checked. Needs no node.
+
+    Example: sllm-node verify ./opt-125m-sllm
+    """
+    with refusals(as_json=as_json):
+        checkpoints.run_verify(folder, as_json=as_json)
 
 
 def main() -> None:

@@ -14,12 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.checkpoint.manifest import read_manifest
 from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.runner import Generation, Runner
-from sllm_actor.errors import EngineStartFailed, SllmError
+from sllm_actor.errors import EngineStartFailed, SllmError, UnsupportedArchitecture
 from sllm_actor.messages.engine import (
     AttachWeights,
     CancelGeneration,
@@ -58,6 +59,7 @@ class EngineProcess:
         self._spans: list[Span] = []
         self._prepared: PrepareModel | None = None
         self._model: PreTrainedModel | None = None
+        self._aliases: Mapping[str, str] = {}
         self._runner: Runner | None = None
         self._running: dict[RequestId, Generation] = {}
         torch.set_num_threads(threads)
@@ -106,13 +108,20 @@ class EngineProcess:
         begin_s = self._clock.monotonic_s()
         self._prepared = message
         self._model = skeleton.build(message.path, message.dtype)
+        manifest = read_manifest(Path(message.path))
+        self._aliases = manifest.aliases if manifest is not None else {}
         self._spans.append(self._span("skeleton", begin_s))
 
     def _check(self) -> None:
         if self._prepared is None or self._model is None:
             raise EngineStartFailed("a check was asked for before a model was named")
-        files = read_folder(Path(self._prepared.path)).files
-        skeleton.match(self._model, [tensor for file in files for tensor in file.header.tensors])
+        checkpoint = read_folder(Path(self._prepared.path))
+        if checkpoint.ranks > 1:
+            raise UnsupportedArchitecture(
+                f"its tensors are split for {checkpoint.ranks} ranks, which this version does not serve"
+            )
+        tensors = [tensor for file in checkpoint.files for tensor in file.header.tensors]
+        skeleton.match(self._model, tensors, checkpoint.aliases)
         self._channel.send(ModelChecked())
 
     def _attach(self, message: AttachWeights) -> None:
@@ -127,7 +136,7 @@ class EngineProcess:
             header = parse_header(data, file.size_bytes, name=file.name)
             tensors += header.tensors
             owner |= dict.fromkeys((tensor.name for tensor in header.tensors), data)
-        paired = skeleton.match(self._model, tensors)
+        paired = skeleton.match(self._model, tensors, self._aliases)
         weights = {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()}
         skeleton.put_weights(self._model, weights)
         self._runner = Runner(self._model, self._prepared.eos_token_ids, self._prepared.context_tokens)

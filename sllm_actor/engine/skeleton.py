@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.safetensors_header import Tensor
 from sllm_actor.engine.architectures import MODULES, choose
 from sllm_actor.errors import CheckpointConfigInvalid, CheckpointInvalid, UnsupportedArchitecture
@@ -73,8 +74,10 @@ def _check(config: Any, name: str, config_class: type) -> None:
     config.output_hidden_states = False
 
 
-def match(model: PreTrainedModel, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Pair the model's tensor names with the checkpoint's.
+def match(
+    model: PreTrainedModel, tensors: Iterable[Tensor], aliases: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Pair the model's tensor names with the checkpoint's; `aliases` has the stored name of each that is not stored.
 
     A base model's checkpoint lacks the head's prefix (`wte.weight` for `transformer.wte.weight`), and
     the other way round; what the model has no place for is left out.
@@ -86,8 +89,10 @@ def match(model: PreTrainedModel, tensors: Iterable[Tensor]) -> dict[str, Tensor
     wanted = model.state_dict()
     prefix = f"{model.base_model_prefix}."
     found: dict[str, Tensor] = {}
-    for tensor in tensors:
-        for name in (tensor.name, prefix + tensor.name, tensor.name.removeprefix(prefix)):
+    stored = {tensor.name: tensor for tensor in tensors if not is_pad(tensor.name)}
+    aliased = {alias: stored[name] for alias, name in (aliases or {}).items() if name in stored}
+    for known, tensor in (aliased | stored).items():
+        for name in (known, prefix + known, known.removeprefix(prefix)):
             if name in wanted:
                 found[name] = tensor
                 break
