@@ -1,8 +1,9 @@
 """Read the header of a safetensors file, believing nothing.
 
 Pure: bytes in, description out; knows no file system and no tensor library. Refuses whatever the Rust
-library refuses, and four things that it lets pass: a key given twice, a header that does not begin with `{`,
-a tensor described by anything but an object, and a field of a tensor other than the three.
+library refuses, and five things that it lets pass: a key given twice, a header that does not begin with `{`,
+a tensor described by anything but an object, a field of a tensor other than the three, and a dtype written as an
+object of one key. `scripts/fuzz_header` holds it to that.
 Format: https://github.com/huggingface/safetensors, as of its release 0.8.
 """
 
@@ -97,6 +98,9 @@ def parse_header(prefix: bytes | memoryview, file_size_bytes: int, name: str = "
 def _parse_json(raw: bytes, name: str) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         _refuse(name, "it does not begin with {")
+    plain = _parse_plain(raw)
+    if plain is not None:
+        return plain
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -120,6 +124,20 @@ def _parse_json(raw: bytes, name: str) -> dict[str, Any]:
         _refuse(name, f"it is not JSON: {wrong}")
     assert isinstance(parsed, dict), "JSON that begins with { is an object"
     return parsed
+
+
+def _parse_plain(raw: bytes) -> dict[str, Any] | None:
+    """Read JSON that is written in the plainest way, as every library writes it, several times faster.
+
+    What can be encoded again to the very same bytes has no key twice, no odd number and no half of a surrogate
+    pair in it. Anything else is left to the slower way, which also knows the reasons.
+    """
+    text = raw.rstrip(b" ")
+    try:
+        parsed = msgspec.json.decode(text)
+        return parsed if msgspec.json.encode(parsed) == text else None
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, ValueError):
+        return None
 
 
 def _parse_int(text: str) -> int | float:
