@@ -41,6 +41,10 @@
     ├── WriteFailed                  bytes that a disk did not take; what was there before is as it was
     ├── ConversionFailed             the process that reads pickles ended; the message says how
     ├── MetadataFailed               cluster facts that could not be read or written
+    ├── DeviceError                  a CUDA device or its driver
+    │   ├── DeviceMissing              no driver, one too old, or no such device
+    │   ├── DeviceOutOfMemory          the device does not have as much memory
+    │   └── DeviceFailed               the driver refused or failed; the message has its CUresult
     └── EngineError
         ├── EngineStartFailed · EngineDied · GenerationFailed
 
@@ -290,6 +294,22 @@ class ConversionFailed(SllmError):
 
 class MetadataFailed(SllmError):
     code = "metadata_failed"
+
+
+class DeviceError(SllmError):
+    code = "device_error"
+
+
+class DeviceMissing(DeviceError):
+    code = "device_missing"
+
+
+class DeviceOutOfMemory(DeviceError):
+    code = "device_out_of_memory"
+
+
+class DeviceFailed(DeviceError):
+    code = "device_failed"
 
 
 class EngineError(SllmError):

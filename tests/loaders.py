@@ -17,7 +17,8 @@ import pytest
 from checkpoints import folder_of
 
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
-from sllm_actor.loader.loader import HostLease, Loader
+from sllm_actor.loader.lease import HostLease
+from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.mapping import map_files
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.units import KIB

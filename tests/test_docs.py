@@ -49,6 +49,11 @@ def test_the_example_of_two_processes_runs_as_it_is_printed(tmp_path: Path) -> N
     )
 
 
+def test_the_loader_as_a_library_runs_as_it_is_printed() -> None:
+    (program,) = code_blocks(ROOT / "docs/loading.md", "python")
+    assert run_python(program) == "True\n"
+
+
 def test_the_readmes_client_runs_as_it_is_printed(node: NodeProcess) -> None:
     (program,) = code_blocks(ROOT / "README.md", "python")
     assert "http://127.0.0.1:8400" in program

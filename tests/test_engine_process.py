@@ -39,6 +39,7 @@ from sllm_actor.messages.engine import (
     TO_ENGINE,
     EngineFailed,
     EngineHello,
+    EngineReady,
     PooledFile,
     Prefilled,
     PrepareModel,
@@ -61,6 +62,11 @@ REPOSITORY = Path(__file__).parent.parent
 CHUNK_BYTES = 4096
 MAX_FRAME_BYTES = 1024 * 1024
 LIMIT_S = 60.0
+
+
+async def attached(engine: Engine, files: list[PooledFile]) -> EngineReady:
+    engine.place(CHUNK_BYTES, files)
+    return await engine.attach()
 
 
 class Pool:
@@ -148,7 +154,7 @@ def ask(prompt: list[int], max_tokens: int, request_id: str = "r") -> Generate:
 async def serving(start: Start, pool: Pool, folder: Path, eos: tuple[int, ...] = ()) -> Engine:
     engine = await start()
     engine.prepare(prepare(folder, eos))
-    await engine.attach(CHUNK_BYTES, pool.add_folder(folder))
+    await attached(engine, pool.add_folder(folder))
     return engine
 
 
@@ -179,8 +185,8 @@ async def test_an_engine_is_warm_checks_attaches_and_generates_what_transformers
     await engine.ready()
     engine.prepare(prepare(llama))
     await engine.check()
-    ready = await engine.attach(CHUNK_BYTES, pool.add_folder(llama))
-    assert [span.name for span in ready.spans] == ["skeleton", "attach"]
+    ready = await attached(engine, pool.add_folder(llama))
+    assert [span.name for span in ready.spans] == ["skeleton", "map", "attach"]
     assert all(span.begin_s <= span.end_s for span in ready.spans)
     assert ready.late_imports == ()
     assert await answer(engine, ask(prompt_of(7), 90)) == run_transformers(llama, prompt_of(7), 90)
@@ -193,7 +199,7 @@ async def test_no_architecture_imports_anything_after_the_fork(
     folder = save_model(tmp_path, architecture, tie_word_embeddings=True)
     engine = await start()
     engine.prepare(prepare(folder))
-    assert (await engine.attach(CHUNK_BYTES, pool.add_folder(folder))).late_imports == ()
+    assert (await attached(engine, pool.add_folder(folder))).late_imports == ()
     assert await answer(engine, ask(prompt_of(3), 10)) == run_transformers(folder, prompt_of(3), 10)
 
 
@@ -268,7 +274,7 @@ async def test_what_is_wrong_with_a_checkpoint_is_told_by_its_type(start: Start,
             engine = await start()
             engine.prepare(prepare(folder))
             with pytest.raises(kind) as caught:
-                await (engine.check() if asks == "check" else engine.attach(CHUNK_BYTES, pool.add_folder(lacking)))
+                await (engine.check() if asks == "check" else attached(engine, pool.add_folder(lacking)))
             assert type(caught.value) is kind
             await engine.leave(LIMIT_S)
             assert engine.died.result() == "exit status 1"
@@ -300,7 +306,7 @@ async def test_bytes_in_the_pool_that_are_no_weight_file_are_refused(
     engine = await start()
     engine.prepare(prepare(llama))
     with pytest.raises(CheckpointInvalid):
-        await engine.attach(CHUNK_BYTES, [pool.add(garbage)])
+        await attached(engine, [pool.add(garbage)])
 
 
 async def test_an_engine_that_is_killed_fails_its_generations_and_says_how_it_ended(

@@ -22,7 +22,8 @@ from sllm_actor.errors import (
     ModelTooLarge,
     NoCapacity,
 )
-from sllm_actor.loader.loader import HostLease, Loader
+from sllm_actor.loader.lease import HostLease
+from sllm_actor.loader.loader import Loader
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.units import MIB

@@ -235,6 +235,10 @@ def test_the_runtime_shows_its_actors_and_how_late_the_loop_was(node: NodeProces
     assert all(actor["restarts"] == 0 for actor in actors.values())
     assert shown["system"]["dead_letters"] >= 0
     assert shown["loop_lag"].keys() == {"worst_s", "faults"}
+    pool = shown["loader"]["pool"]
+    assert 0 < pool["free_bytes"] <= pool["size_bytes"]
+    assert pool["facts"]["native"] is True
+    assert shown["loader"]["paths"].keys() == {"page_cache", "ssd", "device"}
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,18 @@ def test_the_native_library_is_loaded_in_one_module_only() -> None:
     assert not found
 
 
+def test_the_native_library_is_called_in_two_modules_only() -> None:
+    callers = {PACKAGE / "loader" / "native.py", PACKAGE / "loader" / "native_device.py"}
+    found = {
+        path
+        for path in MODULES
+        for node in ast.walk(tree_of(path))
+        if (isinstance(node, ast.Attribute) and node.attr.startswith("sllm_") and node.attr != "sllm_actor")
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("sllm_device_"))
+    }
+    assert found == callers
+
+
 def test_there_is_no_pickle() -> None:
     found = [
         f"{name_of(path)}:{line} {name}"

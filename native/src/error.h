@@ -18,6 +18,13 @@ class Error : public std::runtime_error {
         code_(code),
         os_error_(os_error) {}
 
+  // For codes that are no errno, such as a CUresult: `message` says it all.
+  static Error of(sllm_code code, const std::string& message, int os_error) {
+    Error error(code, message);
+    error.os_error_ = os_error;
+    return error;
+  }
+
   sllm_code code() const noexcept { return code_; }
   int os_error() const noexcept { return os_error_; }
 

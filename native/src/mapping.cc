@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <thread>
+#include <vector>
 
 #include "error.h"
 
@@ -14,6 +16,12 @@
 
 namespace sllm {
 namespace {
+
+constexpr uint64_t kHugePage = 2ull << 20;
+constexpr uint64_t kPopulateStep = 32ull << 20;
+constexpr unsigned kMaxThreads = 64;
+
+uint64_t up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }
 
 void check_inside(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks) {
   struct stat found {};
@@ -25,32 +33,81 @@ void check_inside(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks
     throw Error(SLLM_INVALID, "a chunk lies outside the pool");
 }
 
+// Address space that begins where a huge page may, so that huge pages can be mapped as such.
+std::byte* reserve(uint64_t length) {
+  const uint64_t room = length + kHugePage;
+  void* reserved = mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "reserving address space", errno);
+  auto* begin = static_cast<std::byte*>(reserved);
+  auto* base = reinterpret_cast<std::byte*>(up(reinterpret_cast<uintptr_t>(begin), kHugePage));
+  const uint64_t end = up(length, static_cast<uint64_t>(sysconf(_SC_PAGESIZE)));
+  if (base > begin) munmap(begin, static_cast<std::size_t>(base - begin));
+  munmap(base + end, room - end - static_cast<std::size_t>(base - begin));
+  return base;
+}
+
+void map_at(std::byte* address, uint64_t length, int fd, uint64_t offset) {
+  const void* mapped = mmap(address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd,
+                            static_cast<off_t>(offset));
+  if (mapped == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "mapping", errno);
+}
+
+// Not MAP_POPULATE: on a private writable mapping that would copy every page. Only a saving, so its answer is not
+// needed: an older kernel faults pages in as they are read.
+void populate_range(std::byte* base, uint64_t length, unsigned threads) {
+  const uint64_t steps = (length + kPopulateStep - 1) / kPopulateStep;
+  const auto workers = static_cast<unsigned>(std::min<uint64_t>({threads, kMaxThreads, steps}));
+  std::vector<std::jthread> running;
+  for (unsigned k = 0; k < workers; ++k) {
+    auto work = [=] {
+      for (uint64_t step = k; step < steps; step += workers) {
+        const uint64_t at = step * kPopulateStep;
+        (void)madvise(base + at, std::min(kPopulateStep, length - at), MADV_POPULATE_READ);
+      }
+    };
+    if (k + 1 < workers)
+      running.emplace_back(work);
+    else
+      work();
+  }
+}
+
 }  // namespace
 
-void* map_chunks(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks, bool populate) {
+void* map_chunks(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks, unsigned populate) {
   check_inside(fd, chunk_bytes, chunks);
   const uint64_t length = chunk_bytes * chunks.size();
-  void* reserved = mmap(nullptr, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (reserved == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "reserving address space", errno);
-  auto* base = static_cast<std::byte*>(reserved);
-  for (std::size_t at = 0; at < chunks.size();) {
-    // Neighbours in the pool become one mapping: the kernel's count of mappings is limited.
-    std::size_t run = 1;
-    while (at + run < chunks.size() && chunks[at + run] == chunks[at] + run) ++run;
-    const void* mapped =
-        mmap(base + at * chunk_bytes, run * chunk_bytes, PROT_READ | PROT_WRITE,
-             MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, static_cast<off_t>(chunks[at] * chunk_bytes));
-    if (mapped == MAP_FAILED) {
-      const int os_error = errno;
-      munmap(reserved, length);
-      throw Error(SLLM_NO_MEMORY, "mapping chunks", os_error);
+  std::byte* base = reserve(length);
+  try {
+    for (std::size_t at = 0; at < chunks.size();) {
+      // Neighbours in the pool become one mapping: the kernel's count of mappings is limited.
+      std::size_t run = 1;
+      while (at + run < chunks.size() && chunks[at + run] == chunks[at] + run) ++run;
+      map_at(base + at * chunk_bytes, run * chunk_bytes, fd, chunks[at] * chunk_bytes);
+      at += run;
     }
-    at += run;
+    (void)madvise(base, length, MADV_HUGEPAGE);
+    populate_range(base, length, populate);
+  } catch (...) {
+    munmap(base, length);
+    throw;
   }
-  // Not MAP_POPULATE: on a private writable mapping that would copy every page. Only a saving, so its answer is not
-  // needed: an older kernel faults pages in as they are read.
-  if (populate) (void)madvise(reserved, length, MADV_POPULATE_READ);
-  return reserved;
+  return base;
+}
+
+void* map_file(const FileIdentity& identity, unsigned populate) {
+  if (identity.size_bytes == 0) throw Error(SLLM_INVALID, identity.path + " has no bytes to map");
+  const Fd fd = open_described(identity);
+  std::byte* base = reserve(identity.size_bytes);
+  try {
+    map_at(base, identity.size_bytes, fd.get(), 0);
+    (void)madvise(base, identity.size_bytes, MADV_HUGEPAGE);
+    populate_range(base, identity.size_bytes, populate);
+  } catch (...) {
+    munmap(base, identity.size_bytes);
+    throw;
+  }
+  return base;
 }
 
 void unmap(void* address, uint64_t length_bytes) {

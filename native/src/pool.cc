@@ -9,12 +9,16 @@
 #include <sstream>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "error.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21U << 26)
 #endif
 
 namespace sllm {
@@ -51,35 +55,30 @@ uint64_t huge_bytes_at(const std::byte* base) {
   return 0;
 }
 
-Fd sealed_memfd(uint64_t size_bytes) {
-  Fd fd(memfd_create("sllm-host-pool", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!fd.open()) throw Error(SLLM_NO_MEMORY, "host pool: memfd_create", errno);
-  if (ftruncate(fd.get(), static_cast<off_t>(size_bytes)) != 0)
-    throw Error(SLLM_NO_MEMORY, "host pool: ftruncate", errno);
+constexpr uint64_t kHugePage = 2ull << 20;
+
+void seal(const Fd& fd) {
   // A pool that cannot shrink cannot raise SIGBUS in an engine that maps it.
   if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
     throw Error(SLLM_NO_MEMORY, "host pool: sealing", errno);
-  return fd;
 }
 
 }  // namespace
 
-Pool::Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool lock)
+Pool::Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool lock, sllm_pages pages)
     : chunk_bytes_(chunk_bytes), chunks_(chunks) {
   const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   if (chunk_bytes == 0 || chunk_bytes % std::max(kAlignment, page) != 0)
     throw Error(SLLM_INVALID, "host pool: chunk_bytes must be a multiple of the page size");
   if (chunks == 0 || chunks > (uint64_t{1} << 62) / chunk_bytes || fault_threads == 0)
     throw Error(SLLM_INVALID, "host pool: the number of chunks or of threads is out of bounds");
-  fd_ = sealed_memfd(size_bytes());
-  void* mapped = mmap(nullptr, size_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
-  if (mapped == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "host pool: mmap", errno);
-  base_ = static_cast<std::byte*>(mapped);
+  reserved_ = pages == SLLM_HUGE_PAGES && map_reserved();
+  if (!reserved_) map_ordinary();
   try {
-    madvise(base_, size_bytes(), MADV_HUGEPAGE);
+    if (pages == SLLM_HUGE_PAGES && !reserved_) madvise(base_, size_bytes(), MADV_HUGEPAGE);
     fault_in(fault_threads);
     locked_ = lock && mlock(base_, size_bytes()) == 0;
-    huge_bytes_ = huge_bytes_at(base_);
+    huge_bytes_ = reserved_ ? size_bytes() : huge_bytes_at(base_);
   } catch (...) {
     munmap(base_, size_bytes());
     throw;
@@ -87,6 +86,31 @@ Pool::Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool l
 }
 
 Pool::~Pool() { munmap(base_, size_bytes()); }
+
+// Takes reserved huge pages, all or none: the kernel sets them aside at mmap, so that no later fault can find none.
+bool Pool::map_reserved() {
+  if (chunk_bytes_ % kHugePage != 0) return false;
+  Fd fd(memfd_create("sllm-host-pool", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB | MFD_HUGE_2MB));
+  if (!fd.open() || ftruncate(fd.get(), static_cast<off_t>(size_bytes())) != 0) return false;
+  seal(fd);
+  void* mapped = mmap(nullptr, size_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  if (mapped == MAP_FAILED) return false;
+  base_ = static_cast<std::byte*>(mapped);
+  fd_ = std::move(fd);
+  return true;
+}
+
+void Pool::map_ordinary() {
+  Fd fd(memfd_create("sllm-host-pool", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd.open()) throw Error(SLLM_NO_MEMORY, "host pool: memfd_create", errno);
+  if (ftruncate(fd.get(), static_cast<off_t>(size_bytes())) != 0)
+    throw Error(SLLM_NO_MEMORY, "host pool: ftruncate", errno);
+  seal(fd);
+  void* mapped = mmap(nullptr, size_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  if (mapped == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "host pool: mmap", errno);
+  base_ = static_cast<std::byte*>(mapped);
+  fd_ = std::move(fd);
+}
 
 void Pool::fault_in(unsigned threads) const {
   const uint64_t chunks_each = (chunks_ + threads - 1) / threads;

@@ -2,13 +2,15 @@
 // Thread safety: after construction everything is constant; who writes which chunk is the caller's bookkeeping.
 // Ownership: owns the memfd and its mapping; a Pool outlives every Reader on it.
 //
-// Page faults cost a cold load more than the disk does, so they are all taken once, here.
+// Page faults cost a cold load more than the disk does, so they are all taken once, here. Huge pages make fewer of
+// them, here and in every engine that maps the pool: reserved ones where there are enough, else by advice.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "fd.h"
+#include "sllm_native.h"
 
 namespace sllm {
 
@@ -16,7 +18,7 @@ inline constexpr uint64_t kAlignment = 4096;  // What O_DIRECT wants of offsets 
 
 class Pool {
  public:
-  Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool lock);
+  Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool lock, sllm_pages pages);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -26,10 +28,14 @@ class Pool {
   uint64_t chunks() const noexcept { return chunks_; }
   uint64_t huge_bytes() const noexcept { return huge_bytes_; }
   bool locked() const noexcept { return locked_; }
+  bool reserved() const noexcept { return reserved_; }
+  std::byte* base() const noexcept { return base_; }
+  uint64_t size_bytes() const noexcept { return chunk_bytes_ * chunks_; }
   int fd() const noexcept { return fd_.get(); }
 
  private:
-  uint64_t size_bytes() const noexcept { return chunk_bytes_ * chunks_; }
+  bool map_reserved();
+  void map_ordinary();
   void fault_in(unsigned threads) const;
 
   const uint64_t chunk_bytes_;
@@ -38,6 +44,7 @@ class Pool {
   std::byte* base_ = nullptr;
   uint64_t huge_bytes_ = 0;
   bool locked_ = false;
+  bool reserved_ = false;
 };
 
 }  // namespace sllm

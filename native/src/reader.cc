@@ -4,114 +4,21 @@
 #include <sys/eventfd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <exception>
-#include <optional>
+#include <utility>
 
 namespace sllm {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr unsigned kMaxThreads = 256;
-
-void check_plan(const FilePlan& file, const Pool& pool) {
-  const uint64_t chunks = (file.size_bytes + pool.chunk_bytes() - 1) / pool.chunk_bytes();
-  if (file.size_bytes == 0 || file.size_bytes > uint64_t{INT64_MAX} - pool.chunk_bytes())
-    throw Error(SLLM_INVALID, file.path + ": its size is out of bounds");
-  if (file.chunks.size() != chunks) throw Error(SLLM_INVALID, file.path + ": the number of chunks is wrong");
-  for (const uint64_t index : file.chunks)
-    if (index >= pool.chunks()) throw Error(SLLM_INVALID, file.path + ": a chunk lies outside the pool");
-}
 
 }  // namespace
 
-// Everything here but what SourceFile guards itself is guarded by Reader::mutex_.
-class Load {
- public:
-  struct Item {
-    SourceFile& file;
-    std::size_t file_index;
-    std::size_t chunk;
-  };
-
-  explicit Load(std::vector<FilePlan> plans) {
-    for (auto& plan : plans) {
-      total_bytes_ += plan.size_bytes;
-      files_.push_back(std::make_unique<SourceFile>(std::move(plan)));
-    }
-  }
-
-  bool has_next() const { return !stopped_ && next_file_ < files_.size(); }
-  bool idle() const { return in_flight_ == 0 && !has_next(); }
-  bool ended() const { return state_ != SLLM_LOADING; }
-
-  Item begin_next() {
-    Item item{*files_[next_file_], next_file_, next_chunk_};
-    if (++next_chunk_ == item.file.plan().chunks.size()) {
-      ++next_file_;
-      next_chunk_ = 0;
-    }
-    ++in_flight_;
-    return item;
-  }
-
-  void complete(const BytesRead& bytes) {
-    --in_flight_;
-    cached_bytes_ += bytes.cached;
-    device_bytes_ += bytes.device;
-  }
-
-  void fail(std::size_t file_index, Error error) {
-    --in_flight_;
-    stopped_ = true;
-    if (error_) return;
-    error_.emplace(std::move(error));
-    failed_file_ = file_index;
-  }
-
-  void stop() { stopped_ = true; }
-
-  std::vector<std::unique_ptr<SourceFile>> take_files() { return std::move(files_); }
-
-  void end() {
-    const bool complete = cached_bytes_ + device_bytes_ == total_bytes_;
-    state_ = error_ ? SLLM_FAILED : complete ? SLLM_DONE : SLLM_CANCELLED;
-    ended_ = Clock::now();
-  }
-
-  void describe(sllm_load_status& status) const {
-    status = {};
-    status.state = state_;
-    status.cached_bytes = cached_bytes_;
-    status.device_bytes = device_bytes_;
-    status.total_bytes = total_bytes_;
-    status.elapsed_s = std::chrono::duration<double>((ended() ? ended_ : Clock::now()) - begun_).count();
-    if (!error_) return;
-    status.failed_file = static_cast<int32_t>(failed_file_);
-    status.error.code = error_->code();
-    status.error.os_error = error_->os_error();
-    std::strncpy(status.error.message, error_->what(), SLLM_MESSAGE_BYTES - 1);
-  }
-
- private:
-  std::vector<std::unique_ptr<SourceFile>> files_;
-  std::size_t next_file_ = 0;
-  std::size_t next_chunk_ = 0;
-  std::size_t in_flight_ = 0;
-  bool stopped_ = false;
-  sllm_state state_ = SLLM_LOADING;
-  std::optional<Error> error_;
-  std::size_t failed_file_ = 0;
-  uint64_t cached_bytes_ = 0;
-  uint64_t device_bytes_ = 0;
-  uint64_t total_bytes_ = 0;
-  const Clock::time_point begun_ = Clock::now();
-  Clock::time_point ended_;
-};
-
-Reader::Reader(Pool& pool, unsigned threads, unsigned max_loads)
-    : pool_(pool), max_loads_(max_loads), event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+Reader::Reader(Pool& pool, unsigned threads, unsigned max_loads, bool use_ring)
+    : pool_(pool),
+      max_loads_(max_loads),
+      event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+      ring_(use_ring && threads <= kMaxThreads ? Ring::open(pool, std::max(threads, 1u)) : nullptr) {
   if (!event_.open()) throw Error(SLLM_NO_MEMORY, "reader: eventfd", errno);
   if (threads == 0 || threads > kMaxThreads || max_loads == 0)
     throw Error(SLLM_INVALID, "reader: the number of threads or loads is out of bounds");
@@ -123,7 +30,13 @@ Reader::Reader(Pool& pool, unsigned threads, unsigned max_loads)
   }
 }
 
-Reader::~Reader() { stop_threads(); }
+Reader::~Reader() {
+  stop_threads();
+  // What a device has begun with calls back here.
+  std::unique_lock lock(mutex_);
+  for (const auto& [id, load] : loads_) load->stop();
+  quiet_.wait(lock, [this] { return copying_ == 0; });
+}
 
 void Reader::stop_threads() {
   {
@@ -134,13 +47,11 @@ void Reader::stop_threads() {
   for (auto& thread : threads_) thread.join();
 }
 
-uint64_t Reader::submit(std::vector<FilePlan> files) {
-  if (files.empty()) throw Error(SLLM_INVALID, "a load without files");
-  for (const auto& file : files) check_plan(file, pool_);
-  auto load = std::make_shared<Load>(std::move(files));
+uint64_t Reader::submit(LoadPlan plan) {
+  auto load = std::make_shared<Load>(std::move(plan), pool_, ring_.get(), meters_);
   const std::lock_guard lock(mutex_);
   if (loads_.size() >= max_loads_) throw Error(SLLM_BUSY, "too many loads at once");
-  runnable_.push_back(load);
+  make_runnable(load);
   loads_.emplace(next_id_, std::move(load));
   wake_.notify_all();
   return next_id_++;
@@ -151,19 +62,36 @@ void Reader::status(uint64_t load_id, sllm_load_status& status) {
   find(load_id).describe(status);
 }
 
+void Reader::set_priority(uint64_t load_id, int priority) {
+  const std::lock_guard lock(mutex_);
+  find(load_id).priority = priority;
+}
+
+void Reader::drop_targets(uint64_t load_id) {
+  std::unique_lock lock(mutex_);
+  find(load_id);
+  const std::shared_ptr<Load> load = loads_.at(load_id);
+  load->drop_targets();
+  settle(load, lock);
+}
+
 void Reader::cancel(uint64_t load_id) {
   std::unique_lock lock(mutex_);
-  Load& load = find(load_id);
-  if (load.ended()) return;
-  load.stop();
-  std::erase_if(runnable_, [&](const auto& other) { return other.get() == &load; });
-  finish_if_idle(load, lock);
+  find(load_id);
+  const std::shared_ptr<Load> load = loads_.at(load_id);
+  if (load->ended()) return;
+  load->stop();
+  settle(load, lock);
 }
 
 void Reader::forget(uint64_t load_id) {
   const std::lock_guard lock(mutex_);
   if (!find(load_id).ended()) throw Error(SLLM_INVALID, "a load that has not ended can't be forgotten");
   loads_.erase(load_id);
+}
+
+sllm_reader_facts Reader::facts() const {
+  return {meters_.cached.facts(), meters_.storage.facts(), meters_.copied.facts(), ring_ != nullptr ? 1 : 0};
 }
 
 Load& Reader::find(uint64_t load_id) {
@@ -178,25 +106,36 @@ void Reader::work() {
   for (;;) {
     wake_.wait(lock, [this] { return stopping_ || !runnable_.empty(); });
     if (stopping_) return;
-    read_next(lock);
+    run_next(lock);
   }
 }
 
-// Reads one chunk of the load whose turn it is; the lock is free while the disk works.
-void Reader::read_next(std::unique_lock<std::mutex>& lock) {
-  const std::shared_ptr<Load> load = std::move(runnable_.front());
-  runnable_.pop_front();
+void Reader::make_runnable(const std::shared_ptr<Load>& load) {
+  if (load->has_next() && std::find(runnable_.begin(), runnable_.end(), load) == runnable_.end())
+    runnable_.push_back(load);
+}
+
+// The one of the highest priority that has waited longest.
+std::shared_ptr<Load> Reader::take_runnable() {
+  const auto next = std::max_element(runnable_.begin(), runnable_.end(), [](const auto& one, const auto& other) {
+    return one->priority < other->priority;
+  });
+  std::shared_ptr<Load> load = std::move(*next);
+  runnable_.erase(next);
+  return load;
+}
+
+// Fetches one chunk of the load whose turn it is; the lock is free while the disk works.
+void Reader::run_next(std::unique_lock<std::mutex>& lock) {
+  const std::shared_ptr<Load> load = take_runnable();
   const Load::Item item = load->begin_next();
-  if (load->has_next()) runnable_.push_back(load);
+  make_runnable(load);
   lock.unlock();
 
   BytesRead bytes;
   std::optional<Error> error;
   try {
-    const FilePlan& plan = item.file.plan();
-    const uint64_t offset = item.chunk * pool_.chunk_bytes();
-    const uint64_t length = std::min(pool_.chunk_bytes(), plan.size_bytes - offset);
-    bytes = item.file.read(offset, length, pool_.chunk(plan.chunks[item.chunk]));
+    bytes = load->fetch(item, pool_.chunk(item.slot));
   } catch (const Error& caught) {
     error.emplace(caught);
   } catch (const std::exception& caught) {
@@ -204,24 +143,69 @@ void Reader::read_next(std::unique_lock<std::mutex>& lock) {
   }
 
   lock.lock();
+  load->fetched(bytes);
   if (error) {
-    load->fail(item.file_index, std::move(*error));
-    std::erase(runnable_, load);
+    load->fail(item, std::move(*error));
+  } else if (!load->has_target(item)) {
+    load->complete(item);
+  } else if (load->wanted()) {
+    send(load, item, lock);
+    return;
   } else {
-    load->complete(bytes);
+    load->drop(item);
   }
-  finish_if_idle(*load, lock);
-  notify();
+  settle(load, lock);
 }
 
-// Files are closed before the end is announced, so that a load that has ended holds nothing.
-void Reader::finish_if_idle(Load& load, std::unique_lock<std::mutex>& lock) {
-  if (!load.idle()) return;
-  auto files = load.take_files();
+void Reader::send(const std::shared_ptr<Load>& load, const Load::Item& item, std::unique_lock<std::mutex>& lock) {
+  ++copying_;
+  // Who cancels the load, or drops its targets, may destroy them then: this one is still to be waited for.
+  const Buffer::Pin pin(*load->target_of(item));
   lock.unlock();
-  files.clear();
+  meters_.copied.begin();
+  try {
+    Copy copy = load->copy_of(item, pool_.chunk(item.slot));
+    copy.wanted = [load] { return load->copies_wanted(); };
+    copy.done = [this, load, item](std::optional<Error> error) { arrived(load, item, std::move(error)); };
+    copy.to->device().enqueue(std::move(copy));
+  } catch (const std::exception& caught) {
+    arrived(load, item, Error(SLLM_DEVICE_FAILED, caught.what()));
+  }
   lock.lock();
-  load.end();
+}
+
+// A copy has ended; called by a device's thread.
+void Reader::arrived(const std::shared_ptr<Load>& load, const Load::Item& item, std::optional<Error> error) {
+  std::unique_lock lock(mutex_);
+  // What was wanted to the end was not dropped on the way.
+  const bool there = !error && load->copies_wanted();
+  meters_.copied.end(there ? item.length : 0);
+  if (load->wanted() && (there || load->targets_dropped()))
+    load->complete(item);
+  else if (error)
+    load->fail(item, std::move(*error));
+  else
+    load->drop(item);
+  settle(load, lock);
+  if (--copying_ == 0) quiet_.notify_all();
+}
+
+// What follows when something of a load has ended: its next chunk, or its own end.
+void Reader::settle(const std::shared_ptr<Load>& load, std::unique_lock<std::mutex>& lock) {
+  if (!load->wanted()) {
+    std::erase(runnable_, load);
+  } else if (load->has_next()) {
+    make_runnable(load);
+    wake_.notify_one();
+  }
+  if (load->begin_end()) {
+    // Files are closed before the end is announced, so that a load that has ended holds nothing.
+    auto files = load->take_files();
+    lock.unlock();
+    files.clear();
+    lock.lock();
+    load->end();
+  }
   notify();
 }
 

@@ -14,16 +14,26 @@
 #include <vector>
 
 #include "fd.h"
+#include "meter.h"
+#include "ring.h"
 
 namespace sllm {
 
-struct FilePlan {
+// A file as it was when it was described.
+struct FileIdentity {
   std::string path;
-  uint64_t size_bytes;
-  int64_t mtime_ns;
-  uint64_t inode;
-  std::vector<uint64_t> chunks;  // Where each chunk of the file goes in the pool.
+  uint64_t size_bytes = 0;
+  int64_t mtime_ns = 0;
+  uint64_t inode = 0;
 };
+
+// Opens the described file, without O_DIRECT. Throws Error when it is another one now, or can't be opened.
+Fd open_described(const FileIdentity& identity);
+
+// How much of a range, from its beginning, is surely in the page cache; all of it where the kernel doesn't tell.
+uint64_t cached_prefix(int fd, uint64_t offset, uint64_t length);
+// About how much of a whole file is; throws Error where the kernel doesn't tell.
+uint64_t cached_bytes(const char* path);
 
 struct BytesRead {
   uint64_t cached = 0;
@@ -32,26 +42,27 @@ struct BytesRead {
 
 class SourceFile {
  public:
-  explicit SourceFile(FilePlan plan) : plan_(std::move(plan)), chunks_left_(plan_.chunks.size()) {}
+  // `reads` is how often read() will be called: the file is closed with the last one. `ring` may be null.
+  SourceFile(FileIdentity identity, uint64_t reads, Ring* ring, Meters& meters)
+      : identity_(std::move(identity)), ring_(ring), meters_(meters), reads_left_(reads) {}
 
-  const FilePlan& plan() const noexcept { return plan_; }
   // Reads `length` bytes at `offset` to `target`; both offset and target are aligned, and target has room for `length`
   // rounded up to the alignment. Throws Error when the file is not the described one or can't be read.
   BytesRead read(uint64_t offset, uint64_t length, std::byte* target);
 
  private:
   void ensure_open();
-  Fd open_checked(int flags, bool optional) const;
-  void check_unchanged(int fd) const;
   uint64_t read_cached(uint64_t offset, uint64_t length, std::byte* target) const;
   uint64_t read_direct(uint64_t offset, uint64_t done, uint64_t length, std::byte* target) const;
   void read_buffered(uint64_t offset, uint64_t done, uint64_t length, std::byte* target) const;
 
-  const FilePlan plan_;
+  const FileIdentity identity_;
+  Ring* const ring_;  // What direct reads go through; null: pread.
+  Meters& meters_;
   std::mutex mutex_;
   Fd buffered_;  // Opened under mutex_, constant until the last chunk is read.
   Fd direct_;    // Likewise; not open where the filesystem refuses O_DIRECT.
-  std::atomic<uint64_t> chunks_left_;
+  std::atomic<uint64_t> reads_left_;
 };
 
 }  // namespace sllm

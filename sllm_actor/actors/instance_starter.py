@@ -9,7 +9,9 @@ from sllm_actor.domain import Model, Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
-from sllm_actor.loader.loader import HostLease, Loader, LoadReport
+from sllm_actor.loader.lease import HostLease, LoadReport
+from sllm_actor.loader.loader import Loader
+from sllm_actor.loader.mapping import HostFile
 from sllm_actor.messages.engine import PooledFile, PrepareModel
 from sllm_actor.runtime.clock import Clock
 
@@ -27,12 +29,22 @@ class InstanceStarter:
     """Runs starts. Owns nothing that outlives one."""
 
     def __init__(
-        self, loader: Loader, engines: EnginePool, clock: Clock, *, chunk_bytes: int, stop_timeout_s: float
+        self,
+        loader: Loader,
+        engines: EnginePool,
+        clock: Clock,
+        *,
+        chunk_bytes: int,
+        map_in_place: bool,
+        verify: bool,
+        stop_timeout_s: float,
     ) -> None:
         self._loader = loader
         self._engines = engines
         self._clock = clock
         self._chunk_bytes = chunk_bytes
+        self._map_in_place = map_in_place
+        self._verify = verify
         self._stop_timeout_s = stop_timeout_s
 
     async def start(self, model: Model, checkpoint: Checkpoint) -> Started:
@@ -54,19 +66,23 @@ class InstanceStarter:
                 )
             )
             taken = Span(name="engine", begin_s=begin_s, end_s=self._clock.monotonic_s())
-            lease = await self._loader.lease(checkpoint)
+            lease = await self._loader.lease(
+                checkpoint,
+                verify=self._verify,
+                # Others may be written to where they lie; what `convert` has written is only ever replaced whole.
+                in_place=self._map_in_place and checkpoint.manifest is not None,
+                on_placed=lambda files: engine.place(self._chunk_bytes, [_pooled(file) for file in files]),
+            )
             loaded = self._load_spans(lease.report, taken.end_s)
-            files = [
-                PooledFile(name=file.name, size_bytes=file.size_bytes, chunks=pack_uint32(file.chunks))
-                for file in lease.files
-            ]
-            ready = await engine.attach(self._chunk_bytes, files)
+            ready = await engine.attach()
         except BaseException:
             # A model that failed half-way is worth nothing; its process goes at once.
             engine.kill()
-            await engine.leave(self._stop_timeout_s)
-            if lease is not None:
-                lease.release()
+            try:
+                await engine.leave(self._stop_timeout_s)
+            finally:
+                if lease is not None:
+                    lease.release()
             raise
         return Started(engine, lease, (taken, *loaded, *ready.spans), ready.late_imports)
 
@@ -76,6 +92,7 @@ class InstanceStarter:
         tiers = {
             "host memory": report.pool_bytes,
             "page cache": report.page_cache_bytes,
+            "page cache in place": report.in_place_bytes,
             "ssd": report.ssd_bytes,
         }
         return tuple(
@@ -83,3 +100,12 @@ class InstanceStarter:
             for tier, size_bytes in tiers.items()
             if size_bytes
         )
+
+
+def _pooled(file: HostFile) -> PooledFile:
+    lies = file.in_place
+    if lies is None:
+        return PooledFile(name=file.name, size_bytes=file.size_bytes, chunks=pack_uint32(file.chunks))
+    return PooledFile(
+        name=file.name, size_bytes=file.size_bytes, path=lies.path, mtime_ns=lies.mtime_ns, inode=lies.inode
+    )

@@ -93,6 +93,7 @@ class ModelManager(Actor):
         self._changing: set[ModelName] = set()
         self._instance_ids = itertools.count(1)
         self._ssd_bytes_per_s = FIRST_SSD_BYTES_PER_S
+        self._ssd_seen = loader.paths().ssd
 
     async def started(self) -> None:
         for value in (await self._store.list(MODELS)).values():
@@ -109,6 +110,7 @@ class ModelManager(Actor):
             model, checkpoint = await self._examiner.examine(message, self._clock.wall_s())
             known = self._models.get(model.name)
             if known is not None and _same(known, model):
+                self._checkpoints[model.name] = checkpoint  # The same bytes; perhaps other inodes.
                 return known
             if known is not None and known.path != model.path and not message.replace:
                 raise ModelExists(
@@ -119,6 +121,7 @@ class ModelManager(Actor):
             await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
             self._models[model.name] = model
             self._checkpoints[model.name] = checkpoint
+            await self._stop_all(model.name)  # One of the old may have come up while this was being stored.
             return model
         finally:
             self._changing.discard(message.name)
@@ -189,12 +192,16 @@ class ModelManager(Actor):
         Raises:
             CheckpointChanged: the folder is not the one that was registered.
         """
-        if model.name not in self._checkpoints:
-            checkpoint = await read_off_loop(Path(model.path))
-            if checkpoint.fingerprint != model.fingerprint:
-                raise CheckpointChanged(f"{model.path} has changed since {model.name} was registered; deploy it again")
+        known = self._checkpoints.get(model.name)
+        if known is not None and known.fingerprint == model.fingerprint and str(known.path) == model.path:
+            return known
+        checkpoint = await read_off_loop(Path(model.path))
+        if checkpoint.fingerprint != model.fingerprint:
+            raise CheckpointChanged(f"{model.path} has changed since {model.name} was registered; deploy it again")
+        # It may have been registered anew meanwhile, from elsewhere.
+        if self._models.get(model.name) is model:
             self._checkpoints[model.name] = checkpoint
-        return self._checkpoints[model.name]
+        return checkpoint
 
     async def _install(self, model: Model, started: Started) -> InstanceStarted:
         if self._models.get(model.name) is not model:
@@ -212,11 +219,15 @@ class ModelManager(Actor):
         )
         ref = await self.context.system.spawn(worker, f"worker/{instance_id}")
         self._instances[instance_id] = _Instance(instance_id, model, started, ref, self._clock.monotonic_s())
-        report = started.lease.report
-        self._ssd_bytes_per_s = corrected(self._ssd_bytes_per_s, report.ssd_bytes, report.duration_s)
+        self._learn_bandwidth()
         return InstanceStarted(
             instance_id=instance_id, model=model.name, node=self._node, worker=ref.name, spans=started.spans
         )
+
+    def _learn_bandwidth(self) -> None:
+        before, self._ssd_seen = self._ssd_seen, self._loader.paths().ssd
+        size_bytes, busy_s = self._ssd_seen.size_bytes - before.size_bytes, self._ssd_seen.busy_s - before.busy_s
+        self._ssd_bytes_per_s = corrected(self._ssd_bytes_per_s, size_bytes, busy_s)
 
     @handles(StopInstances, concurrent=True)
     async def stop_instances(self, message: StopInstances) -> int:
@@ -252,14 +263,19 @@ class ModelManager(Actor):
         """End the worker and its engine, and only then give its memory back."""
         if self._instances.pop(instance.instance_id, None) is None:
             return
-        await self.context.system.stop(instance.worker.name)
-        await self._discard(instance.started)
-        self._report()
+        try:
+            await self.context.system.stop(instance.worker.name)
+        finally:
+            await self._discard(instance.started)
+            self._report()
 
     async def _discard(self, started: Started) -> None:
         started.engine.kill()
-        await started.engine.leave(self._limits.engine_stop_timeout_s)
-        started.lease.release()
+        try:
+            await started.engine.leave(self._limits.engine_stop_timeout_s)
+        finally:
+            # Also where nobody waits any longer: what is killed computes nothing more.
+            started.lease.release()
 
     @handles(InstanceActivity)
     async def activity(self, message: InstanceActivity) -> None:

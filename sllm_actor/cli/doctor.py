@@ -18,11 +18,14 @@ from sllm_actor.config.load import knobs
 from sllm_actor.errors import SllmError
 from sllm_actor.frontend.server import bind
 from sllm_actor.loader.choice import use_native
+from sllm_actor.loader.libc import io_uring_refusal
 from sllm_actor.node.data_folder import DataFolder
-from sllm_actor.units import format_bytes
+from sllm_actor.units import MIB, format_bytes
 
 MIN_OPEN_FILES = 4096
-DIRECT_BYTES = 4096
+HUGE_PAGE_BYTES = 2 * MIB
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class Finding(NamedTuple):
@@ -79,15 +82,35 @@ def _memlock(config: Config) -> Finding:
     )  # fmt: skip
 
 
-def _huge_pages(_: Config) -> Finding:
-    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+def _huge_pages(config: Config) -> Finding:
+    if not config.huge_pages:
+        return Finding("huge pages", "ok", "not wanted")
+    needed = -(-config.host_pool_bytes // HUGE_PAGE_BYTES)
     try:
-        chosen = path.read_text().partition("[")[2].partition("]")[0]
-    except OSError as error:
-        return Finding("huge pages", "warning", f"unknown: {error.strerror}", "")
+        free = int((HUGE_PAGES / "free_hugepages").read_text())
+        chosen = SHMEM_ENABLED.read_text().partition("[")[2].partition("]")[0]
+    except (OSError, ValueError) as error:
+        return Finding("huge pages", "warning", f"unknown: {error}", "")
+    if free >= needed:
+        return Finding("huge pages", "ok", f"{free} are reserved and free; the pool takes {needed}")
     if chosen in ("always", "advise", "within_size", "force"):
         return Finding("huge pages", "ok", f"shmem_enabled is {chosen}")
-    return Finding("huge pages", "warning", f"shmem_enabled is {chosen}", f"echo advise > {path}")
+    return Finding(
+        "huge pages", "warning", f"{free} are reserved and free of {needed}, and shmem_enabled is {chosen}",
+        f"echo advise > {SHMEM_ENABLED}, or sysctl vm.nr_hugepages={needed}",
+    )  # fmt: skip
+
+
+def _io_uring(config: Config) -> Finding:
+    if not config.io_uring:
+        return Finding("io_uring", "ok", "not wanted")
+    refused = io_uring_refusal()
+    if not refused:
+        return Finding("io_uring", "ok", "allowed")
+    return Finding(
+        "io_uring", "warning", f"{refused}: files are read by pread, which takes more processor time",
+        "sysctl kernel.io_uring_disabled=0, and a seccomp profile of the container that allows it",
+    )  # fmt: skip
 
 
 def _open_files(_: Config) -> Finding:
@@ -127,7 +150,8 @@ def _direct_io(config: Config) -> Finding:
 
 
 CHECKS: tuple[Callable[[Config], Finding], ...] = (
-    _python, _packages, _native, _memory, _memlock, _huge_pages, _open_files, _port, _data_folder, _direct_io,
+    _python, _packages, _native, _memory, _memlock, _huge_pages, _io_uring, _open_files, _port, _data_folder,
+    _direct_io,
 )  # fmt: skip
 
 

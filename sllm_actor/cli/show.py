@@ -23,6 +23,7 @@ LABELS = {
     "engine": "engine (warm process)",
     "load": "load",
     "skeleton": "engine: skeleton",
+    "map": "engine: map weights",
     "attach": "engine: attach weights",
     "prefill": "prefill",
 }
@@ -77,6 +78,8 @@ def _moved(span: Mapping[str, Any]) -> str:
         return ""
     if span["tier"] == "host memory":
         return f"{format_bytes(span['size_bytes'])} were in host memory already"
+    if span["tier"] == "page cache in place":
+        return f"{format_bytes(span['size_bytes'])} are mapped as they lie in the page cache"
     rate = format_rate(span["size_bytes"], span["end_s"] - span["begin_s"])
     return f"{format_bytes(span['size_bytes'])} from the {span['tier']}, {rate}"
 

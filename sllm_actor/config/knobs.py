@@ -41,6 +41,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lock_host_pool: Annotated[bool, Meta(description="lock the pool in memory; needs a sufficient memlock limit")] = (
         True
     )
+    huge_pages: Annotated[
+        bool, Meta(description="ask for huge pages for the pool: reserved ones where there are enough, else advised")
+    ] = True
+    map_resident_files: Annotated[
+        bool, Meta(description="map a converted checkpoint as it lies in the page cache, where that is sooner")
+    ] = True
+    verify_loads: Annotated[
+        bool, Meta(description="compare the digests of a converted checkpoint each time it is loaded")
+    ] = False
+    io_uring: Annotated[bool, Meta(description="read through io_uring where it is allowed; else by pread")] = True
     reading_threads: Annotated[int, Meta(ge=1, le=64, title="threads", description="threads that read files")] = 4
 
     # Engines.

@@ -30,6 +30,7 @@ from sllm_actor.messages.engine import (
     EngineHello,
     EngineReady,
     GenerationError,
+    MapWeights,
     ModelChecked,
     PooledFile,
     Prefilled,
@@ -102,14 +103,18 @@ class Engine:
         """
         await self._ask(CheckModel(), ModelChecked)
 
-    async def attach(self, chunk_bytes: int, files: Sequence[PooledFile]) -> EngineReady:
-        """Let it map the weights, and wait until it can generate.
+    def place(self, chunk_bytes: int, files: Sequence[PooledFile]) -> None:
+        """Let it map the weights, whose bytes may still be on their way; failures show in `attach`."""
+        self._send(MapWeights(chunk_bytes=chunk_bytes, files=tuple(files)))
+
+    async def attach(self) -> EngineReady:
+        """Let it use the weights that it has mapped, whose bytes are there, and wait until it can generate.
 
         Raises:
             CheckpointInvalid, UnsupportedArchitecture: the model can't be made of these files.
             EngineDied: the process has left.
         """
-        ready: EngineReady = await self._ask(AttachWeights(chunk_bytes=chunk_bytes, files=tuple(files)), EngineReady)
+        ready: EngineReady = await self._ask(AttachWeights(), EngineReady)
         return ready
 
     async def generate(self, request: Generate) -> AsyncGenerator[Item, None]:

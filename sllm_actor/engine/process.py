@@ -29,6 +29,7 @@ from sllm_actor.messages.engine import (
     EngineHello,
     EngineReady,
     GenerationError,
+    MapWeights,
     ModelChecked,
     PooledFile,
     Prefilled,
@@ -59,6 +60,8 @@ class EngineProcess:
         self._spans: list[Span] = []
         self._prepared: PrepareModel | None = None
         self._model: PreTrainedModel | None = None
+        self._files: tuple[PooledFile, ...] = ()
+        self._mapped: Mapping[str, memoryview] = {}
         self._aliases: Mapping[str, str] = {}
         self._runner: Runner | None = None
         self._running: dict[RequestId, Generation] = {}
@@ -98,8 +101,10 @@ class EngineProcess:
             self._prepare(message)
         elif isinstance(message, CheckModel):
             self._check()
+        elif isinstance(message, MapWeights):
+            self._map(message)
         elif isinstance(message, AttachWeights):
-            self._attach(message)
+            self._attach()
 
     def _span(self, name: str, begin_s: float) -> Span:
         return Span(name=name, begin_s=begin_s, end_s=self._clock.monotonic_s())
@@ -124,15 +129,20 @@ class EngineProcess:
         skeleton.match(self._model, tensors, checkpoint.aliases)
         self._channel.send(ModelChecked())
 
-    def _attach(self, message: AttachWeights) -> None:
-        if self._prepared is None or self._model is None:
-            raise EngineStartFailed("weights came before the model was named")
+    def _map(self, message: MapWeights) -> None:
         begin_s = self._clock.monotonic_s()
-        mapped = self._map_files(message.chunk_bytes, message.files)
+        self._files = message.files
+        self._mapped = self._map_files(message.chunk_bytes, message.files)
+        self._spans.append(self._span("map", begin_s))
+
+    def _attach(self) -> None:
+        if self._prepared is None or self._model is None or not self._files:
+            raise EngineStartFailed("weights came before the model was named, or before they were mapped")
+        begin_s = self._clock.monotonic_s()
         owner: dict[str, memoryview] = {}
         tensors: list[Tensor] = []
-        for file in message.files:
-            data = mapped[file.name]
+        for file in self._files:
+            data = self._mapped[file.name]
             header = parse_header(data, file.size_bytes, name=file.name)
             tensors += header.tensors
             owner |= dict.fromkeys((tensor.name for tensor in header.tensors), data)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import stat
 from collections.abc import Sequence
 
-from sllm_actor.errors import ConfigInvalid
+from sllm_actor.errors import CheckpointChanged, ConfigInvalid, ReadFailed
 
 # asm-generic/mman-common.h; mmap has no names for these before Python 3.13 or at all.
 _MADV_POPULATE_READ = 22
 _MAP_NORESERVE, _MAP_FIXED = 0x4000, 0x10
 _PROT_NONE = 0
+_CACHESTAT = 451
+_IO_URING_SETUP, _IO_URING_PARAMS_BYTES = 425, 120
 
 
 def _libc() -> ctypes.CDLL:
@@ -38,7 +41,7 @@ def _mmap(libc: ctypes.CDLL, address: int | None, length: int, prot: int, flags:
     return int(mapped)
 
 
-def map_chunks(pool_fd: int, chunk_bytes: int, chunks: Sequence[int], populate: bool) -> int:
+def map_chunks(pool_fd: int, chunk_bytes: int, chunks: Sequence[int], populate: int) -> int:
     """Map chunks at one fresh address, private and writable; return the address.
 
     Python's own mmap can't be told where to map, and a copy would cost what the pool saves: so libc.
@@ -67,6 +70,58 @@ def map_chunks(pool_fd: int, chunk_bytes: int, chunks: Sequence[int], populate: 
     if populate:
         libc.madvise(base, length, _MADV_POPULATE_READ)  # Only a saving: its answer is not needed.
     return base
+
+
+def map_file(path: str, size_bytes: int, mtime_ns: int, inode: int, populate: int) -> int:
+    """Map the described file at a fresh address, private and writable; return the address."""
+    libc = _libc()
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CheckpointChanged(f"{path} is gone") from None
+    except OSError as wrong:
+        raise ReadFailed(f"{path} can't be opened: {wrong.strerror}") from None
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointChanged(f"{path} is no longer a regular file")
+        if (found.st_size, found.st_mtime_ns, found.st_ino) != (size_bytes, mtime_ns, inode):
+            raise CheckpointChanged(f"{path} was replaced or rewritten since it was registered")
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+        base = _mmap(libc, None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    except OSError as wrong:
+        raise ConfigInvalid(f"mapping {path}: {wrong.strerror}") from None
+    finally:
+        os.close(fd)
+    if populate:
+        libc.madvise(base, size_bytes, _MADV_POPULATE_READ)
+    return base
+
+
+def cached_bytes(path: str) -> int:
+    """Return how much of a file is in the page cache; 0 where that can't be known."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return 0
+    try:
+        size_bytes = os.fstat(fd).st_size
+        wanted, found = (ctypes.c_uint64 * 2)(0, size_bytes), (ctypes.c_uint64 * 5)()
+        if ctypes.CDLL(None).syscall(_CACHESTAT, fd, wanted, found, 0) != 0:
+            return 0
+    finally:
+        os.close(fd)
+    return min(size_bytes, found[0] * mmap.PAGESIZE)
+
+
+def io_uring_refusal() -> str:
+    """Return why the system refuses io_uring to this process; nothing where it does not."""
+    libc, parameters = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(_IO_URING_PARAMS_BYTES)
+    fd = libc.syscall(_IO_URING_SETUP, 1, parameters)
+    if fd < 0:
+        return os.strerror(ctypes.get_errno())
+    os.close(fd)
+    return ""
 
 
 def unmap(address: int, length_bytes: int) -> None:

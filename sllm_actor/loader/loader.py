@@ -1,97 +1,56 @@
-"""Bring checkpoints into the host pool and lease them from there.
+"""Bring checkpoints into the host pool, and on to devices, and lease them from there.
 
-Owns the pool and decides what stays in it. Knows nothing of engines, models or requests, and never touches a
-byte: a byte mover does. Tiers and pooled chunks: ServerlessLLM (OSDI '24).
+Decides what is loaded where and what makes room. Knows nothing of engines, models or requests, and never touches
+a byte: a byte mover does. Tiers and pooled chunks: ServerlessLLM (OSDI '24).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import mmap
-import os
-from collections.abc import Callable
-from typing import Self
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import NoReturn, Self
 
 import msgspec
 
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.errors import ConfigInvalid, Draining, ModelTooLarge, NoCapacity, SllmError
+from sllm_actor.errors import (
+    CheckpointCorrupt,
+    ConfigInvalid,
+    DeviceError,
+    Draining,
+    InvalidInput,
+    ModelTooLarge,
+    NoCapacity,
+)
 from sllm_actor.loader.choice import use_native
+from sllm_actor.loader.device import Device
+from sllm_actor.loader.host_memory import Held, HostMemory, Key, chunk_count
+from sllm_actor.loader.lease import DeviceTarget, HostLease, LoadReport, Resident
+from sllm_actor.loader.loads import Grant, Load, Loads, OnProgress
 from sllm_actor.loader.mapping import HostFile
-from sllm_actor.loader.memory import available_bytes
-from sllm_actor.loader.mover import ByteMover, FilePlan, LoadState, LoadStatus, MoverOptions, SlabFacts
+from sllm_actor.loader.memory import available_bytes, reserved_bytes
+from sllm_actor.loader.mover import ByteMover, LoadStatus, MoverOptions, Paths, SlabFacts
 from sllm_actor.loader.native import NativeMover
+from sllm_actor.loader.order import OnPlaced, Order, bytes_in_page_cache, files_in_place
 from sllm_actor.loader.pool import HostPool
 from sllm_actor.loader.portable import PortableMover
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.units import MIB, format_bytes
 
-OnProgress = Callable[[int, int], None]
-"""Called on the loop with the bytes that have arrived and the bytes of the whole checkpoint."""
-
 _ALIGNMENT = 4096
+_HUGE_PAGE_BYTES = 2 * MIB
 _MAX_THREADS = 256
-_Key = tuple[str, str]
-
-
-class LoadReport(msgspec.Struct, frozen=True):
-    """Where the bytes of a lease came from and how long that took; the three sources add up to the total."""
-
-    pool_bytes: int
-    page_cache_bytes: int
-    ssd_bytes: int
-    total_bytes: int
-    duration_s: float
-
-
-class Resident(msgspec.Struct, frozen=True):
-    """One checkpoint in the pool, as `residents` reports it."""
-
-    fingerprint: str
-    path: str
-    size_bytes: int
-    leases: int
-    last_used_s: float
-
-
-class _Held:
-    """A checkpoint whose bytes are all in the pool."""
-
-    def __init__(self, key: _Key, files: tuple[HostFile, ...], size_bytes: int, now_s: float) -> None:
-        self.key = key
-        self.files = files
-        self.size_bytes = size_bytes
-        self.leases = 0
-        self.last_used_s = now_s
-
-
-class _Load:
-    """A checkpoint on its way in, and those who wait for it."""
-
-    def __init__(self, key: _Key, load_id: int, files: tuple[HostFile, ...], size_bytes: int) -> None:
-        self.key = key
-        self.load_id = load_id
-        self.files = files
-        self.size_bytes = size_bytes
-        self.arrived_bytes = 0
-        self.waiters: dict[asyncio.Future[HostLease], OnProgress | None] = {}
-
-
-class HostLease:
-    """The right to use a checkpoint's chunks: they stay where they are until `release`."""
-
-    def __init__(self, loader: Loader, held: _Held, report: LoadReport) -> None:
-        self.files = held.files
-        self.report = report
-        self._loader = loader
-        self._held: _Held | None = held
-
-    def release(self) -> None:
-        """Give the chunks back to the pool's judgement; doing it twice does nothing."""
-        held, self._held = self._held, None
-        if held is not None:
-            self._loader._release(held)
+_MAX_LOADS = 65536
+_MAX_PRIORITY = 2**31 - 1
+# What a model that is larger than the pool goes through: enough for every reading thread, and for the device.
+_WINDOW_CHUNKS_PER_THREAD = 3
+# What is believed before the first load has told; and how much of the disk's bandwidth page faults get.
+_FIRST_SSD_BYTES_PER_S = 1e9
+_FIRST_COPY_BYTES_PER_S = 5e9
+_FAULTED_SHARE = 0.3
 
 
 class Loader:
@@ -101,17 +60,15 @@ class Loader:
     least recently used goes first.
     """
 
-    def __init__(self, mover: ByteMover, pool: HostPool, clock: Clock) -> None:
+    def __init__(self, mover: ByteMover, pool: HostPool, reading_threads: int, clock: Clock) -> None:
         self._mover = mover
         self._pool = pool
-        self._clock = clock
-        self._held: dict[_Key, _Held] = {}
-        self._loads: dict[_Key, _Load] = {}
-        self._draining: list[_Load] = []  # Abandoned, with a chunk perhaps still being written.
-        self._drained: list[asyncio.Future[None]] = []
-        self._closing: asyncio.Future[None] | None = None
+        self._memory = HostMemory(pool, clock)
+        self._loads = Loads(mover)
+        self._paths_at_close: Paths | None = None
+        self._shared: dict[Key, Load] = {}
+        self._window_chunks = _WINDOW_CHUNKS_PER_THREAD * reading_threads
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(mover.event_fd, self._on_event)
 
     @classmethod
     async def open(
@@ -123,15 +80,17 @@ class Loader:
         reading_threads: int = 4,
         max_loads: int = 64,
         lock: bool = False,
+        huge_pages: bool = True,
+        io_uring: bool = True,
     ) -> Self:
         """Make the pool and its threads, off the loop: faulting in the memory takes about 1 s for some GB.
 
         Raises:
             ConfigInvalid: a size is out of bounds, the memory can't be had, or the native library is missing.
         """
-        _check_sizes(pool_bytes, chunk_bytes, reading_threads, max_loads)
+        _check_sizes(pool_bytes, chunk_bytes, reading_threads, max_loads, huge_pages)
         chunks = pool_bytes // chunk_bytes
-        options = MoverOptions(chunk_bytes, chunks, reading_threads, max_loads, lock)
+        options = MoverOptions(chunk_bytes, chunks, reading_threads, max_loads, lock, huge_pages, io_uring)
         native = use_native()
         loop = asyncio.get_running_loop()
         made: asyncio.Future[ByteMover] = loop.run_in_executor(
@@ -140,14 +99,14 @@ class Loader:
         try:
             mover = await asyncio.shield(made)
         except asyncio.CancelledError:
-            made.add_done_callback(lambda late: _close_late(loop, late))
+            made.add_done_callback(_close_late)
             raise
-        return cls(mover, HostPool(chunk_bytes, chunks), clock)
+        return cls(mover, HostPool(chunk_bytes, chunks), reading_threads, clock)
 
     @property
     def pool_fd(self) -> int:
         """The memfd that engines map; hand it over as a duplicate (fork, SCM_RIGHTS), never close it."""
-        assert self._closing is None, "the loader is closed"
+        assert not self._loads.closing, "the loader is closed"
         return self._mover.pool_fd
 
     @property
@@ -169,202 +128,268 @@ class Loader:
         """Tell what the machine gave: native or portable, locked or not, how much in huge pages."""
         return self._mover.facts
 
+    async def register(self, device: Device) -> None:
+        """Page-lock the pool for a device's copies, until the loader or the device is closed.
+
+        Raises:
+            DeviceFailed, ConfigInvalid: the driver can't; copies work all the same, only slower.
+        """
+        self._check_open()
+        await self._loop.run_in_executor(None, self._mover.register, device)
+
+    def paths(self) -> Paths:
+        """Tell what has gone which way so far, and at what bandwidth."""
+        return self._paths_at_close or self._mover.paths()
+
     def residents(self) -> list[Resident]:
         """List the checkpoints that are whole in the pool, the least recently used first."""
-        return [
-            Resident(*held.key, held.size_bytes, held.leases, held.last_used_s)
-            for held in sorted(self._held.values(), key=lambda held: held.last_used_s)
-        ]
+        return self._memory.residents()
 
-    async def lease(self, checkpoint: Checkpoint, *, on_progress: OnProgress | None = None) -> HostLease:
+    def observe(self) -> dict[str, object]:
+        """Show the pool, what is in it, and the bandwidth of each path, for people."""
+        ways = msgspec.structs.asdict(self.paths())
+        return {
+            "pool": {"size_bytes": self.pool_bytes, "free_bytes": self.free_bytes, "facts": self.facts()},
+            "residents": self.residents(),
+            "paths": {
+                name: {"size_bytes": way.size_bytes, "busy_s": way.busy_s, "bytes_per_s": way.bytes_per_s}
+                for name, way in ways.items()
+            },
+        }
+
+    async def lease(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        priority: int = 0,
+        verify: bool = False,
+        in_place: bool = False,
+        on_placed: OnPlaced | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> HostLease:
         """Bring every file of `checkpoint` into the pool, if it is not there, and hold it until release.
 
         Tensors lie at their offsets from the beginning of their file; each file begins on a chunk of its own.
-        Cancelling the last of those who wait for a load cancels the load.
+        Loads of a higher `priority` go first. With `verify`, digests are compared where the checkpoint has them.
+        With `in_place`, files that the page cache holds are to be mapped as they lie there, where that is sooner:
+        they take no room in the pool. Cancelling the last of those who wait for a load cancels the load.
 
         Raises:
             ModelTooLarge: larger than the whole pool.
             NoCapacity: the room is leased or being loaded into, or too many loads run.
             CheckpointChanged: the files are no longer those that were described.
+            CheckpointCorrupt: their bytes are not those that were written.
             ReadFailed: a file can't be read.
             Draining: the loader is closing.
         """
-        # Folders share a fingerprint where a tool has set every mtime alike: the path is part of the key.
-        key = (checkpoint.fingerprint, str(checkpoint.path))
-        needed = self._chunks_needed(checkpoint)
-        while self._closing is None:
-            held = self._held.get(key)
-            if held is not None:
-                size = held.size_bytes
-                return self._grant(held, LoadReport(size, 0, 0, size, 0.0))
-            if key in self._loads:
-                return await self._wait(self._loads[key], on_progress)
-            if self._make_room(needed, checkpoint):
-                return await self._wait(self._begin(key, checkpoint), on_progress)
-            await self._until_drained()
-        raise Draining("the loader is closing")
-
-    async def close(self) -> None:
-        """End every load, the threads and the pool. What engines have mapped stays theirs."""
-        if self._closing is None:
-            self._loop.remove_reader(self._mover.event_fd)
-            self._closing = self._loop.run_in_executor(None, self._mover.close)
-            for load in self._loads.values():
-                for waiter in load.waiters:
-                    if not waiter.done():
-                        waiter.set_exception(Draining("the loader is closing"))
-            self._wake_drained()
-        await asyncio.shield(self._closing)
-
-    def _chunks_needed(self, checkpoint: Checkpoint) -> int:
-        needed = sum(self._pool.chunks_for(file.size_bytes) for file in checkpoint.files)
-        if needed > self._pool.chunks:
+        order = Order(checkpoint, {}, priority, verify, on_placed, on_progress)
+        self._check(order)
+        known = order.key in self._shared or self._memory.find(order.key) is not None
+        if in_place and not verify and not known and await self._is_better_in_place(checkpoint):
+            self._check_open()
+            files = files_in_place(checkpoint)
+            self._placed(order, files)
+            report = LoadReport(in_place_bytes=checkpoint.size_bytes, total_bytes=checkpoint.size_bytes)
+            return HostLease(files, report, lambda: None)
+        if (needed := self._chunks_needed(checkpoint)) > self._pool.chunks:
             raise ModelTooLarge(
                 f"{checkpoint.path} takes {format_bytes(needed * self.chunk_bytes)} of host memory "
                 f"and the host pool has {format_bytes(self.pool_bytes)}"
             )
-        return needed
+        return await self._obtain(order, needed)
 
-    def _make_room(self, needed: int, checkpoint: Checkpoint) -> bool:
-        """Evict until `needed` chunks are free; False where abandoned loads will soon give back enough."""
-        idle = sorted((held for held in self._held.values() if held.leases == 0), key=lambda held: held.last_used_s)
-        obtainable = self._pool.free_chunks + sum(_chunk_count(held.files) for held in idle)
-        if obtainable < needed:
-            if obtainable + sum(_chunk_count(load.files) for load in self._draining) >= needed:
-                return False
-            raise NoCapacity(
-                f"{checkpoint.path} takes {format_bytes(needed * self.chunk_bytes)} of host memory; "
-                f"{format_bytes(obtainable * self.chunk_bytes)} of {format_bytes(self.pool_bytes)} can be had"
-            )
-        for held in idle:
-            if self._pool.free_chunks >= needed:
-                break
-            del self._held[held.key]
-            self._give_back(held.files)
-        return True
+    async def load_to_device(
+        self,
+        checkpoint: Checkpoint,
+        targets: Mapping[str, DeviceTarget],
+        *,
+        priority: int = 0,
+        verify: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> HostLease:
+        """Bring files of `checkpoint`, by name, into device memory: through the host pool, and to stay there, too.
 
-    def _begin(self, key: _Key, checkpoint: Checkpoint) -> _Load:
+        A chunk goes up as soon as it has arrived. Where the pool has no room for the whole checkpoint, its bytes
+        only go through: the lease then has no files. While it loads, and when it fails, the targets hold anything.
+
+        Raises:
+            InvalidInput: a target names no file of the checkpoint.
+            DeviceError: the device has no room, or refused or lost a copy.
+            NoCapacity, CheckpointChanged, CheckpointCorrupt, ReadFailed, Draining: as `lease` does.
+        """
+        unknown = targets.keys() - {file.name for file in checkpoint.files}
+        if unknown or not targets:
+            raise InvalidInput(f"{checkpoint.path} has no file {', '.join(sorted(unknown)) or 'to be loaded'}")
+        for file in checkpoint.files:
+            if (
+                target := targets.get(file.name)
+            ) and not 0 <= target.offset <= target.buffer.size_bytes - file.size_bytes:
+                raise InvalidInput(
+                    f"{file.name} of {file.size_bytes} bytes does not fit at {target.offset} of a device buffer of "
+                    f"{target.buffer.size_bytes}"
+                )
+        order = Order(checkpoint, targets, priority, verify, None, on_progress)
+        self._check(order)
+        return await self._obtain(order, self._chunks_needed(checkpoint))
+
+    async def close(self) -> None:
+        """End every load, the threads and the pool. What engines have mapped stays theirs."""
+        self._paths_at_close = self.paths()
+        await self._loads.close()
+
+    async def _obtain(self, order: Order, needed: int) -> HostLease:
+        while not self._loads.closing:
+            held = self._memory.find(order.key)
+            if held is not None:
+                self._placed(order, held.files)
+                report = LoadReport(pool_bytes=held.size_bytes, total_bytes=held.size_bytes)
+                return await self._finish(order, held, self._memory.grant(held, report))
+            load = self._shared.get(order.key)
+            if load is not None and not load.abandoned:
+                # What joins a load is then held, and copied or checked from there.
+                self._loads.urge(load, order.priority)
+                self._placed(order, load.files)
+                try:
+                    lease = await self._loads.wait(load, None if order.targets else order.on_progress)
+                except DeviceError:
+                    continue  # The device of who began it, and not ours.
+                held = self._memory.find(order.key)
+                if held is not None:
+                    return await self._finish(order, held, lease)
+                lease.release()  # Found to be damaged, in this very turn of the loop.
+                continue
+            if self._memory.obtainable_chunks >= needed:
+                self._memory.make_room(needed)
+                return await self._loads.wait(self._begin(order), order.on_progress)
+            if self._memory.obtainable_chunks + self._loads.abandoned_chunks() < needed:
+                if order.targets and self._memory.obtainable_chunks:
+                    return await self._loads.wait(self._begin_window(order), order.on_progress)
+                self._refuse(order, needed)
+            await self._loads.until_one_ends()
+        raise Draining("the loader is closing")
+
+    async def _finish(self, order: Order, held: Held, lease: HostLease) -> HostLease:
+        """Check and copy what is in the pool, as far as that is asked for and not done."""
+        if not order.targets and (held.verified or not order.checks):
+            return lease
+        files = tuple(file for file in held.files if file.name in order.targets or order.checks)
+
+        def undo(status: LoadStatus | None) -> None:
+            if status is not None and status.error is CheckpointCorrupt:
+                self._memory.forget(held)
+            lease.release()
+
+        def whole(status: LoadStatus) -> Grant:
+            held.verified = held.verified or order.checks
+            moved = {"device_bytes": status.device_bytes, "duration_s": lease.report.duration_s + status.duration_s}
+            report = msgspec.structs.replace(lease.report, **moved)
+            return lambda: HostLease(lease.files, report, lease.release)
+
+        load = self._loads.begin(lambda: order.plan(files, resident=True), files=(), chunks=0, whole=whole, undo=undo)
+        return await self._loads.wait(load, order.on_progress)
+
+    def _begin(self, order: Order) -> Load:
+        """Load into chunks that are then held."""
         files = tuple(
-            HostFile(file.name, file.size_bytes, self._pool.take(self._pool.chunks_for(file.size_bytes)))
-            for file in checkpoint.files
+            HostFile(file.name, file.size_bytes, self._memory.take(file.size_bytes)) for file in order.checkpoint.files
         )
-        plans = [
-            FilePlan(str(checkpoint.file_path(file)), file.size_bytes, file.mtime_ns, file.inode, host.chunks)
-            for file, host in zip(checkpoint.files, files, strict=True)
-        ]
+
+        def whole(status: LoadStatus) -> Grant:
+            self._shared.pop(order.key, None)
+            held = self._memory.hold(order.key, files, order.checkpoint.size_bytes)
+            held.verified = order.checks
+            return partial(self._memory.grant, held, order.report(status))
+
+        def undo(_: LoadStatus | None) -> None:
+            self._memory.give_back(files)
+            if load is not None and self._shared.get(order.key) is load:
+                del self._shared[order.key]
+
+        load: Load | None = None
+        load = self._loads.begin(
+            lambda: order.plan(files), files=files, chunks=chunk_count(files), whole=whole, undo=undo
+        )
+        self._shared[order.key] = load
         try:
-            load_id = self._mover.start(plans)
-        except SllmError:
-            self._give_back(files)
+            self._placed(order, files)
+        except BaseException:
+            self._loads.abandon(load)
             raise
-        load = self._loads[key] = _Load(key, load_id, files, checkpoint.size_bytes)
         return load
 
-    async def _wait(self, load: _Load, on_progress: OnProgress | None) -> HostLease:
-        waiter: asyncio.Future[HostLease] = self._loop.create_future()
-        load.waiters[waiter] = on_progress
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            if waiter.cancelled():
-                self._abandon(load, waiter)
-            elif waiter.exception() is None:
-                waiter.result().release()  # Granted and cancelled in the same turn of the loop.
-            raise
+    def _begin_window(self, order: Order) -> Load:
+        """Load through a few chunks that are free again after."""
+        count = min(self._window_chunks, self._memory.obtainable_chunks)
+        self._memory.make_room(count)
+        window = self._pool.take(count)
 
-    def _abandon(self, load: _Load, waiter: asyncio.Future[HostLease]) -> None:
-        del load.waiters[waiter]
-        if load.waiters or self._loads.get(load.key) is not load or self._closing is not None:
-            return
-        del self._loads[load.key]
-        self._draining.append(load)
-        self._mover.cancel(load.load_id)
+        def whole(status: LoadStatus) -> Grant:
+            self._pool.give_back(window)
+            return lambda: HostLease((), order.report(status), lambda: None)
 
-    async def _until_drained(self) -> None:
-        drained = self._loop.create_future()
-        self._drained.append(drained)
-        await drained
+        return self._loads.begin(
+            lambda: order.plan((), window),
+            files=(),
+            chunks=count,
+            whole=whole,
+            undo=lambda _: self._pool.give_back(window),
+        )
 
-    def _wake_drained(self) -> None:
-        for drained in self._drained:
-            if not drained.done():
-                drained.set_result(None)
-        self._drained.clear()
+    def _placed(self, order: Order, files: tuple[HostFile, ...]) -> None:
+        if order.on_placed is not None:
+            order.on_placed(files)
 
-    def _on_event(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._mover.event_fd)
-        for load in [*self._loads.values(), *self._draining]:
-            status = self._mover.status(load.load_id)
-            self._progress(load, status)
-            if status.state is not LoadState.LOADING:
-                self._mover.forget(load.load_id)
-                self._end(load, status)
+    async def _is_better_in_place(self, checkpoint: Checkpoint) -> bool:
+        """Compare the time of mapping what the page cache holds, and faulting in the rest, with that of a load."""
+        cached = await self._loop.run_in_executor(None, bytes_in_page_cache, checkpoint)
+        missing, paths = checkpoint.size_bytes - cached, self.paths()
+        ssd_bytes_per_s = paths.ssd.bytes_per_s or _FIRST_SSD_BYTES_PER_S
+        load_s = cached / (paths.page_cache.bytes_per_s or _FIRST_COPY_BYTES_PER_S) + missing / ssd_bytes_per_s
+        return missing / (ssd_bytes_per_s * _FAULTED_SHARE) < load_s
 
-    def _progress(self, load: _Load, status: LoadStatus) -> None:
-        arrived_bytes = status.page_cache_bytes + status.ssd_bytes
-        if arrived_bytes == load.arrived_bytes:
-            return
-        load.arrived_bytes = arrived_bytes
-        for on_progress in load.waiters.values():
-            if on_progress is not None:
-                # On its own turn of the loop, so that its failure is not ours.
-                self._loop.call_soon(on_progress, arrived_bytes, load.size_bytes)
+    def _check_open(self) -> None:
+        if self._loads.closing:
+            raise Draining("the loader is closing")
 
-    def _end(self, load: _Load, status: LoadStatus) -> None:
-        if load in self._draining:
-            self._draining.remove(load)
-            self._give_back(load.files)
-            self._wake_drained()
-            return
-        del self._loads[load.key]
-        waiters = [waiter for waiter in load.waiters if not waiter.done()]
-        if status.state is LoadState.DONE:
-            held = self._held[load.key] = _Held(load.key, load.files, load.size_bytes, self._clock.monotonic_s())
-            report = LoadReport(0, status.page_cache_bytes, status.ssd_bytes, load.size_bytes, status.duration_s)
-            for waiter in waiters:
-                waiter.set_result(self._grant(held, report))
-            return
-        assert status.error is not None, "only an abandoned load is cancelled"
-        self._give_back(load.files)
-        for waiter in waiters:
-            waiter.set_exception(status.error(status.message))
+    def _check(self, order: Order) -> None:
+        self._check_open()
+        if abs(order.priority) > _MAX_PRIORITY:
+            raise InvalidInput(f"a priority of {order.priority} is out of bounds")
+        if order.checks and self.chunk_bytes % order.checkpoint.digest_bytes:
+            raise ConfigInvalid(
+                f"{order.checkpoint.path} has a digest for each {order.checkpoint.digest_bytes} bytes, which do not "
+                f"divide the host pool's chunks of {self.chunk_bytes}"
+            )
 
-    def _grant(self, held: _Held, report: LoadReport) -> HostLease:
-        held.leases += 1
-        held.last_used_s = self._clock.monotonic_s()
-        return HostLease(self, held, report)
+    def _chunks_needed(self, checkpoint: Checkpoint) -> int:
+        return sum(self._pool.chunks_for(file.size_bytes) for file in checkpoint.files)
 
-    def _release(self, held: _Held) -> None:
-        assert held.leases > 0, "a lease is released once"
-        held.leases -= 1
-        held.last_used_s = self._clock.monotonic_s()
-
-    def _give_back(self, files: tuple[HostFile, ...]) -> None:
-        for file in files:
-            self._pool.give_back(file.chunks)
+    def _refuse(self, order: Order, needed: int) -> NoReturn:
+        raise NoCapacity(
+            f"{order.checkpoint.path} takes {format_bytes(needed * self.chunk_bytes)} of host memory; "
+            f"{format_bytes(self._memory.obtainable_chunks * self.chunk_bytes)} of {format_bytes(self.pool_bytes)} "
+            "can be had"
+        )
 
 
-def _chunk_count(files: tuple[HostFile, ...]) -> int:
-    return sum(len(file.chunks) for file in files)
-
-
-def _check_sizes(pool_bytes: int, chunk_bytes: int, reading_threads: int, max_loads: int) -> None:
+def _check_sizes(pool_bytes: int, chunk_bytes: int, reading_threads: int, max_loads: int, huge_pages: bool) -> None:
     alignment = max(_ALIGNMENT, mmap.PAGESIZE)
     if chunk_bytes <= 0 or chunk_bytes % alignment:
         raise ConfigInvalid(f"a chunk of {chunk_bytes} bytes is not a multiple of {alignment}")
     if pool_bytes < chunk_bytes:
         raise ConfigInvalid(f"a host pool of {pool_bytes} bytes holds no chunk of {chunk_bytes}")
-    if pool_bytes > (available := available_bytes()):
+    may_reserve = huge_pages and use_native() and chunk_bytes % _HUGE_PAGE_BYTES == 0
+    fits_reserved = may_reserve and pool_bytes <= reserved_bytes()
+    if pool_bytes > (available := available_bytes()) and not fits_reserved:
         # Every page is taken at once, and for one too many the kernel would end some process.
         raise ConfigInvalid(
             f"a host pool of {format_bytes(pool_bytes)} is more than {format_bytes(available)} of free memory"
         )
-    if not 1 <= reading_threads <= _MAX_THREADS or max_loads < 1:
+    if not 1 <= reading_threads <= _MAX_THREADS or not 1 <= max_loads <= _MAX_LOADS:
         raise ConfigInvalid(f"{reading_threads} reading threads or {max_loads} loads are out of bounds")
 
 
-def _close_late(loop: asyncio.AbstractEventLoop, made: asyncio.Future[ByteMover]) -> None:
-    """Give back the pool whose maker was cancelled while it was being made."""
+def _close_late(made: asyncio.Future[ByteMover]) -> None:
+    """Give back the pool whose maker was cancelled while it was being made, perhaps as the loop ends."""
     if not made.cancelled() and made.exception() is None:
-        loop.run_in_executor(None, made.result().close)
+        threading.Thread(target=made.result().close, name="sllm-close").start()

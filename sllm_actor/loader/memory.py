@@ -6,8 +6,18 @@ import contextlib
 import re
 from pathlib import Path
 
+from sllm_actor.units import MIB
+
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+def reserved_bytes() -> int:
+    """Return the bytes of reserved huge pages (2 MiB) that nobody has; they count as memory in use elsewhere."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((_HUGE_PAGES / "free_hugepages").read_text()) * 2 * MIB
+    return 0
 
 
 def available_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:

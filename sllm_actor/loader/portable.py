@@ -13,23 +13,64 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Sequence
 
-from sllm_actor.errors import CheckpointChanged, ConfigInvalid, NoCapacity, ReadFailed, SllmError
+import xxhash
+
+from sllm_actor.errors import CheckpointChanged, CheckpointCorrupt, ConfigInvalid, NoCapacity, ReadFailed, SllmError
+from sllm_actor.loader.device import Device
 from sllm_actor.loader.libc import lock_memory
-from sllm_actor.loader.mover import FilePlan, LoadState, LoadStatus, MoverOptions, SlabFacts
+from sllm_actor.loader.mover import FilePlan, LoadPlan, LoadState, LoadStatus, MoverOptions, PathFacts, Paths, SlabFacts
 from sllm_actor.runtime.clock import Clock
 
 # Absent from this Python's modules: linux/fcntl.h, asm-generic/mman-common.h.
 _F_ADD_SEALS, _SEALS = 1033, 0x1 | 0x2 | 0x4
 _MADV_POPULATE_WRITE = 23
+_DIGEST_BYTES = 16
+_NO_DEVICES = "devices need the native library, and SLLM_NO_NATIVE does without it"
+
+
+class _Meter:
+    """What goes one way, and for how long anything was on it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._under_way = 0  # Guarded by _lock, as is the rest.
+        self._since_s = 0.0
+        self._busy_s = 0.0
+        self._size_bytes = 0
+
+    def begin(self) -> None:
+        with self._lock:
+            if self._under_way == 0:
+                self._since_s = self._clock.monotonic_s()
+            self._under_way += 1
+
+    def end(self, size_bytes: int) -> None:
+        with self._lock:
+            self._size_bytes += size_bytes
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._busy_s += self._clock.monotonic_s() - self._since_s
+
+    def facts(self) -> PathFacts:
+        with self._lock:
+            running_s = self._clock.monotonic_s() - self._since_s if self._under_way else 0.0
+            return PathFacts(self._size_bytes, self._busy_s + running_s)
+
+
+class _Meters:
+    def __init__(self, clock: Clock) -> None:
+        self.cached = _Meter(clock)
+        self.storage = _Meter(clock)
 
 
 class _OpenFile:
     """One file of a load, opened at its first chunk and closed after its last."""
 
-    def __init__(self, plan: FilePlan) -> None:
+    def __init__(self, plan: FilePlan, meters: _Meters) -> None:
         self.plan = plan
+        self._meters = meters
         self._lock = threading.Lock()
         self._fd: int | None = None  # Guarded by _lock.
         self._chunks_left = len(plan.chunks)  # Guarded by _lock.
@@ -38,7 +79,7 @@ class _OpenFile:
         """Fill `target` from `offset` on; return the bytes that were cached and those that were not."""
         try:
             fd = self._ensure_open()
-            cached = _read_cached(fd, offset, target)
+            cached = self._metered_cached(fd, offset, target)
             self._read_rest(fd, offset, target, cached)
             with self._lock:
                 self._chunks_left -= 1
@@ -46,7 +87,7 @@ class _OpenFile:
             if last:
                 self._check_unchanged(fd)
                 self.close()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointChanged(f"{self.plan.path} is gone") from None
         except OSError as wrong:
             raise ReadFailed(f"{self.plan.path} can't be read: {wrong.strerror}") from None
@@ -82,12 +123,39 @@ class _OpenFile:
         if (found.st_ino, found.st_mtime_ns) != (plan.inode, plan.mtime_ns):
             raise CheckpointChanged(f"{plan.path} was replaced or rewritten since it was registered")
 
+    def _metered_cached(self, fd: int, offset: int, target: memoryview) -> int:
+        got = 0
+        self._meters.cached.begin()
+        try:
+            got = _read_cached(fd, offset, target)
+        finally:
+            self._meters.cached.end(got)
+        return got
+
     def _read_rest(self, fd: int, offset: int, target: memoryview, done: int) -> None:
-        while done < len(target):
-            got = os.preadv(fd, [target[done:]], offset + done)
-            if got == 0:
-                raise CheckpointChanged(f"{self.plan.path} ended while it was read")
-            done += got
+        if done == len(target):
+            return
+        cached = done
+        self._meters.storage.begin()
+        try:
+            while done < len(target):
+                got = os.preadv(fd, [target[done:]], offset + done)
+                if got == 0:
+                    raise CheckpointChanged(f"{self.plan.path} ended while it was read")
+                done += got
+        finally:
+            self._meters.storage.end(done - cached)
+
+    def check_digests(self, offset: int, data: memoryview, digest_bytes: int) -> None:
+        """Compare what was read with the digests of the plan."""
+        for at in range(0, len(data), digest_bytes):
+            number = (offset + at) // digest_bytes
+            expected = self.plan.digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
+            found = xxhash.xxh3_128_digest(data[at : at + digest_bytes])
+            if found != expected:
+                raise CheckpointCorrupt(
+                    f"{self.plan.path}: chunk {number} has the digest {found.hex()} and should have {expected.hex()}"
+                )
 
 
 def _read_cached(fd: int, offset: int, target: memoryview) -> int:
@@ -102,15 +170,18 @@ def _read_cached(fd: int, offset: int, target: memoryview) -> int:
 class _Load:
     """A cursor over the chunks of a load. Guarded by the mover's lock, but for the files themselves."""
 
-    def __init__(self, files: Sequence[FilePlan], begun_s: float) -> None:
-        self.files = [_OpenFile(plan) for plan in files]
+    def __init__(self, plan: LoadPlan, meters: _Meters, begun_s: float) -> None:
+        self.plan = plan
+        self.priority = plan.priority
+        self.files = [_OpenFile(file, meters) for file in plan.files]
         self.items = deque((file, chunk) for file in self.files for chunk in range(len(file.plan.chunks)))
         self.in_flight = 0
         self.stopped = False
         self.state = LoadState.LOADING
         self.page_cache_bytes = 0
         self.ssd_bytes = 0
-        self.total_bytes = sum(plan.size_bytes for plan in files)
+        self.complete_bytes = 0
+        self.total_bytes = sum(file.size_bytes for file in plan.files)
         self.begun_s = begun_s
         self.ended_s = begun_s
         self.error: SllmError | None = None
@@ -122,7 +193,7 @@ class _Load:
     def end(self, now_s: float) -> None:
         for file in self.files:
             file.close()
-        complete = self.page_cache_bytes + self.ssd_bytes == self.total_bytes
+        complete = self.complete_bytes == self.total_bytes
         stopped = LoadState.DONE if complete else LoadState.CANCELLED
         self.state = LoadState.FAILED if self.error else stopped
         self.ended_s = now_s
@@ -134,6 +205,7 @@ class PortableMover:
     def __init__(self, options: MoverOptions, clock: Clock) -> None:
         self._options = options
         self._clock = clock
+        self._meters = _Meters(clock)
         self._changed = threading.Condition()
         self._loads: dict[int, _Load] = {}  # Guarded by _changed, as are the next three.
         self._runnable: deque[_Load] = deque()
@@ -151,8 +223,17 @@ class PortableMover:
         for thread in self._threads:
             thread.start()
 
-    def start(self, files: Sequence[FilePlan]) -> int:
-        load = _Load(files, self._clock.monotonic_s())
+    def register(self, device: Device) -> None:
+        raise ConfigInvalid(_NO_DEVICES)
+
+    def start(self, plan: LoadPlan) -> int:
+        if plan.window or any(file.target is not None for file in plan.files):
+            raise ConfigInvalid(_NO_DEVICES)
+        if plan.digest_bytes and self._options.chunk_bytes % plan.digest_bytes:
+            raise ConfigInvalid(
+                f"a digest of {plan.digest_bytes} bytes does not divide a chunk of {self._options.chunk_bytes}"
+            )
+        load = _Load(plan, self._meters, self._clock.monotonic_s())
         with self._changed:
             if len(self._loads) >= self._options.max_loads:
                 raise NoCapacity("too many loads at once")
@@ -171,10 +252,21 @@ class PortableMover:
                 state=load.state,
                 page_cache_bytes=load.page_cache_bytes,
                 ssd_bytes=load.ssd_bytes,
+                device_bytes=0,
                 duration_s=(load.ended_s if ended else self._clock.monotonic_s()) - load.begun_s,
                 error=type(load.error) if load.error else None,
                 message=load.error.message if load.error else "",
             )
+
+    def set_priority(self, load_id: int, priority: int) -> None:
+        with self._changed:
+            self._loads[load_id].priority = priority
+
+    def drop_targets(self, load_id: int) -> None:
+        raise AssertionError("it has none")
+
+    def paths(self) -> Paths:
+        return Paths(page_cache=self._meters.cached.facts(), ssd=self._meters.storage.facts(), device=PathFacts(0, 0.0))
 
     def cancel(self, load_id: int) -> None:
         with self._changed:
@@ -207,7 +299,9 @@ class PortableMover:
                 self._changed.wait_for(lambda: self._stopping or self._runnable)
                 if self._stopping:
                     return
-                load = self._runnable.popleft()
+                # The one of the highest priority that has waited longest.
+                load = max(self._runnable, key=lambda waiting: waiting.priority)
+                self._runnable.remove(load)
                 if not load.items:
                     continue
                 file, chunk = load.items.popleft()
@@ -216,25 +310,34 @@ class PortableMover:
                     self._runnable.append(load)  # Each load has its turn.
             error, cached, read = None, 0, 0
             try:
-                cached, read = self._read_chunk(file, chunk)
+                cached, read = self._read_chunk(load.plan, file, chunk)
             except SllmError as caught:
                 error = caught
+            except Exception as caught:  # A bug, or no memory: the load fails, the thread goes on.
+                error = SllmError(f"{file.plan.path}: {type(caught).__name__}: {caught}")
             with self._changed:
                 load.in_flight -= 1
                 load.page_cache_bytes += cached
                 load.ssd_bytes += read
-                if error is not None:
+                if error is None:
+                    load.complete_bytes += self._length(file, chunk)
+                else:
                     load.error = load.error or error
                     load.stop()
                 self._end_if_idle(load)
                 self._notify()
 
-    def _read_chunk(self, file: _OpenFile, chunk: int) -> tuple[int, int]:
+    def _length(self, file: _OpenFile, chunk: int) -> int:
+        return min(self._options.chunk_bytes, file.plan.size_bytes - chunk * self._options.chunk_bytes)
+
+    def _read_chunk(self, plan: LoadPlan, file: _OpenFile, chunk: int) -> tuple[int, int]:
         chunk_bytes = self._options.chunk_bytes
-        begin = file.plan.chunks[chunk] * chunk_bytes
-        length = min(chunk_bytes, file.plan.size_bytes - chunk * chunk_bytes)
-        with self._memory[begin : begin + length] as target:
-            return file.read(chunk * chunk_bytes, target)
+        begin, offset = file.plan.chunks[chunk] * chunk_bytes, chunk * chunk_bytes
+        with self._memory[begin : begin + self._length(file, chunk)] as target:
+            read = (0, 0) if plan.resident else file.read(offset, target)
+            if file.plan.digests:
+                file.check_digests(offset, target, plan.digest_bytes)
+            return read
 
     def _end_if_idle(self, load: _Load) -> None:
         if load.in_flight == 0 and not load.items:

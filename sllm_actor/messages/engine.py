@@ -37,19 +37,31 @@ class ModelChecked:
 
 @message("engine.file")
 class PooledFile:
-    """A weight file in the host pool: its chunks in order, as indexes (little-endian uint32)."""
+    """A weight file in the host pool: its chunks in order, as indexes (little-endian uint32).
+
+    One that has a `path` lies in the page cache instead, and is mapped as it lies there, if it is still the one
+    of this mtime and inode.
+    """
 
     name: str
     size_bytes: int
-    chunks: bytes
+    chunks: bytes = b""
+    path: str = ""
+    mtime_ns: int = 0
+    inode: int = 0
+
+
+@message("engine.map")
+class MapWeights:
+    """Map the files. Their bytes may still be on their way: mapping takes as long as some of them."""
+
+    chunk_bytes: int
+    files: tuple[PooledFile, ...]
 
 
 @message("engine.attach")
 class AttachWeights:
-    """Map the files and make them the model's weights. Answered by `EngineReady` or `EngineFailed`."""
-
-    chunk_bytes: int
-    files: tuple[PooledFile, ...]
+    """The bytes are there: make the mapped files the model's weights. Answered by `EngineReady` or `EngineFailed`."""
 
 
 @message("engine.ready")
@@ -97,7 +109,7 @@ class ShutDown:
     """Leave, with exit status 0."""
 
 
-TO_ENGINE = (PrepareModel, CheckModel, AttachWeights, Generate, CancelGeneration, ShutDown)
+TO_ENGINE = (PrepareModel, CheckModel, MapWeights, AttachWeights, Generate, CancelGeneration, ShutDown)
 FROM_ENGINE = (
     EngineHello,
     ModelChecked,

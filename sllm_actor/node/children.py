@@ -10,7 +10,7 @@ from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine.process import EngineProcess
 from sllm_actor.engine.warm import warm
 from sllm_actor.frontend.text_process import TextProcess
-from sllm_actor.loader.mapping import HostFile, MappedFiles, map_files
+from sllm_actor.loader.mapping import HostFile, InPlace, map_files
 from sllm_actor.messages import engine, text
 from sllm_actor.messages.engine import PooledFile
 from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
@@ -32,16 +32,20 @@ def run_engine(fds: Sequence[int]) -> int:
     """Be an engine: `fds` are its socket and the host pool."""
     sock, pool_fd = socket.socket(fileno=fds[0]), fds[1]
     channel = BlockingChannel(sock, Codec(engine.FROM_ENGINE, engine.TO_ENGINE, _max_frame_bytes()))
-    kept: list[MappedFiles] = []
+    threads = int(os.environ[ENGINE_THREADS]) or len(os.sched_getaffinity(0))
 
     def map_pooled(chunk_bytes: int, files: Sequence[PooledFile]) -> Mapping[str, memoryview]:
-        wanted = [HostFile(file.name, file.size_bytes, tuple(unpack_uint32(file.chunks))) for file in files]
-        mapped = map_files(pool_fd, chunk_bytes, wanted)
-        kept.append(mapped)
+        wanted = [_host_file(file) for file in files]
+        mapped = map_files(pool_fd, chunk_bytes, wanted, populate=threads)
         return {file.name: buffer for file, buffer in zip(wanted, mapped.buffers, strict=True)}
 
-    threads = int(os.environ[ENGINE_THREADS]) or len(os.sched_getaffinity(0))
     return EngineProcess(channel, map_pooled, SystemClock(), threads).run()
+
+
+def _host_file(file: PooledFile) -> HostFile:
+    if file.path:
+        return HostFile(file.name, file.size_bytes, (), InPlace(file.path, file.mtime_ns, file.inode))
+    return HostFile(file.name, file.size_bytes, tuple(unpack_uint32(file.chunks)))
 
 
 def run_text(fds: Sequence[int]) -> int:

@@ -105,8 +105,11 @@ class Node:
             chunk_bytes=config.chunk_bytes,
             reading_threads=config.reading_threads,
             lock=config.lock_host_pool,
+            huge_pages=config.huge_pages,
+            io_uring=config.io_uring,
         )
         stack.push_async_callback(loader.close)
+        self._loader = loader
         store = await SqliteStore.open(folder.path / "metadata.db")
         stack.push_async_callback(store.close)
 
@@ -165,6 +168,8 @@ class Node:
             engines,
             self.clock,
             chunk_bytes=config.chunk_bytes,
+            map_in_place=config.map_resident_files,
+            verify=config.verify_loads,
             stop_timeout_s=config.engine_stop_timeout_s,
         )
         manager_limits = ManagerLimits(
@@ -217,7 +222,7 @@ class Node:
 
     def _observe(self) -> dict[str, Any]:
         lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}
-        return {"system": self.system.stats(), "loop_lag": lag}
+        return {"system": self.system.stats(), "loop_lag": lag, "loader": self._loader.observe()}
 
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
         """Load the tokenizers of registered models, so that the first request to each need not."""

@@ -1,0 +1,119 @@
+"""What the host pool holds: whole checkpoints, leased or kept until their room is needed, the oldest use first.
+
+Bookkeeping only: it sees no byte, no file and no load. Belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sllm_actor.loader.lease import HostLease, LoadReport, Resident
+from sllm_actor.loader.mapping import HostFile
+from sllm_actor.loader.pool import HostPool
+from sllm_actor.runtime.clock import Clock
+
+
+class Key(NamedTuple):
+    """What tells a checkpoint from others, and from an earlier one of its place.
+
+    Folders share a fingerprint, and a folder keeps it, where a tool has set every mtime alike: so path and inodes.
+    """
+
+    fingerprint: str
+    path: str
+    inodes: tuple[int, ...]
+
+
+class Held:
+    """A checkpoint whose bytes are all in the pool."""
+
+    def __init__(self, key: Key, files: tuple[HostFile, ...], size_bytes: int, now_s: float) -> None:
+        self.key = key
+        self.files = files
+        self.size_bytes = size_bytes
+        self.leases = 0
+        self.last_used_s = now_s
+        # Whether the bytes in the pool were compared with the checkpoint's digests; whether they are of no use.
+        self.verified = False
+        self.forgotten = False
+
+
+class HostMemory:
+    """Decides what stays in the pool."""
+
+    def __init__(self, pool: HostPool, clock: Clock) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._held: dict[Key, Held] = {}
+
+    @property
+    def free_chunks(self) -> int:
+        """Chunks that hold nothing."""
+        return self._pool.free_chunks
+
+    @property
+    def obtainable_chunks(self) -> int:
+        """Chunks that hold nothing, and those that nobody leases."""
+        return self._pool.free_chunks + sum(chunk_count(held.files) for held in self._idle())
+
+    def find(self, key: Key) -> Held | None:
+        """Give what is held under a key."""
+        return self._held.get(key)
+
+    def residents(self) -> list[Resident]:
+        """List what is held, the least recently used first."""
+        return [
+            Resident(held.key.fingerprint, held.key.path, held.size_bytes, held.leases, held.last_used_s)
+            for held in sorted(self._held.values(), key=lambda held: held.last_used_s)
+        ]
+
+    def make_room(self, chunks: int) -> None:
+        """Evict until so many chunks are free; the caller has seen that they can be had."""
+        for held in self._idle():
+            if self._pool.free_chunks >= chunks:
+                break
+            del self._held[held.key]
+            self.give_back(held.files)
+
+    def take(self, size_bytes: int) -> tuple[int, ...]:
+        """Take the free chunks that so many bytes fill."""
+        return self._pool.take(self._pool.chunks_for(size_bytes))
+
+    def give_back(self, files: tuple[HostFile, ...]) -> None:
+        """Take back the chunks of files that are held by nobody."""
+        for file in files:
+            self._pool.give_back(file.chunks)
+
+    def hold(self, key: Key, files: tuple[HostFile, ...], size_bytes: int) -> Held:
+        """Note that the files are whole in the pool."""
+        held = self._held[key] = Held(key, files, size_bytes, self._clock.monotonic_s())
+        return held
+
+    def forget(self, held: Held) -> None:
+        """Grant it to nobody any more; its chunks are free with its last lease."""
+        if not held.forgotten:
+            held.forgotten = True
+            del self._held[held.key]
+            if held.leases == 0:
+                self.give_back(held.files)
+
+    def grant(self, held: Held, report: LoadReport) -> HostLease:
+        """Lease what is held."""
+        held.leases += 1
+        held.last_used_s = self._clock.monotonic_s()
+        return HostLease(held.files, report, lambda: self._release(held))
+
+    def _release(self, held: Held) -> None:
+        assert held.leases > 0, "a lease is released once"
+        held.leases -= 1
+        held.last_used_s = self._clock.monotonic_s()
+        if held.forgotten and held.leases == 0:
+            self.give_back(held.files)
+
+    def _idle(self) -> list[Held]:
+        return sorted((held for held in self._held.values() if held.leases == 0), key=lambda held: held.last_used_s)
+
+
+def chunk_count(files: tuple[HostFile, ...]) -> int:
+    """Return how many chunks the files take."""
+    return sum(len(file.chunks) for file in files)

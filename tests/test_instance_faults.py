@@ -1,0 +1,163 @@
+"""Starts that are cut short, and registrations that change under them: no lease is left, no weights are mistaken."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from loaders import CHUNK, checkpoint_of, opened
+
+from sllm_actor.actors import model_manager
+from sllm_actor.actors.instance_starter import InstanceStarter
+from sllm_actor.actors.model_manager import Limits, ModelManager
+from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.domain import Model, ModelName, NodeId
+from sllm_actor.errors import Conflict, EngineDied
+from sllm_actor.messages.instances import StartInstance
+from sllm_actor.messages.models import RegisterModel
+from sllm_actor.runtime import ActorSystem
+from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.runtime.tasks import TaskScope
+
+
+def model_of(checkpoint: Checkpoint) -> Model:
+    return Model(
+        name=ModelName("m"),
+        path=str(checkpoint.path),
+        fingerprint=checkpoint.fingerprint,
+        architecture="OPTForCausalLM",
+        dtype="F32",
+        size_bytes=checkpoint.size_bytes,
+        host_bytes=CHUNK,
+        context_tokens=8,
+        vocabulary_tokens=8,
+        eos_token_ids=(),
+        default_temperature=1.0,
+        default_top_p=1.0,
+        chat=False,
+        keep_alive_s=10.0,
+        registered_wall_s=1.0,
+    )
+
+
+class DyingEngine:
+    """One that has died when its weights are to be attached, and whose process takes its time to be gone."""
+
+    def __init__(self) -> None:
+        self.leaving = asyncio.Event()
+
+    def prepare(self, message: object) -> None: ...
+
+    def place(self, chunk_bytes: int, files: object) -> None: ...
+
+    async def attach(self) -> None:
+        raise EngineDied("it is gone")
+
+    def kill(self) -> None: ...
+
+    async def leave(self, timeout_s: float) -> None:
+        self.leaving.set()
+        await asyncio.Event().wait()
+
+
+class OneEngine:
+    def __init__(self, engine: DyingEngine) -> None:
+        self._engine = engine
+
+    async def take(self) -> DyingEngine:
+        return self._engine
+
+
+async def test_a_start_cancelled_while_it_cleans_up_keeps_no_lease(tmp_path: Path) -> None:
+    checkpoint, engine, scope = checkpoint_of(tmp_path, chunks=4), DyingEngine(), TaskScope("start")
+    async with opened() as loader:
+        starter = InstanceStarter(
+            loader,
+            cast(Any, OneEngine(engine)),
+            SystemClock(),
+            chunk_bytes=CHUNK,
+            map_in_place=False,
+            verify=False,
+            stop_timeout_s=5,
+        )
+        starting = scope.spawn(starter.start(model_of(checkpoint), checkpoint), "start")
+        await engine.leaving.wait()
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert [resident.leases for resident in loader.residents()] == [0]
+
+
+class OneModel:
+    """A store that remembers one registration from before the node was started."""
+
+    def __init__(self, model: Model) -> None:
+        self._value = msgspec.msgpack.encode(model)
+
+    async def list(self, prefix: str) -> dict[str, bytes]:
+        return {f"{prefix}m": self._value}
+
+    async def put(self, key: str, value: bytes) -> None: ...
+
+
+class Registering:
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    async def examine(self, message: object, now_s: float) -> tuple[Model, Checkpoint]:
+        return model_of(self._checkpoint), self._checkpoint
+
+
+class Asked:
+    """A starter that only notes what it is asked to start."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[str, Path]] = []
+
+    async def start(self, model: Model, checkpoint: Checkpoint) -> None:
+        self.starts.append((model.path, checkpoint.path))
+        raise Conflict("that was all")
+
+
+async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = checkpoint_of(tmp_path / "old"), checkpoint_of(tmp_path / "new", seed=1)
+    asked, reading, go_on, scope = Asked(), asyncio.Event(), asyncio.Event(), TaskScope("asks")
+
+    async def slowly(path: Path) -> Checkpoint:
+        reading.set()
+        await go_on.wait()
+        return old if path == old.path else new
+
+    monkeypatch.setattr(model_manager, "read_off_loop", slowly)
+    async with opened() as loader:
+        system = ActorSystem()
+        manager = ModelManager(
+            NodeId("n"),
+            cast(Any, OneModel(model_of(old))),
+            loader,
+            cast(Any, Registering(new)),
+            cast(Any, asked),
+            SystemClock(),
+            Limits(1, 1, 1, 1, 1.0, 1.0),
+        )
+        ref = await system.spawn(manager, "model-manager")
+
+        async def start() -> None:
+            with pytest.raises(Conflict):
+                await ref.ask(StartInstance(placement_id="1", model=ModelName("m")), timeout_s=60)
+
+        first = scope.spawn(start(), "start")
+        await reading.wait()
+        await ref.ask(
+            RegisterModel(name=ModelName("m"), source=str(new.path), keep_alive_s=None, replace=True), timeout_s=60
+        )
+        go_on.set()
+        await first
+        await start()
+        await system.close()
+    assert asked.starts == [(str(old.path), old.path), (str(new.path), new.path)]
