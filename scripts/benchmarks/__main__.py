@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart
+from benchmarks import actors, coldstart, load
 from benchmarks.report import Report
 
-BENCHES = ("actors", "coldstart")
+BENCHES = ("actors", "coldstart", "load")
 SECONDS = 0.8
 
 
@@ -20,17 +20,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
     parser.add_argument("--work-dir", type=Path, default=Path(".demo"), help="where checkpoints and data are kept")
     parser.add_argument(
-        "--only", nargs="+", default=[], choices=actors.NAMES, metavar="PART", help="of actors: these parts alone"
+        "--only",
+        nargs="+",
+        default=[],
+        choices=(*actors.NAMES, *load.NAMES),
+        metavar="PART",
+        help="of actors and load: these parts alone",
     )
+    parser.add_argument("--tiny", action="store_true", help="of load: kilobytes instead of gigabytes, to try it out")
+    parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
     arguments = parser.parse_args()
     if arguments.repeats < 5:
         parser.error("--repeats: a median of fewer than five says little")
     options = f" --only {' '.join(arguments.only)}" if arguments.only else ""
     options += f" --seconds {arguments.seconds:g}" if arguments.seconds != SECONDS else ""
+    options += " --tiny" if arguments.tiny else ""
+    options += " --without-peers" if arguments.without_peers else ""
     report = Report(arguments.name, arguments.repeats, options)
     if arguments.name == "actors":
         actors.run(report, arguments.repeats, arguments.only, arguments.seconds)
+    elif arguments.name == "load":
+        chosen = load.Options(arguments.work_dir, arguments.only, arguments.tiny, not arguments.without_peers)
+        load.run(report, arguments.repeats, chosen)
     else:
         coldstart.run(report, arguments.repeats, arguments.work_dir)
     report.print()

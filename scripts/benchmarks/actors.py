@@ -20,7 +20,7 @@ from sllm_actor.cli.show import out
 from sllm_actor.units import KIB, MIB
 
 # `scripts/bench` makes it: what xoscar brings along would slow the imports of others down.
-PEERS_PYTHON = ".venv-peers/bin/python"
+PEERS_PYTHON = ".venv-peers-actors/bin/python"
 ITEM_BYTES = 100
 STREAMS = {"streams": 100, "item_bytes": ITEM_BYTES}
 PACE = {**STREAMS, "period_s": 0.02}

@@ -30,6 +30,10 @@ Commands = Mapping[str, Callable[..., Awaitable[Any]]]
 Opening = Callable[..., Awaitable[tuple[Any, Commands]]]
 
 
+class ChildEnded(SystemExit):
+    """A child ended, or hangs, and has not answered; a benchmark ends with that, unless it can do without the child."""
+
+
 class Child:
     """A child process, as its parent sees it."""
 
@@ -46,21 +50,41 @@ class Child:
         stack.callback(self.end)
         self.ready = self._answer()
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def call(self, command: str, **arguments: Any) -> Any:
         """Have it carry out a command, and wait for the answer."""
+        self._begin(command, **arguments)
+        return self._answer()
+
+    def watch(self, look: Callable[[], None], period_s: float, command: str, **arguments: Any) -> Any:
+        """Have it carry out a command, and call `look` every `period_s` until the answer is there."""
+        self._begin(command, **arguments)
+        assert self._process.stdout is not None
+        look()
+        for _ in range(int(CALL_TIMEOUT_S / period_s)):
+            if select.select([self._process.stdout], [], [], period_s)[0]:
+                break
+            look()
+        return self._answer()
+
+    def _begin(self, command: str, **arguments: Any) -> None:
+        """Have it begin with a command."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # The answer that does not come says the same, and better.
             self._process.stdin.write(json.dumps([command, arguments]).encode() + b"\n")
             self._process.stdin.flush()
-        return self._answer()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], CALL_TIMEOUT_S)[0]:
-            raise SystemExit(f"{self._name} did not answer within {CALL_TIMEOUT_S:g} s")
+            raise ChildEnded(f"{self._name} did not answer within {CALL_TIMEOUT_S:g} s")
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._name} ended; why is written above")
+            raise ChildEnded(f"{self._name} ended; why is written above")
         return json.loads(line)
 
     def end(self) -> None:

@@ -1,0 +1,157 @@
+"""The checkpoints that `load` reads, made once and kept, and what of them is in the page cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.actors_process import Child
+from benchmarks.load_cases import BIN, OPTIMIZED, SHARDED, SHARDS, TENSORS, Case
+from benchmarks.load_limits import Machine, whole_pages
+from sllm_actor.cli.show import out
+from sllm_actor.units import MIB
+
+CONFIGS = Path("../shared/data/model_layouts/derived_configs")
+_FILES = {BIN: "pytorch_model.bin", TENSORS: "model.tensors"}
+_NOT_CONVERTED = "not_converted"
+_BLOCK_BYTES = 16 * MIB
+# Dirty pages that fsync has only just cleaned may need a second asking.
+_EVICTIONS = 3
+# A kernel may take pages back at any time, with much memory free, too.
+_FILLS = 8
+
+
+class Folders:
+    """The folders of one run, under `root`."""
+
+    def __init__(self, root: Path, machine: Machine) -> None:
+        self.root = root
+        self._machine = machine
+        # Why a layout is not there.
+        self.failed: dict[str, str] = {}
+        # Shapes whose optimized layout is none.
+        self.copied: list[str] = []
+
+    def make(self, cases: Sequence[Case], tiny: bool, peers_python: str | None) -> None:
+        """Write every folder that the cases read and that is not there yet."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        wanted = sorted({(case.shape, case.layout) for case in cases})
+        names = {shape for shape, _ in wanted} | {f"{s}:{SHARDS}" for s, layout in wanted if layout == SHARDED}
+        command = [sys.executable, "-m", "sllm_actor.testing.random_checkpoints", str(self.root), *sorted(names)]
+        subprocess.run([*command, "--configs", str(CONFIGS), *(["--tiny"] if tiny else [])], check=True)
+        self._convert([shape for shape, layout in wanted if layout == OPTIMIZED])
+        written = [(shape, layout) for shape, layout in wanted if layout in _FILES]
+        if peers_python is not None and written:
+            with ExitStack() as stack:
+                self._write(stack, written, peers_python)
+        for folder in self.root.iterdir():
+            if folder.is_dir():
+                self.evict(folder.name)
+
+    def _convert(self, shapes: Sequence[str]) -> None:
+        for shape in shapes:
+            target = self.root / f"{shape}-{OPTIMIZED}"
+            if (target / _NOT_CONVERTED).exists():
+                shutil.rmtree(target)
+            if not target.exists():
+                out.print(f"converting {shape}")
+                if not optimize(self.root / shape, target):
+                    (target / _NOT_CONVERTED).touch()
+            if (target / _NOT_CONVERTED).exists():
+                self.copied.append(shape)
+
+    def _write(self, stack: ExitStack, written: Sequence[tuple[str, str]], python: str) -> None:
+        child: Child | None = None
+        for shape, layout in written:
+            folder = self.root / f"{shape}-{layout}"
+            if (folder / _FILES[layout]).exists():
+                continue
+            folder.mkdir(exist_ok=True)
+            out.print(f"writing {folder.name}")
+            child = child or Child(stack, "load_peers", "writer", python=python)
+            unfinished = folder / "unfinished"
+            reason = child.call(
+                "write",
+                system="tensorizer" if layout == TENSORS else "torch.load",
+                folder=str(self.root / shape),
+                target=str(unfinished),
+            )
+            if reason:
+                self.failed[layout] = reason
+            else:
+                unfinished.rename(folder / _FILES[layout])
+
+    def path(self, folder: str) -> str:
+        """Give where a folder is."""
+        return str(self.root / folder)
+
+    def weights(self, folder: str) -> list[Path]:
+        """List the files of a folder that hold weights: the large ones."""
+        endings = (".safetensors", *_FILES.values())
+        return [path for path in sorted((self.root / folder).iterdir()) if path.name.endswith(endings)]
+
+    def evict(self, folder: str) -> None:
+        """See to it that nothing of a folder is in the page cache."""
+        for path in (self.root / folder).iterdir():
+            self._evict(path)
+
+    def _evict(self, path: Path) -> None:
+        if not path.is_file():
+            return
+        for _ in range(_EVICTIONS):
+            if self._machine.resident_bytes(path) == 0:
+                return
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+        if left_bytes := self._machine.resident_bytes(path):
+            raise SystemExit(f"{path} can't be made cold: {left_bytes} bytes of it stay in the page cache")
+
+    def fill(self, folder: str) -> None:
+        """See to it that all of a folder is in the page cache, and nothing of any other."""
+        for other in self.root.iterdir():
+            if other.is_dir() and other.name != folder:
+                self.evict(other.name)
+        for path in (self.root / folder).iterdir():
+            self._fill(path)
+        # Once more, since what came last may have driven out what came first.
+        for path in (self.root / folder).iterdir():
+            self._fill(path)
+
+    def _fill(self, path: Path) -> None:
+        whole_bytes, found_bytes = whole_pages(path.stat().st_size), 0
+        buffer = bytearray(_BLOCK_BYTES)
+        for _ in range(_FILLS):
+            found_bytes = self._machine.resident_bytes(path)
+            if found_bytes == whole_bytes:
+                return
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        raise SystemExit(f"{path} does not stay in the page cache: {found_bytes} of {whole_bytes} bytes do")
+
+    def cached_bytes(self, folder: str) -> int:
+        """Count what of a folder's weights is in the page cache."""
+        return sum(self._machine.resident_bytes(path) for path in self.weights(folder))
+
+
+def optimize(source: Path, target: Path) -> bool:
+    """Convert a stock checkpoint into the layout for loading; False where this version can only copy it."""
+    try:
+        from sllm_actor.checkpoint.convert import convert
+    except ImportError:
+        unfinished = target.with_name(target.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        unfinished.rename(target)
+        return False
+    convert(source, target)
+    return True
