@@ -26,7 +26,7 @@ from sllm_actor.runtime.wire import LETTERS, LETTERS_HEADER, Introduced, Opened,
 
 FOR_EVER_S = 3600.0
 # The end of a test's patience; nothing takes a tenth of it.
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 LOOPS = [pytest.param(asyncio.new_event_loop, id="asyncio"), pytest.param(uvloop.new_event_loop, id="uvloop")]
 KIB, MIB = 1024, 1024 * 1024
 # What is slow by default is quick here: a dial after a loss, and what follows a silence.

@@ -45,7 +45,7 @@ from sllm_actor.runtime.handshake import Hello
 
 PAGE = (Path(__file__).parent.parent / "docs/protocol.md").read_text()
 SECRET = bytes(range(100, 132))
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 WINDOW_BYTES = 262_144
 
 
