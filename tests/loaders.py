@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import mmap
 import shutil
 import tempfile
 import threading
@@ -18,6 +19,7 @@ from checkpoints import folder_of
 
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.loader.lease import HostLease
+from sllm_actor.loader.libc import lock_memory
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.mapping import map_files
 from sllm_actor.runtime.clock import SystemClock
@@ -71,6 +73,17 @@ async def opened(chunks: int = 32, **options: Any) -> AsyncIterator[Loader]:
     finally:
         await loader.close()
     assert (descriptors(), threads(), mapped_pools()) == before
+
+
+@contextlib.contextmanager
+def kept_in_page_cache(checkpoint: Checkpoint) -> Iterator[None]:
+    """Lock the files' pages: a kernel may reclaim a clean page between two lines of a test."""
+    with contextlib.ExitStack() as stack:
+        for described in checkpoint.files:
+            file = stack.enter_context(checkpoint.file_path(described).open("r+b"))
+            pages = stack.enter_context(mmap.mmap(file.fileno(), 0))
+            assert lock_memory(memoryview(pages)), "the memlock limit is below this test's files"
+        yield
 
 
 def bytes_of(loader: Loader, lease: HostLease) -> list[bytes]:

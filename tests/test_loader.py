@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 from checkpoints import drop_page_cache, folder_of
-from loaders import CHUNK, bytes_of, checkpoint_of, descriptors, mapped_pools, on_disk, opened, threads, until
+from loaders import (
+    CHUNK,
+    bytes_of,
+    checkpoint_of,
+    descriptors,
+    kept_in_page_cache,
+    mapped_pools,
+    on_disk,
+    opened,
+    threads,
+    until,
+)
 from loaders import mover as mover
 from loaders import place as place
 
@@ -80,16 +91,16 @@ async def test_a_load_of_many_files_holds_few_of_them_open(tmp_path: Path) -> No
 async def test_a_cached_file_comes_from_the_page_cache_and_a_dropped_one_from_the_device(
     tmp_path: Path,
 ) -> None:
-    folder_of(tmp_path, 8 * MIB + 5)
+    folder_of(tmp_path, 2 * MIB + 5)
     drop_page_cache(tmp_path)
     checkpoint = read_folder(tmp_path)
-    async with opened(chunks=130) as loader:
+    async with opened(chunks=33) as loader:
         cold = (await loader.lease(checkpoint)).report
         assert cold.ssd_bytes > 0
-    on_disk(checkpoint)
-    async with opened(chunks=130) as loader:
-        warm = (await loader.lease(checkpoint)).report
-        assert (warm.page_cache_bytes, warm.ssd_bytes) == (8 * MIB + 5, 0)
+    with kept_in_page_cache(checkpoint):
+        async with opened(chunks=33) as loader:
+            warm = (await loader.lease(checkpoint)).report
+            assert (warm.page_cache_bytes, warm.ssd_bytes) == (2 * MIB + 5, 0)
 
 
 async def test_native_reads_of_a_dropped_file_leave_the_page_cache_as_it_was(tmp_path: Path, mover: str) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import xxhash
 from checkpoints import drop_page_cache, folder_of
-from loaders import CHUNK, LIMIT_S, bytes_of, checkpoint_of, on_disk, opened
+from loaders import CHUNK, LIMIT_S, bytes_of, checkpoint_of, kept_in_page_cache, on_disk, opened
 from loaders import mover as mover
 from loaders import place as place
 
@@ -255,19 +255,20 @@ async def test_what_the_page_cache_holds_is_mapped_as_it_lies_there(tmp_path: Pa
     expected = on_disk(checkpoint)
     if not page_cache_tells(checkpoint.file_path(checkpoint.files[0]), mover):
         pytest.skip("this kernel does not tell what it has cached (Linux 6.5)")
-    async with opened() as loader:
-        placed: list[tuple[HostFile, ...]] = []
-        lease = await loader.lease(checkpoint, in_place=True, on_placed=placed.append)
-        assert placed == [lease.files]
-        assert lease.report.in_place_bytes == checkpoint.size_bytes == lease.report.total_bytes
-        assert loader.free_bytes == loader.pool_bytes
-        for populate in (0, 2):
-            with map_files(loader.pool_fd, loader.chunk_bytes, lease.files, populate=populate) as mapped:
-                assert [bytes(buffer) for buffer in mapped.buffers] == expected
-                mapped.buffers[0][:4] = b"mine"
-        assert on_disk(checkpoint) == expected
-        lease.release()
-        lease.release()
+    with kept_in_page_cache(checkpoint):
+        async with opened() as loader:
+            placed: list[tuple[HostFile, ...]] = []
+            lease = await loader.lease(checkpoint, in_place=True, on_placed=placed.append)
+            assert placed == [lease.files]
+            assert lease.report.in_place_bytes == checkpoint.size_bytes == lease.report.total_bytes
+            assert loader.free_bytes == loader.pool_bytes
+            for populate in (0, 2):
+                with map_files(loader.pool_fd, loader.chunk_bytes, lease.files, populate=populate) as mapped:
+                    assert [bytes(buffer) for buffer in mapped.buffers] == expected
+                    mapped.buffers[0][:4] = b"mine"
+            assert on_disk(checkpoint) == expected
+            lease.release()
+            lease.release()
 
 
 async def test_what_is_not_cached_or_is_to_be_compared_or_is_in_the_pool_is_not_mapped_in_place(
