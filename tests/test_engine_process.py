@@ -20,6 +20,7 @@ from tiny_models import CONTEXT_TOKENS, VOCABULARY_TOKENS, change_tensors, promp
 
 from sllm_actor.checkpoint.convert import convert
 from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.checkpoint.manifest import read_manifest
 from sllm_actor.domain import FinishReason, ModelName, RequestId, Sampling
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.engine.client import Engine
@@ -139,7 +140,14 @@ async def start(forks: ForkServer, pool: Pool) -> AsyncIterator[Start]:
 
 
 def prepare(folder: Path, eos: tuple[int, ...] = ()) -> PrepareModel:
-    return PrepareModel(path=str(folder), dtype="F32", eos_token_ids=eos, context_tokens=CONTEXT_TOKENS)
+    manifest = read_manifest(folder)
+    return PrepareModel(
+        path=str(folder),
+        dtype="F32",
+        eos_token_ids=eos,
+        context_tokens=CONTEXT_TOKENS,
+        aliases=manifest.aliases if manifest is not None else {},
+    )
 
 
 def ask(prompt: list[int], max_tokens: int, request_id: str = "r") -> Generate:

@@ -142,7 +142,7 @@ def test_a_message_over_the_bound_is_not_sent() -> None:
         body_of({"kind": "generation.tokens", "request_id": "r", "index": 0, "token_ids": [2**64 - 1, "x"]}),
         body_of({"kind": "generation.tokens", "request_id": None, "index": 0, "token_ids": []}),
         body_of(
-            PrepareModel(path="/", dtype="F32", eos_token_ids=(), context_tokens=1)
+            PrepareModel(path="/", dtype="F32", eos_token_ids=(), context_tokens=1, aliases={})
         ),
         body_of(tokens(1)) + b"\x00",
         body_of(tokens(1))[:-1],
@@ -163,7 +163,7 @@ def test_what_came_before_a_bad_frame_is_given_first() -> None:
 
 def test_no_change_of_a_byte_does_anything_but_make_another_message_or_a_refusal() -> None:
     dice = random.Random(3)
-    whole = body_of(PrepareModel(path="/models/x", dtype="BF16", eos_token_ids=(1, 2), context_tokens=9))
+    whole = body_of(PrepareModel(path="/models/x", dtype="BF16", eos_token_ids=(1, 2), context_tokens=9, aliases={}))
     for table in (TO_ENGINE, FROM_ENGINE, TO_TEXT):
         refused = 0
         for _ in range(3000):

@@ -59,26 +59,24 @@ uint64_t Reader::submit(LoadPlan plan) {
 
 void Reader::status(uint64_t load_id, sllm_load_status& status) {
   const std::lock_guard lock(mutex_);
-  find(load_id).describe(status);
+  find(load_id)->describe(status);
 }
 
 void Reader::set_priority(uint64_t load_id, int priority) {
   const std::lock_guard lock(mutex_);
-  find(load_id).priority = priority;
+  find(load_id)->priority = priority;
 }
 
 void Reader::drop_targets(uint64_t load_id) {
   std::unique_lock lock(mutex_);
-  find(load_id);
-  const std::shared_ptr<Load> load = loads_.at(load_id);
+  const std::shared_ptr<Load> load = find(load_id);
   load->drop_targets();
   settle(load, lock);
 }
 
 void Reader::cancel(uint64_t load_id) {
   std::unique_lock lock(mutex_);
-  find(load_id);
-  const std::shared_ptr<Load> load = loads_.at(load_id);
+  const std::shared_ptr<Load> load = find(load_id);
   if (load->ended()) return;
   load->stop();
   settle(load, lock);
@@ -86,7 +84,7 @@ void Reader::cancel(uint64_t load_id) {
 
 void Reader::forget(uint64_t load_id) {
   const std::lock_guard lock(mutex_);
-  if (!find(load_id).ended()) throw Error(SLLM_INVALID, "a load that has not ended can't be forgotten");
+  if (!find(load_id)->ended()) throw Error(SLLM_INVALID, "a load that has not ended can't be forgotten");
   loads_.erase(load_id);
 }
 
@@ -94,10 +92,10 @@ sllm_reader_facts Reader::facts() const {
   return {meters_.cached.facts(), meters_.storage.facts(), meters_.copied.facts(), ring_ != nullptr ? 1 : 0};
 }
 
-Load& Reader::find(uint64_t load_id) {
+const std::shared_ptr<Load>& Reader::find(uint64_t load_id) const {
   const auto found = loads_.find(load_id);
   if (found == loads_.end()) throw Error(SLLM_INVALID, "no such load");
-  return *found->second;
+  return found->second;
 }
 
 void Reader::work() {

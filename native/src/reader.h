@@ -52,7 +52,7 @@ class Reader {
   void settle(const std::shared_ptr<Load>& load, std::unique_lock<std::mutex>& lock);
   std::shared_ptr<Load> take_runnable();  // Needs mutex_, as do the next two.
   void make_runnable(const std::shared_ptr<Load>& load);
-  Load& find(uint64_t load_id);
+  const std::shared_ptr<Load>& find(uint64_t load_id) const;
   void stop_threads();
   void notify() const noexcept;
 

@@ -3,6 +3,8 @@
 // Usage: device_test LIBRARY [CASE...]. Thread safety, ownership: a program, with a process of its own.
 #include "device.h"
 
+#include "check.h"
+
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -31,14 +33,6 @@ constexpr int kSlots = kStreams * sllm::kCopiesPerStream;
 constexpr int kDevices = 2;
 constexpr int64_t kLimitMs = 60'000;
 constexpr int kInvalidValue = 1, kOutOfMemory = 2, kIllegalAddress = 700, kLaunchFailed = 719;
-
-#define CHECK(condition)                                                       \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
-      std::abort();                                                            \
-    }                                                                          \
-  } while (false)
 
 const char* library = nullptr;
 

@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "sllm_native.h"
 
 namespace {
@@ -27,14 +28,6 @@ constexpr uint64_t kChunksEach = 24;
 constexpr uint64_t kDigestBytes = 16 * 1024;
 constexpr uint64_t kWindow = 3;
 constexpr int kClients = 6;
-
-#define CHECK(condition)                                                       \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
-      std::abort();                                                            \
-    }                                                                          \
-  } while (false)
 
 unsigned char byte_at(uint64_t file, uint64_t offset) {
   return static_cast<unsigned char>((offset * 2654435761u >> 7) + file * 31 + (offset >> 16));

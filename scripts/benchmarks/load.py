@@ -91,10 +91,6 @@ def _run_on_host(
     report.peer_versions |= systems.versions
     reasons = systems.failed | folders.failed
     _write_rows(report, cases, found, reasons)
-    if folders.copied:
-        note = f"copies of the stock files, since this version converts nothing: {', '.join(folders.copied)}"
-        out.print(note)
-        _row(report, "layouts", OPTIMIZED, "", [], note)
     for name, ratio in RATIOS.items():
         values = [value for each in found if (value := ratio(each)) is not None]
         if values:

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from benchmarks.load_meter import PAD
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
-from sllm_actor.checkpoint.safetensors_header import parse_header
+from sllm_actor.checkpoint.layout import is_pad
+from sllm_actor.checkpoint.safetensors_header import Header, parse_header
 from sllm_actor.engine.skeleton import view
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.loader import Loader
@@ -72,25 +72,23 @@ def _attach(
     loader: Loader, checkpoint: Checkpoint, files: Sequence[HostFile]
 ) -> tuple[MappedFiles, dict[str, torch.Tensor]]:
     mapped = map_files(loader.pool_fd, loader.chunk_bytes, files, populate=POPULATE)
-    tensors = {
-        tensor.name: view(data, tensor)
-        for data, file in zip(mapped.buffers, checkpoint.files, strict=True)
-        for tensor in file.header.tensors
-        if not tensor.name.startswith(PAD)
-    }
-    return mapped, tensors
+    return mapped, _views(mapped, [file.header for file in checkpoint.files])
 
 
 def attach(pool_fd: int, chunk_bytes: int, files: Sequence[HostFile]) -> tuple[MappedFiles, dict[str, torch.Tensor]]:
     """Do what an engine does with files in the host pool: map them, parse their headers, look at their tensors."""
     mapped = map_files(pool_fd, chunk_bytes, files, populate=POPULATE)
-    tensors = {
+    parsed = zip(mapped.buffers, files, strict=True)
+    return mapped, _views(mapped, [parse_header(data, file.size_bytes, file.name) for data, file in parsed])
+
+
+def _views(mapped: MappedFiles, headers: Sequence[Header]) -> dict[str, torch.Tensor]:
+    return {
         tensor.name: view(data, tensor)
-        for data, file in zip(mapped.buffers, files, strict=True)
-        for tensor in parse_header(data, file.size_bytes, file.name).tensors
-        if not tensor.name.startswith(PAD)
+        for data, header in zip(mapped.buffers, headers, strict=True)
+        for tensor in header.tensors
+        if not is_pad(tensor.name)
     }
-    return mapped, tensors
 
 
 def report_of(lease: HostLease) -> dict[str, int]:

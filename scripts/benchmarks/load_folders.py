@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ from pathlib import Path
 from benchmarks.actors_process import Child
 from benchmarks.load_cases import BIN, OPTIMIZED, SHARDED, SHARDS, TENSORS, Case
 from benchmarks.load_limits import Machine, whole_pages
+from sllm_actor.checkpoint.convert import convert
 from sllm_actor.cli.show import out
 from sllm_actor.units import MIB
 
 CONFIGS = Path("../shared/data/model_layouts/derived_configs")
 _FILES = {BIN: "pytorch_model.bin", TENSORS: "model.tensors"}
-_NOT_CONVERTED = "not_converted"
 _BLOCK_BYTES = 16 * MIB
 # Dirty pages that fsync has only just cleaned may need a second asking.
 _EVICTIONS = 3
@@ -34,8 +33,6 @@ class Folders:
         self._machine = machine
         # Why a layout is not there.
         self.failed: dict[str, str] = {}
-        # Shapes whose optimized layout is none.
-        self.copied: list[str] = []
 
     def make(self, cases: Sequence[Case], tiny: bool, peers_python: str | None) -> None:
         """Write every folder that the cases read and that is not there yet."""
@@ -56,14 +53,9 @@ class Folders:
     def _convert(self, shapes: Sequence[str]) -> None:
         for shape in shapes:
             target = self.root / f"{shape}-{OPTIMIZED}"
-            if (target / _NOT_CONVERTED).exists():
-                shutil.rmtree(target)
             if not target.exists():
                 out.print(f"converting {shape}")
-                if not optimize(self.root / shape, target):
-                    (target / _NOT_CONVERTED).touch()
-            if (target / _NOT_CONVERTED).exists():
-                self.copied.append(shape)
+                convert(self.root / shape, target)
 
     def _write(self, stack: ExitStack, written: Sequence[tuple[str, str]], python: str) -> None:
         child: Child | None = None
@@ -141,17 +133,3 @@ class Folders:
     def cached_bytes(self, folder: str) -> int:
         """Count what of a folder's weights is in the page cache."""
         return sum(self._machine.resident_bytes(path) for path in self.weights(folder))
-
-
-def optimize(source: Path, target: Path) -> bool:
-    """Convert a stock checkpoint into the layout for loading; False where this version can only copy it."""
-    try:
-        from sllm_actor.checkpoint.convert import convert
-    except ImportError:
-        unfinished = target.with_name(target.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished)
-        unfinished.rename(target)
-        return False
-    convert(source, target)
-    return True

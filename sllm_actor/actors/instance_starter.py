@@ -63,6 +63,7 @@ class InstanceStarter:
                     dtype=model.dtype,
                     eos_token_ids=model.eos_token_ids,
                     context_tokens=model.context_tokens,
+                    aliases=checkpoint.aliases,
                 )
             )
             taken = Span(name="engine", begin_s=begin_s, end_s=self._clock.monotonic_s())

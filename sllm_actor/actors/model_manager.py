@@ -117,11 +117,11 @@ class ModelManager(Actor):
                     f"{model.name} is registered already, from {known.path}; replace it or remove it first",
                     param="name",
                 )
-            await self._stop_all(model.name)
             await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
             self._models[model.name] = model
             self._checkpoints[model.name] = checkpoint
-            await self._stop_all(model.name)  # One of the old may have come up while this was being stored.
+            # Last: one of the old may have come up while this was being stored.
+            await self._stop_all(model.name)
             return model
         finally:
             self._changing.discard(message.name)

@@ -106,6 +106,7 @@ class Examiner:
                     dtype=checkpoint.dtype,
                     eos_token_ids=facts.eos_token_ids,
                     context_tokens=facts.context_tokens,
+                    aliases=checkpoint.aliases,
                 )
             )
             await engine.check()

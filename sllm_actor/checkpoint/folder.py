@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from sllm_actor.checkpoint.bounded import read_bounded
 from sllm_actor.checkpoint.digests import DIGEST_BYTES, digest
 from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.manifest import FoundFile, Manifest, PartitionKind, check_agreement, read_manifest
@@ -276,7 +277,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], bytes]:
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointConfigInvalid(f"{folder} has no config.json")
-    raw = _bounded_bytes(path, MAX_CONFIG_BYTES)
+    raw = read_bounded(path, MAX_CONFIG_BYTES, CheckpointConfigInvalid)
     return _parse_object(path, raw), raw
 
 
@@ -293,21 +294,7 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     Raises:
         CheckpointConfigInvalid: it is none, longer, or no file.
     """
-    return _parse_object(path, _bounded_bytes(path, max_bytes))
-
-
-def _bounded_bytes(path: Path, max_bytes: int) -> bytes:
-    try:
-        # A regular file only: a pipe would be waited on for ever.
-        if not path.is_file():
-            raise CheckpointConfigInvalid(f"{path} is not a file")
-        with path.open("rb") as opened:
-            raw = opened.read(max_bytes + 1)
-    except OSError as wrong:
-        raise CheckpointConfigInvalid(f"{path} can't be read: {wrong.strerror}") from None
-    if len(raw) > max_bytes:
-        raise CheckpointConfigInvalid(f"{path} is longer than {max_bytes} bytes")
-    return raw
+    return _parse_object(path, read_bounded(path, max_bytes, CheckpointConfigInvalid))
 
 
 def _parse_object(path: Path, raw: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 
 import msgspec
 
+from sllm_actor.checkpoint.bounded import read_bounded
 from sllm_actor.checkpoint.digests import chunk_count
 from sllm_actor.errors import CheckpointInvalid
 
@@ -180,17 +181,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_NAME
     if not path.exists() and not path.is_symlink():
         return None
-    try:
-        # A regular file only: a pipe would be waited on for ever.
-        if not path.is_file():
-            raise CheckpointInvalid(f"{path} is not a file")
-        with path.open("rb") as opened:
-            raw = opened.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as wrong:
-        raise CheckpointInvalid(f"{path} can't be read: {wrong.strerror}") from None
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise CheckpointInvalid(f"{path} is longer than {MAX_MANIFEST_BYTES} bytes")
-    return parse_manifest(raw, str(path))
+    return parse_manifest(read_bounded(path, MAX_MANIFEST_BYTES, CheckpointInvalid), str(path))
 
 
 def parse_manifest(raw: bytes, name: str = MANIFEST_NAME) -> Manifest:

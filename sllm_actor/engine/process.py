@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel
 
 from sllm_actor.checkpoint.folder import read_folder
-from sllm_actor.checkpoint.manifest import read_manifest
 from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
@@ -62,7 +61,6 @@ class EngineProcess:
         self._model: PreTrainedModel | None = None
         self._files: tuple[PooledFile, ...] = ()
         self._mapped: Mapping[str, memoryview] = {}
-        self._aliases: Mapping[str, str] = {}
         self._runner: Runner | None = None
         self._running: dict[RequestId, Generation] = {}
         torch.set_num_threads(threads)
@@ -113,8 +111,6 @@ class EngineProcess:
         begin_s = self._clock.monotonic_s()
         self._prepared = message
         self._model = skeleton.build(message.path, message.dtype)
-        manifest = read_manifest(Path(message.path))
-        self._aliases = manifest.aliases if manifest is not None else {}
         self._spans.append(self._span("skeleton", begin_s))
 
     def _check(self) -> None:
@@ -126,7 +122,7 @@ class EngineProcess:
                 f"its tensors are split for {checkpoint.ranks} ranks, which this version does not serve"
             )
         tensors = [tensor for file in checkpoint.files for tensor in file.header.tensors]
-        skeleton.match(self._model, tensors, checkpoint.aliases)
+        skeleton.match(self._model, tensors, self._prepared.aliases)
         self._channel.send(ModelChecked())
 
     def _map(self, message: MapWeights) -> None:
@@ -146,7 +142,7 @@ class EngineProcess:
             header = parse_header(data, file.size_bytes, name=file.name)
             tensors += header.tensors
             owner |= dict.fromkeys((tensor.name for tensor in header.tensors), data)
-        paired = skeleton.match(self._model, tensors, self._aliases)
+        paired = skeleton.match(self._model, tensors, self._prepared.aliases)
         weights = {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()}
         skeleton.put_weights(self._model, weights)
         self._runner = Runner(self._model, self._prepared.eos_token_ids, self._prepared.context_tokens)

@@ -47,11 +47,6 @@ class HostMemory:
         self._held: dict[Key, Held] = {}
 
     @property
-    def free_chunks(self) -> int:
-        """Chunks that hold nothing."""
-        return self._pool.free_chunks
-
-    @property
     def obtainable_chunks(self) -> int:
         """Chunks that hold nothing, and those that nobody leases."""
         return self._pool.free_chunks + sum(chunk_count(held.files) for held in self._idle())

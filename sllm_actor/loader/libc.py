@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import stat
 from collections.abc import Sequence
 
-from sllm_actor.errors import CheckpointChanged, ConfigInvalid, ReadFailed
+from sllm_actor.errors import ConfigInvalid, ReadFailed
+from sllm_actor.loader.described import open_described
 
 # asm-generic/mman-common.h; mmap has no names for these before Python 3.13 or at all.
 _MADV_POPULATE_READ = 22
@@ -76,17 +76,10 @@ def map_file(path: str, size_bytes: int, mtime_ns: int, inode: int, populate: in
     """Map the described file at a fresh address, private and writable; return the address."""
     libc = _libc()
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise CheckpointChanged(f"{path} is gone") from None
+        fd = open_described(path, size_bytes, mtime_ns, inode)
     except OSError as wrong:
         raise ReadFailed(f"{path} can't be opened: {wrong.strerror}") from None
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointChanged(f"{path} is no longer a regular file")
-        if (found.st_size, found.st_mtime_ns, found.st_ino) != (size_bytes, mtime_ns, inode):
-            raise CheckpointChanged(f"{path} was replaced or rewritten since it was registered")
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
         base = _mmap(libc, None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
     except OSError as wrong:

@@ -213,19 +213,19 @@ class Loader:
         only go through: the lease then has no files. While it loads, and when it fails, the targets hold anything.
 
         Raises:
-            InvalidInput: a target names no file of the checkpoint.
+            InvalidInput: a target names no file of the checkpoint, or has no room for it.
             DeviceError: the device has no room, or refused or lost a copy.
             NoCapacity, CheckpointChanged, CheckpointCorrupt, ReadFailed, Draining: as `lease` does.
         """
-        unknown = targets.keys() - {file.name for file in checkpoint.files}
-        if unknown or not targets:
-            raise InvalidInput(f"{checkpoint.path} has no file {', '.join(sorted(unknown)) or 'to be loaded'}")
-        for file in checkpoint.files:
-            if (
-                target := targets.get(file.name)
-            ) and not 0 <= target.offset <= target.buffer.size_bytes - file.size_bytes:
+        if not targets:
+            raise InvalidInput(f"{checkpoint.path}: no file is to be loaded")
+        sizes = {file.name: file.size_bytes for file in checkpoint.files}
+        for name, target in targets.items():
+            if name not in sizes:
+                raise InvalidInput(f"{checkpoint.path} has no file {name}")
+            if not 0 <= target.offset <= target.buffer.size_bytes - sizes[name]:
                 raise InvalidInput(
-                    f"{file.name} of {file.size_bytes} bytes does not fit at {target.offset} of a device buffer of "
+                    f"{name} of {sizes[name]} bytes does not fit at {target.offset} of a device buffer of "
                     f"{target.buffer.size_bytes}"
                 )
         order = Order(checkpoint, targets, priority, verify, None, on_progress)

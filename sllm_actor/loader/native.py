@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sllm_actor.checkpoint.digests import DIGEST_BYTES
 from sllm_actor.errors import (
     CheckpointChanged,
     CheckpointCorrupt,
@@ -35,7 +36,6 @@ ABI_VERSION = 2
 _MESSAGE_BYTES = 8192
 _OK, _INVALID, _NO_MEMORY, _CHANGED, _READ_FAILED, _BUSY, _INTERNAL, _DIGEST = range(8)
 _NO_DEVICE, _DEVICE_NO_MEMORY, _DEVICE_FAILED = range(8, 11)
-_DIGEST_BYTES = 16
 _STATES = (LoadState.LOADING, LoadState.DONE, LoadState.FAILED, LoadState.CANCELLED)
 _ERRORS: dict[int, type[SllmError]] = {
     _INVALID: InvalidInput,
@@ -218,7 +218,7 @@ class NativeMover:
             to.mtime_ns, to.inode = file.mtime_ns, file.inode
             to.chunks, to.chunk_count = _indexes(file.chunks), len(file.chunks)
             if file.digests:
-                to.digests, to.digest_count = file.digests, len(file.digests) // _DIGEST_BYTES
+                to.digests, to.digest_count = file.digests, len(file.digests) // DIGEST_BYTES
             to.target, to.target_offset = file.target, file.target_offset
         options = _Options(plan.priority, plan.resident, plan.digest_bytes, _indexes(plan.window), len(plan.window))
         load_id = c_uint64()
@@ -304,7 +304,7 @@ def cached_bytes(path: str) -> int:
 
 def digest(data: bytes) -> bytes:
     """Return the XXH3-128 of `data` in canonical form, as the reading threads compute it."""
-    answer = ctypes.create_string_buffer(_DIGEST_BYTES)
+    answer = ctypes.create_string_buffer(DIGEST_BYTES)
     library().sllm_digest(data, len(data), answer)
     return answer.raw
 

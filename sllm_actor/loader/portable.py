@@ -10,13 +10,12 @@ import errno
 import fcntl
 import mmap
 import os
-import stat
 import threading
 from collections import deque
 
-import xxhash
-
+from sllm_actor.checkpoint.digests import DIGEST_BYTES, digest
 from sllm_actor.errors import CheckpointChanged, CheckpointCorrupt, ConfigInvalid, NoCapacity, ReadFailed, SllmError
+from sllm_actor.loader.described import check_unchanged, open_described
 from sllm_actor.loader.device import Device
 from sllm_actor.loader.libc import lock_memory
 from sllm_actor.loader.mover import FilePlan, LoadPlan, LoadState, LoadStatus, MoverOptions, PathFacts, Paths, SlabFacts
@@ -25,7 +24,6 @@ from sllm_actor.runtime.clock import Clock
 # Absent from this Python's modules: linux/fcntl.h, asm-generic/mman-common.h.
 _F_ADD_SEALS, _SEALS = 1033, 0x1 | 0x2 | 0x4
 _MADV_POPULATE_WRITE = 23
-_DIGEST_BYTES = 16
 _NO_DEVICES = "devices need the native library, and SLLM_NO_NATIVE does without it"
 
 
@@ -85,10 +83,8 @@ class _OpenFile:
                 self._chunks_left -= 1
                 last = self._chunks_left == 0
             if last:
-                self._check_unchanged(fd)
+                check_unchanged(fd, self.plan.path, self.plan.size_bytes, self.plan.mtime_ns, self.plan.inode)
                 self.close()
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointChanged(f"{self.plan.path} is gone") from None
         except OSError as wrong:
             raise ReadFailed(f"{self.plan.path} can't be read: {wrong.strerror}") from None
         return cached, len(target) - cached
@@ -102,26 +98,9 @@ class _OpenFile:
     def _ensure_open(self) -> int:
         with self._lock:
             if self._fd is None:
-                # O_NONBLOCK: a pipe put in the file's place must not hold a reading thread.
-                fd = os.open(self.plan.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                try:
-                    self._check_unchanged(fd)
-                except BaseException:
-                    os.close(fd)
-                    raise
-                self._fd = fd
+                plan = self.plan
+                self._fd = open_described(plan.path, plan.size_bytes, plan.mtime_ns, plan.inode)
             return self._fd
-
-    def _check_unchanged(self, fd: int) -> None:
-        found, plan = os.fstat(fd), self.plan
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointChanged(f"{plan.path} is no longer a regular file")
-        if found.st_size != plan.size_bytes:
-            raise CheckpointChanged(
-                f"{plan.path} has {found.st_size} bytes and had {plan.size_bytes} when it was registered"
-            )
-        if (found.st_ino, found.st_mtime_ns) != (plan.inode, plan.mtime_ns):
-            raise CheckpointChanged(f"{plan.path} was replaced or rewritten since it was registered")
 
     def _metered_cached(self, fd: int, offset: int, target: memoryview) -> int:
         got = 0
@@ -150,8 +129,8 @@ class _OpenFile:
         """Compare what was read with the digests of the plan."""
         for at in range(0, len(data), digest_bytes):
             number = (offset + at) // digest_bytes
-            expected = self.plan.digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
-            found = xxhash.xxh3_128_digest(data[at : at + digest_bytes])
+            expected = self.plan.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+            found = digest(data[at : at + digest_bytes])
             if found != expected:
                 raise CheckpointCorrupt(
                     f"{self.plan.path}: chunk {number} has the digest {found.hex()} and should have {expected.hex()}"

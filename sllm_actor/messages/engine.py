@@ -14,12 +14,16 @@ class EngineHello:
 
 @message("engine.prepare")
 class PrepareModel:
-    """Build the model of the folder `path` without its weights. The bytes may still be on their way."""
+    """Build the model of the folder `path` without its weights. The bytes may still be on their way.
+
+    `aliases` has the stored name of each tensor that is stored under another one.
+    """
 
     path: str
     dtype: str
     eos_token_ids: tuple[int, ...]
     context_tokens: int
+    aliases: dict[str, str]
 
 
 @message("engine.check")
