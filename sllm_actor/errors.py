@@ -7,6 +7,7 @@
     │   ├── InvalidName                a model or node name outside the alphabet
     │   ├── ConfigInvalid              a knob is unknown, of the wrong type or out of bounds
     │   ├── SourceInvalid              a source that names nothing that can be read
+    │   │   └── SourceMissing            nothing is there, or no longer
     │   ├── CheckpointInvalid          a checkpoint folder that can't be served
     │   │   ├── CheckpointMissing        no such folder
     │   │   ├── CheckpointEmpty          no weights in it
@@ -37,7 +38,12 @@
     │   ├── FrameTooLong · FrameInvalid
     │   └── HandshakeRefused           two nodes that do not talk to each other
     │       └── VersionMismatch · SecretMismatch · NodeMismatch · LinkDuplicate · NodeDown
-    ├── ReadFailed                   bytes that a disk or a source did not give
+    ├── ReadFailed                   bytes that a disk did not give
+    ├── SourceError                  a place that a model is to come from, and its answer
+    │   ├── SourceUnreachable          no answer, a broken one, or one that stalls; trying again may help
+    │   ├── SourceRefused              credentials missing or wrong, or an address that is not allowed
+    │   ├── SourceChanged              a file is no longer the one that was listed
+    │   └── SourceViolation            an answer that is not what was asked for
     ├── WriteFailed                  bytes that a disk did not take; what was there before is as it was
     ├── ConversionFailed             the process that reads pickles ended; the message says how
     ├── MetadataFailed               cluster facts that could not be read or written
@@ -90,6 +96,10 @@ class ConfigInvalid(InvalidInput):
 
 class SourceInvalid(InvalidInput):
     code = "source_invalid"
+
+
+class SourceMissing(SourceInvalid):
+    code = "source_missing"
 
 
 class CheckpointInvalid(InvalidInput):
@@ -282,6 +292,26 @@ class NodeDown(HandshakeRefused):
 
 class ReadFailed(SllmError):
     code = "read_failed"
+
+
+class SourceError(SllmError):
+    code = "source_failed"
+
+
+class SourceUnreachable(SourceError):
+    code = "source_unreachable"
+
+
+class SourceRefused(SourceError):
+    code = "source_refused"
+
+
+class SourceChanged(SourceError):
+    code = "source_changed"
+
+
+class SourceViolation(SourceError):
+    code = "source_violation"
 
 
 class WriteFailed(SllmError):

@@ -16,6 +16,7 @@ _STATUS: dict[type[SllmError], int] = {
     errors.QueueFull: 429,
     errors.MailboxFull: 429,
     errors.DeadlineExceeded: 504,
+    errors.SourceError: 502,
     SllmError: 500,
 }
 _TYPES = {
@@ -29,6 +30,7 @@ _TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    502: "upstream_error",
     503: "overloaded_error",
     504: "timeout_error",
 }
