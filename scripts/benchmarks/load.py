@@ -89,6 +89,7 @@ def _run_on_host(
         for repeat in range(repeats):
             found.append(_repeat(systems, in_turn(cases, repeat, repeats), f"{repeat + 1}/{repeats}"))
     report.peer_versions |= systems.versions
+    report.machine["pool"] = f"{systems.huge_share:.0%} of the pool in huge pages"
     reasons = systems.failed | folders.failed
     _write_rows(report, cases, found, reasons)
     for name, ratio in RATIOS.items():
@@ -107,8 +108,8 @@ def _sizes(cases: Sequence[Case], folders: Folders, tiny: bool) -> Sizes:
     pool_bytes = max((chunked(folder) for folder in ours), default=chunk_bytes)
     if any(case.state == TWO for case in cases):
         pool_bytes = max(pool_bytes, chunked(MAIN) + chunked(f"{MAIN}-{OPTIMIZED}"))
-    huge = [chunked(case.folder) for case in cases if case.system == HUGE]
-    return Sizes(pool_bytes, max(huge, default=0), chunk_bytes)
+    mapped = [chunked(case.folder) for case in cases if case.state == POOL and case.system in (OURS, HUGE)]
+    return Sizes(pool_bytes, max(mapped, default=0), chunk_bytes)
 
 
 def _warm_up(systems: Systems, cases: Sequence[Case]) -> None:

@@ -71,10 +71,10 @@ class Node:
             held.close()
 
 
-async def node(library: str, pool_bytes: str, chunk_bytes: str, huge_pages: str) -> tuple[dict[str, Any], Commands]:
+async def node(library: str, pool_bytes: str, chunk_bytes: str, pages: str) -> tuple[dict[str, Any], Commands]:
     """Open the pool, and tell what the machine gave for it."""
     quiet()
-    loader = await load_api.open_loader(int(pool_bytes), int(chunk_bytes), huge_pages == "huge")
+    loader = await load_api.open_loader(int(pool_bytes), int(chunk_bytes), pages != "small")
     made = Node(loader, library)
     commands = {"load": made.load, "load_both": made.load_both, "hold": made.hold, "let_go": made.let_go}
     return msgspec.to_builtins(loader.facts()), commands

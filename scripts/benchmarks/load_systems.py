@@ -38,14 +38,16 @@ LIMIT_THREADS = 4
 COLD_SHARE, CACHED_SHARE = 0.95, 0.01
 CACHED_TRIES = 3
 WATCH_PERIOD_S = 0.001
+# Of which pages a pool is: as the knob has it by default and the machine gives, or surely the one or the other.
+GIVEN, SMALL_PAGES, HUGE_PAGES = "given", "small", "huge"
 _ANON = re.compile(r"^(?:RssAnon|VmPTE):\s+(\d+) kB$", re.MULTILINE)
 
 
 class Sizes(NamedTuple):
-    """How large pools are; a huge one holds one checkpoint alone."""
+    """How large pools are: the one that is loaded into, and those that hold one checkpoint and are mapped from."""
 
     pool_bytes: int
-    huge_pool_bytes: int
+    one_pool_bytes: int
     chunk_bytes: int
 
 
@@ -64,6 +66,8 @@ class Systems:
         self._peers = peers
         self._children: dict[str, Child] = {}
         self.versions: dict[str, str] = {}
+        # How much of the pool that is loaded into lies in huge pages.
+        self.huge_share = 0.0
         # Whether a system maps the files of a folder instead of copying them, as `warm` has found.
         self.maps_files: dict[tuple[str, str], bool] = {}
         self._past_cache: set[str] = set()
@@ -132,7 +136,7 @@ class Systems:
         path = self._folders.path(case.folder)
         answer: dict[str, Any]
         if case.system == OURS:
-            answer = self._node(huge=False).call("load", folder=path, digest=digest)
+            answer = self._node(GIVEN).call("load", folder=path, digest=digest)
         elif case.system == STEP:
             answer = self._step(case, path, digest)
         else:
@@ -145,7 +149,7 @@ class Systems:
         answer: dict[str, Any]
         if step in ("pool", "pipeline"):
             options = {"in_place": False, "overlap": step == "pipeline"}
-            answer = self._node(huge=False).call("load", folder=path, digest=digest, **options)
+            answer = self._node(GIVEN).call("load", folder=path, digest=digest, **options)
         else:
             answer = self._engine().call("step", folder=path, name=step, digest=digest)
         return answer
@@ -169,7 +173,7 @@ class Systems:
         It is anonymous memory and page tables at their peak, less what they were, and what is left in the page cache.
         """
         self._folders.evict(case.folder)
-        node = self._node(huge=False)
+        node = self._node(GIVEN)
         seen_kib: list[int] = []
         status = Path(f"/proc/{node.pid}/status")
 
@@ -188,26 +192,27 @@ class Systems:
         for folder in folders:
             self._folders.evict(folder)
         paths = [self._folders.path(folder) for folder in folders]
-        answer: dict[str, Any] = self._node(huge=False).call("load_both", folders=paths)
+        answer: dict[str, Any] = self._node(GIVEN).call("load_both", folders=paths)
         return answer
 
     def _in_pool(self, case: Case, digest: bool) -> dict[str, Any]:
-        node = self._node(huge=case.system == HUGE)
+        node = self._node(HUGE_PAGES if case.system == HUGE else SMALL_PAGES)
         held = node.call("hold", folder=self._folders.path(case.folder))
         answer: dict[str, Any] = self._engine().call("attach", **held, digest=digest)
         node.call("let_go")
         return answer
 
-    def _node(self, huge: bool) -> Child:
-        pool_bytes = self._sizes.huge_pool_bytes if huge else self._sizes.pool_bytes
-        pages = "huge" if huge else "small"
+    def _node(self, pages: str) -> Child:
+        huge = pages == HUGE_PAGES
+        pool_bytes = self._sizes.pool_bytes if pages == GIVEN else self._sizes.one_pool_bytes
         if huge and (missing := _why_no_huge_pages()):
             raise Unavailable(missing)
         arguments = (self._library, str(pool_bytes), str(self._sizes.chunk_bytes), pages)
         node = self._child(f"node, {pages} pages", "load_ours", "node", *arguments)
-        if huge and node.ready["huge_bytes"] < pool_bytes:
-            huge_bytes = node.ready["huge_bytes"]
+        huge_bytes = node.ready["huge_bytes"]
+        if huge and huge_bytes < pool_bytes:
             raise Unavailable(f"{huge_bytes} of the pool's {pool_bytes} bytes lie in huge pages")
+        self.huge_share = huge_bytes / pool_bytes if pages == GIVEN else self.huge_share
         return node
 
     def _engine(self) -> Child:

@@ -31,6 +31,7 @@ class Report:
         self._bench = bench
         self._command = f"scripts/bench {bench} --repeats {repeats}{options}"
         self.peer_versions: dict[str, str] = {}
+        self.machine: dict[str, Any] = {}
         self._rows: list[dict[str, Any]] = []
         self._ratios: dict[str, dict[str, float]] = {}
 
@@ -56,7 +57,8 @@ class Report:
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in PACKAGES}
             | self.peer_versions,
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory": format_bytes(memory_bytes)},
+            "machine": {"processor": _processor(), "cores": os.cpu_count(), "memory": format_bytes(memory_bytes)}
+            | self.machine,
             "rows": self._rows,
             "ratios": self._ratios,
         }
