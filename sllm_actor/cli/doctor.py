@@ -18,13 +18,16 @@ from sllm_actor.config.load import knobs
 from sllm_actor.errors import SllmError
 from sllm_actor.frontend.server import bind
 from sllm_actor.loader.choice import use_native
+from sllm_actor.loader.device_profile import read_profile
 from sllm_actor.loader.libc import io_uring_refusal
 from sllm_actor.node.data_folder import DataFolder
-from sllm_actor.units import MIB, format_bytes
+from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.units import MIB, format_bytes, format_rate
 
 MIN_OPEN_FILES = 4096
 HUGE_PAGE_BYTES = 2 * MIB
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+CALIBRATE = "sllm-node calibrate, with the node stopped"
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
@@ -149,9 +152,25 @@ def _direct_io(config: Config) -> Finding:
     return Finding("direct reads", "ok", "O_DIRECT works where the data folder lies")
 
 
+def _disk_profile(config: Config) -> Finding:
+    try:
+        profile = read_profile(Path(config.data_dir).expanduser().absolute())
+    except SllmError as error:
+        return Finding("disk profile", "warning", f"not used: {error.message}", CALIBRATE)
+    if profile is None:
+        found = "none: how many threads read this disk best, and what it writes, is assumed"
+        return Finding("disk profile", "warning", found, CALIBRATE)
+    days = int(profile.age_s(SystemClock().wall_s()) // 86400)
+    age = "less than a day old" if days == 0 else f"{days} day{'s' * (days > 1)} old"
+    rates = f"reads {format_rate(profile.read_bytes_per_s, 1)}, writes {format_rate(profile.write_bytes_per_s, 1)}"
+    threads = f"{profile.reading_threads} reading threads are best"
+    chosen = f", and {config.reading_threads} are set" if config.reading_threads else ""
+    return Finding("disk profile", "ok", f"{age}: {rates}; {threads}{chosen}")
+
+
 CHECKS: tuple[Callable[[Config], Finding], ...] = (
     _python, _packages, _native, _memory, _memlock, _huge_pages, _io_uring, _open_files, _port, _data_folder,
-    _direct_io,
+    _direct_io, _disk_profile,
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The `sllm-node` command: every verb, its help, its exit codes.
 
-Exit codes: 0 done; 1 the node, or what was asked of it, refused; 2 wrong usage; 3 no node answers.
+Exit codes: 0 done; 1 the node, or what was asked of it, refused; 2 wrong usage; 3 no node answers; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sllm_actor.cli.run import run_model
 from sllm_actor.cli.show import duration, err, out, print_json, table
 from sllm_actor.config import Resolved, resolve
 from sllm_actor.errors import SllmError
-from sllm_actor.units import format_bytes
+from sllm_actor.units import format_bytes, parse_bytes
 
 T = TypeVar("T")
 app = typer.Typer(
@@ -142,6 +142,29 @@ def doctor(
         raise
     if not report(resolved, as_json=as_json):
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    config: ConfigFile = None, data_dir: DataDir = None, set_: Set = None,
+    size: Annotated[str, typer.Option(help="Bytes of each of the two scratch files.")] = "1GiB",
+    seconds: Annotated[float, typer.Option(min=0.01, max=60, help="Shortest length of a measurement.")] = 1.0,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure the disk of the data folder; the node then reads with as many threads as are best.
+
+    No node may run on that folder meanwhile. Needs room for two scratch files, and leaves none.
+
+    Example: sllm-node calibrate --data-dir ~/.sllm --size 4GiB
+    """
+    try:
+        size_bytes = parse_bytes(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--size") from None
+    from sllm_actor.cli.calibrate import run
+
+    with refusals(as_json=as_json):
+        run(configure(config, data_dir, None, None, None, set_).config, size_bytes, seconds, as_json=as_json)
 
 
 @app.command()

@@ -51,7 +51,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, Meta(description="compare the digests of a converted checkpoint each time it is loaded")
     ] = False
     io_uring: Annotated[bool, Meta(description="read through io_uring where it is allowed; else by pread")] = True
-    reading_threads: Annotated[int, Meta(ge=1, le=64, title="threads", description="threads that read files")] = 4
+    reading_threads: Annotated[
+        int,
+        Meta(
+            ge=0, le=64, title="threads",
+            description="threads that read files; 0: as many as 'sllm-node calibrate' found best, else 4",
+        ),
+    ] = 0  # fmt: skip
 
     # Engines.
     max_instances: Annotated[

@@ -5,6 +5,7 @@ The composition root: the only module that knows every room.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from contextlib import AsyncExitStack
@@ -26,6 +27,7 @@ from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
 from sllm_actor.frontend.server import HttpServer, bind
 from sllm_actor.frontend.text import TextService
+from sllm_actor.loader.device_profile import DeviceProfile, read_profile
 from sllm_actor.loader.loader import Loader
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.metadata import SqliteStore
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 MAX_KEY_BYTES = 4096
 PRELOADED_TOKENIZERS = 64
+UNMEASURED_READING_THREADS = 4
 
 
 class Node:
@@ -99,11 +102,13 @@ class Node:
         stack.push_async_callback(forks.stop)
         # The imports of the fork server take seconds; the pool is faulted in beside them.
         importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
+        profile = await asyncio.get_running_loop().run_in_executor(None, _profile, folder.path)
+        best_threads = UNMEASURED_READING_THREADS if profile is None else profile.reading_threads
         loader = await Loader.open(
             pool_bytes=config.host_pool_bytes,
             clock=self.clock,
             chunk_bytes=config.chunk_bytes,
-            reading_threads=config.reading_threads,
+            reading_threads=config.reading_threads or best_threads,
             lock=config.lock_host_pool,
             huge_pages=config.huge_pages,
             io_uring=config.io_uring,
@@ -234,6 +239,15 @@ class Node:
                 await text.load(path)
             except SllmError as error:
                 log.warning("the tokenizer of %s can't be loaded: %s", path, error)
+
+
+def _profile(folder: Path) -> DeviceProfile | None:
+    """Read what was measured of the data folder's disk; what can't be used is told in the log, and never fatal."""
+    try:
+        return read_profile(folder)
+    except ConfigInvalid as error:
+        log.warning("%s; 'sllm-node calibrate' measures anew", error.message)
+        return None
 
 
 def _read_key(path: str) -> str:
