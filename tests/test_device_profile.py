@@ -30,6 +30,7 @@ from sllm_actor.loader.device_profile import (
     write_profile,
 )
 from sllm_actor.loader.loader import Loader
+from sllm_actor.loader.write_gate import allowed_bytes_per_s
 from sllm_actor.node import Node
 
 
@@ -65,6 +66,7 @@ def test_a_profile_that_was_stored_is_read_as_it_was(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [NAME]
     assert (first.read_bytes_per_s, first.write_bytes_per_s) == (2e9, 6e8)
     assert first.together[0].write_share == 0.25
+    assert allowed_bytes_per_s(first, 5) == 3e7
 
 
 def test_its_age_is_not_negative_where_the_clock_was_set_back(tmp_path: Path) -> None:
@@ -239,10 +241,12 @@ async def test_a_node_reads_with_the_threads_of_the_profile_unless_they_are_set(
     assert all(warning in message and "sllm-node calibrate" in message for message in said)
 
 
-def test_a_running_node_has_as_many_threads(tmp_path: Path, start_node: StartNode) -> None:
+def test_a_running_node_has_as_many_threads_and_shows_its_gate(tmp_path: Path, start_node: StartNode) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write_profile(folder, profile_of(folder))
     with start_node() as node:
         tasks = Path(f"/proc/{node.process.pid}/task").glob("*/comm")
         assert [task.read_text().strip() for task in tasks].count("sllm-reader") == 3
+        writes = node.call("GET", "/admin/runtime")["writes"]
+        assert writes == {"holding": False, "bytes_per_s": 3e7, "passed_bytes": 0, "held_s": 0.0}

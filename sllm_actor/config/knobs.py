@@ -58,6 +58,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="threads that read files; 0: as many as 'sllm-node calibrate' found best, else 4",
         ),
     ] = 0  # fmt: skip
+    background_write_percent: Annotated[
+        int,
+        Meta(ge=1, le=100, title="%", description="what background writes get of the disk while a cold load reads"),
+    ] = 5
 
     # Engines.
     max_instances: Annotated[

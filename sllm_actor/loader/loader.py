@@ -29,7 +29,7 @@ from sllm_actor.loader.choice import use_native
 from sllm_actor.loader.device import Device
 from sllm_actor.loader.host_memory import Held, HostMemory, Key, chunk_count
 from sllm_actor.loader.lease import DeviceTarget, HostLease, LoadReport, Resident
-from sllm_actor.loader.loads import Grant, Load, Loads, OnProgress
+from sllm_actor.loader.loads import Grant, Load, Loads, OnProgress, OnReading
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.memory import available_bytes, reserved_bytes
 from sllm_actor.loader.mover import ByteMover, LoadStatus, MoverOptions, Paths, SlabFacts
@@ -60,14 +60,16 @@ class Loader:
     least recently used goes first.
     """
 
-    def __init__(self, mover: ByteMover, pool: HostPool, reading_threads: int, clock: Clock) -> None:
+    def __init__(
+        self, mover: ByteMover, pool: HostPool, threads: int, clock: Clock, on_reading: OnReading | None
+    ) -> None:
         self._mover = mover
         self._pool = pool
         self._memory = HostMemory(pool, clock)
-        self._loads = Loads(mover)
+        self._loads = Loads(mover, on_reading)
         self._paths_at_close: Paths | None = None
         self._shared: dict[Key, Load] = {}
-        self._window_chunks = _WINDOW_CHUNKS_PER_THREAD * reading_threads
+        self._window_chunks = _WINDOW_CHUNKS_PER_THREAD * threads
         self._loop = asyncio.get_running_loop()
 
     @classmethod
@@ -82,6 +84,7 @@ class Loader:
         lock: bool = False,
         huge_pages: bool = True,
         io_uring: bool = True,
+        on_reading: OnReading | None = None,
     ) -> Self:
         """Make the pool and its threads, off the loop: faulting in the memory takes about 1 s for some GB.
 
@@ -101,7 +104,7 @@ class Loader:
         except asyncio.CancelledError:
             made.add_done_callback(_close_late)
             raise
-        return cls(mover, HostPool(chunk_bytes, chunks), reading_threads, clock)
+        return cls(mover, HostPool(chunk_bytes, chunks), reading_threads, clock, on_reading)
 
     @property
     def pool_fd(self) -> int:

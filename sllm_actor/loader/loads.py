@@ -18,6 +18,8 @@ from sllm_actor.loader.mover import ByteMover, LoadPlan, LoadState, LoadStatus
 
 OnProgress = Callable[[int, int], None]
 """Called on the loop with the bytes that have arrived and the bytes of the whole checkpoint."""
+OnReading = Callable[[bool], None]
+"""Called on the loop with true when loads begin to read files, and with false when none does any more."""
 Grant = Callable[[], HostLease]
 
 
@@ -29,6 +31,7 @@ class Load:
         self.files = files
         self.chunks = chunks
         self.priority = plan.priority
+        self.reads = not plan.resident
         self.to_device = any(file.target is not None for file in plan.files)
         self.size_bytes = sum(file.size_bytes for file in plan.files if file.target is not None or not self.to_device)
         self.arrived_bytes = 0
@@ -43,8 +46,10 @@ class Load:
 class Loads:
     """Begins loads, follows them by the mover's event, and ends them."""
 
-    def __init__(self, mover: ByteMover) -> None:
+    def __init__(self, mover: ByteMover, on_reading: OnReading | None = None) -> None:
         self._mover = mover
+        self._on_reading = on_reading
+        self._told_reading = False
         self._running: list[Load] = []
         self._changed: list[asyncio.Future[None]] = []
         self._closing: asyncio.Future[None] | None = None
@@ -81,6 +86,7 @@ class Loads:
             raise
         load.whole, load.undo = whole, undo
         self._running.append(load)
+        self._tell_reading()
         return load
 
     async def wait(self, load: Load, on_progress: OnProgress | None) -> HostLease:
@@ -123,6 +129,7 @@ class Loads:
                     if not waiter.done():
                         waiter.set_exception(Draining("the loader is closing"))
             self._wake()
+            self._tell_reading()
         await asyncio.shield(self._closing)
 
     def _leave(self, load: Load, waiter: asyncio.Future[HostLease]) -> None:
@@ -155,6 +162,13 @@ class Loads:
                 self._mover.forget(load.load_id)
                 self._running.remove(load)
                 self._end(load, status)
+        self._tell_reading()
+
+    def _tell_reading(self) -> None:
+        reading = not self.closing and any(load.reads for load in self._running)
+        if self._on_reading is not None and reading != self._told_reading:
+            self._told_reading = reading
+            self._on_reading(reading)
 
     def _progress(self, load: Load, status: LoadStatus) -> None:
         arrived_bytes = status.device_bytes if load.to_device else status.page_cache_bytes + status.ssd_bytes

@@ -29,6 +29,7 @@ from sllm_actor.frontend.server import HttpServer, bind
 from sllm_actor.frontend.text import TextService
 from sllm_actor.loader.device_profile import DeviceProfile, read_profile
 from sllm_actor.loader.loader import Loader
+from sllm_actor.loader.write_gate import WriteGate, allowed_bytes_per_s
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.metadata import SqliteStore
 from sllm_actor.node.data_folder import DataFolder
@@ -104,6 +105,7 @@ class Node:
         importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
         profile = await asyncio.get_running_loop().run_in_executor(None, _profile, folder.path)
         best_threads = UNMEASURED_READING_THREADS if profile is None else profile.reading_threads
+        gate = self._gate = WriteGate(allowed_bytes_per_s(profile, config.background_write_percent), self.clock)
         loader = await Loader.open(
             pool_bytes=config.host_pool_bytes,
             clock=self.clock,
@@ -112,6 +114,7 @@ class Node:
             lock=config.lock_host_pool,
             huge_pages=config.huge_pages,
             io_uring=config.io_uring,
+            on_reading=gate.on_reading,
         )
         stack.push_async_callback(loader.close)
         self._loader = loader
@@ -227,7 +230,8 @@ class Node:
 
     def _observe(self) -> dict[str, Any]:
         lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}
-        return {"system": self.system.stats(), "loop_lag": lag, "loader": self._loader.observe()}
+        writes = self._gate.observe()
+        return {"system": self.system.stats(), "loop_lag": lag, "loader": self._loader.observe(), "writes": writes}
 
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
         """Load the tokenizers of registered models, so that the first request to each need not."""
