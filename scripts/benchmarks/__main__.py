@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart, load
+from benchmarks import actors, coldstart, interference, load
 from benchmarks.report import Report
 
-BENCHES = ("actors", "coldstart", "load")
+BENCHES = ("actors", "coldstart", "interference", "load")
 SECONDS = 0.8
 
 
@@ -27,7 +27,7 @@ def main() -> None:
         metavar="PART",
         help="of actors and load: these parts alone",
     )
-    parser.add_argument("--tiny", action="store_true", help="of load: kilobytes instead of gigabytes, to try it out")
+    parser.add_argument("--tiny", action="store_true", help="of load and interference: kilobytes instead of gigabytes")
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
     arguments = parser.parse_args()
@@ -43,6 +43,8 @@ def main() -> None:
     elif arguments.name == "load":
         chosen = load.Options(arguments.work_dir, arguments.only, arguments.tiny, not arguments.without_peers)
         load.run(report, arguments.repeats, chosen)
+    elif arguments.name == "interference":
+        interference.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     else:
         coldstart.run(report, arguments.repeats, arguments.work_dir)
     report.print()
