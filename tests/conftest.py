@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from web_server import WebServer, running_nginx
 
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
@@ -21,6 +22,13 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     folder = tmp_path_factory.mktemp("node")
     with (folder / "log").open("w") as log, running_node(folder / "data", *SMALL, log=log) as running:
         running.deploy("builtin:demo", "demo")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """A real nginx; each test serves a subfolder of its own in `web.folder`."""
+    with running_nginx(tmp_path_factory.mktemp("web")) as running:
         yield running
 
 

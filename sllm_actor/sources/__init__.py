@@ -1,1 +1,1 @@
-"""Where the bytes of a checkpoint come from. Local folders only, for now."""
+"""Where the bytes of a checkpoint come from: folders, web servers, the Hugging Face Hub."""

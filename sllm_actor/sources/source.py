@@ -29,10 +29,14 @@ class SourceFile(msgspec.Struct, frozen=True):
 
 
 class SourceOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator allows and grants to sources that are reached through a network."""
+    """What an operator allows and grants to sources that are reached through a network.
+
+    `parallel_reads` is how many requests are under way at once; `redirect_hosts` has `host` or `host:port`.
+    """
 
     connect_timeout_s: float = 10.0
     stall_timeout_s: float = 30.0
+    parallel_reads: int = 8
     allow_private_redirects: bool = False
     redirect_hosts: Sequence[str] = ()
 
@@ -77,12 +81,16 @@ def is_file_name(name: str) -> bool:
 
 
 def belongs(name: str) -> bool:
-    """Tell whether a file of this name can be part of a checkpoint: weights, JSON, or what a tokenizer needs."""
-    return is_file_name(name) and bool(_BELONGS.fullmatch(name))
+    """Tell whether a file of this name can be part of a checkpoint: weights, JSON, or what a tokenizer needs.
+
+    Whatever an sllm.json may list is among it; neither code nor pickles are.
+    """
+    return is_file_name(name) and bool(_BELONGS.fullmatch(name)) and not _CODE_AND_PICKLES.fullmatch(name.lower())
 
 
 _BELONGS = re.compile(
     r".*\.safetensors|.*\.safetensors\.index\.json|sllm\.json|config\.json|generation_config\.json"
-    r"|special_tokens_map\.json|added_tokens\.json|tokenizer[A-Za-z0-9_.-]*\.(?:json|model)|chat_template\.(?:json|jinja)"
-    r"|vocab\.(?:json|txt)|merges\.txt|(?:sentencepiece|spiece)[A-Za-z0-9_.-]*\.model|[A-Za-z0-9_-]+\.tiktoken"
+    r"|(?:pre)?processor_config\.json|special_tokens_map\.json|added_tokens\.json|tokenizer.*|chat_template.*|vocab.*"
+    r"|merges.*|.*\.model|.*\.tiktoken"
 )
+_CODE_AND_PICKLES = re.compile(r".*\.(?:py|pyc|so|bin|pt|pth|ckpt|pkl|pickle|dill|joblib|npy|npz|h5|msgpack|onnx|gguf)")
