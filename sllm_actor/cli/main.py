@@ -39,6 +39,12 @@ DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder of the n
 Host = Annotated[str | None, typer.Option("--host", help="Address to bind; off loopback needs --api-key-file.")]
 Port = Annotated[int | None, typer.Option("--port", help="Port to bind; 0 takes a free one.")]
 KeyFile = Annotated[str | None, typer.Option("--api-key-file", help="File with the API key to ask of clients.")]
+Listen = Annotated[
+    str | None, typer.Option("--listen", help="Where other nodes connect, such as tcp://127.0.0.1:8401.")
+]
+SecretFile = Annotated[
+    str | None, typer.Option("--cluster-secret-file", help="File with the secret that all nodes share.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
 
 
@@ -82,6 +88,8 @@ def configure(
     host: str | None,
     port: int | None,
     key_file: str | None,
+    listen: str | None,
+    secret_file: str | None,
     extra: list[str] | None,
 ) -> Resolved:
     """Put flags, variables and file together."""
@@ -89,7 +97,10 @@ def configure(
     for text in extra or ():
         name, _, value = text.partition("=")
         flags[name.strip()] = value
-    named = {"data_dir": data_dir, "host": host, "port": port, "api_key_file": key_file}
+    named = {
+        "data_dir": data_dir, "host": host, "port": port, "api_key_file": key_file,
+        "listen": listen, "cluster_secret_file": secret_file,
+    }  # fmt: skip
     flags |= {name: value for name, value in named.items() if value is not None}
     return resolve(file, os.environ, flags)
 
@@ -97,7 +108,8 @@ def configure(
 @app.command()
 def start(
     config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
-    api_key_file: KeyFile = None, set_: Set = None, as_json: Json = False,
+    api_key_file: KeyFile = None, listen: Listen = None, cluster_secret_file: SecretFile = None,
+    set_: Set = None, as_json: Json = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:  # fmt: skip
     """Start a node and serve until SIGTERM or Ctrl-C; running answers are finished first.
@@ -110,7 +122,7 @@ def start(
         fail(f"--log-level {log_level}: use debug, info, warning or error", 2, as_json=as_json)
     try:
         run(
-            configure(config, data_dir, host, port, api_key_file, set_).config,
+            configure(config, data_dir, host, port, api_key_file, listen, cluster_secret_file, set_).config,
             as_json=as_json,
             log_level=log_level,
         )
@@ -130,13 +142,14 @@ def version(as_json: Json = False) -> None:
 @app.command()
 def doctor(
     config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
-    api_key_file: KeyFile = None, set_: Set = None, as_json: Json = False,
+    api_key_file: KeyFile = None, listen: Listen = None, cluster_secret_file: SecretFile = None,
+    set_: Set = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check this machine and print every knob with its value and where that came from."""
     from sllm_actor.cli.doctor import report
 
     try:
-        resolved = configure(config, data_dir, host, port, api_key_file, set_)
+        resolved = configure(config, data_dir, host, port, api_key_file, listen, cluster_secret_file, set_)
     except SllmError as error:
         fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
         raise
@@ -164,7 +177,8 @@ def calibrate(
     from sllm_actor.cli.calibrate import run
 
     with refusals(as_json=as_json):
-        run(configure(config, data_dir, None, None, None, set_).config, size_bytes, seconds, as_json=as_json)
+        found = configure(config, data_dir, None, None, None, None, None, set_)
+        run(found.config, size_bytes, seconds, as_json=as_json)
 
 
 @app.command()

@@ -33,9 +33,12 @@ async def _serve(config: Config, as_json: bool) -> None:
         async with Node(config) as node:
             serving = True
             if as_json:
-                print_json({"ready": True, "url": node.url, "pid": os.getpid(), "node": config.node_id})
+                ready = {"ready": True, "url": node.url, "pid": os.getpid(), "node": config.node_id}
+                print_json({**ready, "address": node.address})
             else:
                 out.print(f"node [bold]{config.node_id}[/bold] is ready at [bold]{node.url}[/bold]")
+                if node.address:
+                    out.print(f"other nodes find it as [bold]{node.address}[/bold]")
             await stop.wait()
             if not as_json:
                 out.print("stopping: running answers are being finished")

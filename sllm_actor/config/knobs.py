@@ -28,6 +28,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api_key_file: Annotated[
         Text, Meta(title="path", description="file with the API key; needed to bind off loopback")
     ] = ""
+    listen: Annotated[
+        Text,
+        Meta(title="endpoint", description="where other nodes connect, such as tcp://127.0.0.1:8401; empty: nowhere"),
+    ] = ""
+    advertise: Annotated[
+        Text, Meta(title="endpoint", description="endpoint that other nodes are told to dial; empty: that of listen")
+    ] = ""
+    cluster_secret_file: Annotated[
+        Text, Meta(title="path", description="file with the secret that all nodes share; needed to listen off loopback")
+    ] = ""
 
     # Memory and bytes.
     host_pool_bytes: Annotated[
@@ -113,6 +123,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(ge=0, le=86400, title="s", description="time given to running answers when the node stops"),
     ] = 30.0
 
+    # Other nodes.
+    peer_reads: Annotated[
+        int, Meta(ge=1, le=1024, title="reads", description="reads that other nodes may have under way here at once")
+    ] = 16
+
     # The runtime.
     mailbox_messages: Annotated[
         int, Meta(ge=8, le=1_000_000, title="messages", description="bound of an actor's mailbox")
@@ -145,6 +160,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"host_pool_bytes: {self.host_pool_bytes} is less than one chunk of {self.chunk_bytes}",
                 param="host_pool_bytes",
             )
+        if self.advertise and not self.listen:
+            raise ConfigInvalid("advertise: there is nothing to advertise where listen is empty", param="advertise")
 
 
 @functools.cache

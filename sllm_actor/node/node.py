@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sllm_actor.actors import MigrationCoordinator, ModelManager, Router, Scheduler
+from sllm_actor.actors import MigrationCoordinator, ModelManager, PeerServer, Router, Scheduler
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.actors.model_manager import Limits as ManagerLimits
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
@@ -22,7 +21,7 @@ from sllm_actor.config import Config
 from sllm_actor.domain import check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
-from sllm_actor.errors import ConfigInvalid, SllmError
+from sllm_actor.errors import AddressInUse, ConfigInvalid, SllmError
 from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
 from sllm_actor.frontend.server import HttpServer, bind
@@ -33,16 +32,20 @@ from sllm_actor.loader.write_gate import WriteGate, allowed_bytes_per_s
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.metadata import SqliteStore
 from sllm_actor.node.data_folder import DataFolder
+from sllm_actor.node.held_models import holdings_of
 from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
+from sllm_actor.node.secret_files import read_cluster_secret, read_secret_file
 from sllm_actor.runtime import ActorSystem, Clock, Limits, SystemClock
 from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.runtime.lag import LoopLag
+from sllm_actor.runtime.network import Endpoint
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.sources.builtin import BUILTIN
+from sllm_actor.sources.peer import PEER_ACTOR
+from sllm_actor.sources.peer_messages import PEER_MESSAGES
 
 log = logging.getLogger(__name__)
 
-MAX_KEY_BYTES = 4096
 PRELOADED_TOKENIZERS = 64
 UNMEASURED_READING_THREADS = 4
 
@@ -51,6 +54,9 @@ class Node:
     """A running node, as an async context manager: `async with Node(config) as node`.
 
     `url` is where its HTTP endpoint listens; `system` takes actors of the embedding program's own.
+
+    Raises:
+        ConfigInvalid: the cluster secret can't be read, or is too short.
     """
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
@@ -58,6 +64,8 @@ class Node:
         self.clock = clock or SystemClock()
         self.system = ActorSystem(
             node_id=config.node_id,
+            messages=PEER_MESSAGES,
+            security=read_cluster_secret(config.cluster_secret_file),
             limits=Limits(mailbox_messages=config.mailbox_messages, stream_credit=config.stream_credit),
             clock=self.clock,
         )
@@ -65,6 +73,11 @@ class Node:
         self.url = ""
         self._stack = AsyncExitStack()
         self._http: HttpServer | None = None
+
+    @property
+    def address(self) -> str:
+        """Where other nodes find it, `ID@ENDPOINT`; empty where it does not listen to them."""
+        return str(self.system.address) if self.system.address.endpoint else ""
 
     async def __aenter__(self) -> Node:
         try:
@@ -85,10 +98,12 @@ class Node:
     async def _start(self) -> None:
         config, stack = self.config, self._stack
         node_id = check_node_id(config.node_id)
-        api_key = _read_key(config.api_key_file)
-        # What fails often and costs nothing comes first: the port and the folder.
+        api_key = read_secret_file(config.api_key_file, "api_key_file")
+        # What fails often and costs nothing comes first: the ports and the folder.
         listening = bind(config.host, config.port, has_key=bool(api_key))
         stack.callback(listening.close)
+        stack.push_async_callback(self.system.close)
+        await self._listen()
         folder = DataFolder.open(Path(config.data_dir).expanduser().absolute())
         stack.callback(folder.close)
 
@@ -130,6 +145,7 @@ class Node:
         stack.push_async_callback(engines.close, config.engine_stop_timeout_s)
         text = TextService(forks, timeout_s=config.text_timeout_s, max_frame_bytes=config.max_frame_bytes)
         stack.push_async_callback(text.close)
+        # Once more, because actors stop before what they use.
         stack.push_async_callback(self.system.close)
 
         examiner = self._examiner(engines, text)
@@ -145,6 +161,18 @@ class Node:
         await self._load_tokenizers(gateway, text)
         gateway.ready = True
         log.info("node %s is ready at %s", node_id, self.url)
+
+    async def _listen(self) -> None:
+        config, knob = self.config, "advertise"
+        try:
+            if config.advertise:
+                Endpoint.parse(config.advertise)
+            knob = "listen"
+            if config.listen:
+                await self.system.listen(config.listen, advertise=config.advertise or None)
+        except (AddressInUse, ConfigInvalid) as error:
+            knob = "advertise" if error.param == "advertise" else knob
+            raise type(error)(f"{knob}: {error.message}", param=knob) from None
 
     def _examiner(self, engines: EnginePool, text: TextService) -> Examiner:
         async def inspect(path: str) -> TokenizerFacts:
@@ -214,6 +242,9 @@ class Node:
             ),
             "router",
         )
+        await self.system.spawn(
+            PeerServer(holdings_of(manager, config.ask_timeout_s), max_reads=config.peer_reads), PEER_ACTOR
+        )
         coordinator = await self.system.spawn(
             MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s),
             "migration-coordinator",
@@ -252,23 +283,3 @@ def _profile(folder: Path) -> DeviceProfile | None:
     except ConfigInvalid as error:
         log.warning("%s; 'sllm-node calibrate' measures anew", error.message)
         return None
-
-
-def _read_key(path: str) -> str:
-    """Read the API key file: one line, not readable by others.
-
-    Raises:
-        ConfigInvalid: it can't be read, is empty, or others may read it.
-    """
-    if not path:
-        return ""
-    try:
-        with open(Path(path).expanduser(), encoding="utf-8") as opened:
-            if os.fstat(opened.fileno()).st_mode & 0o077:
-                raise ConfigInvalid(f"api_key_file: others may read {path}; chmod 600 it", param="api_key_file")
-            key = opened.read(MAX_KEY_BYTES).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigInvalid(f"api_key_file: {path} can't be read: {error}", param="api_key_file") from None
-    if not key:
-        raise ConfigInvalid(f"api_key_file: {path} is empty", param="api_key_file")
-    return key

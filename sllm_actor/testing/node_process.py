@@ -32,11 +32,12 @@ class Reply(NamedTuple):
 
 
 class NodeProcess:
-    """A running node; `url` is where it listens."""
+    """A running node; `url` is where it listens, `address` where other nodes find it, if they do."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], url: str, address: str = "") -> None:
         self.process = process
         self.url = url
+        self.address = address
 
     def connect(self) -> http.client.HTTPConnection:
         """Open a connection of one's own."""
@@ -136,7 +137,7 @@ def running_node(
         first = json.loads(line)
         if "error" in first:
             raise RuntimeError(f"the node did not start: {first['error']['message']}")
-        yield NodeProcess(process, first["url"])
+        yield NodeProcess(process, first["url"], first["address"])
     finally:
         if process.poll() is None:
             process.kill()
