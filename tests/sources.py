@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TypeVar
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -57,8 +58,12 @@ def model_file(validator: str = '"one"', name: str = "model.safetensors", conten
 
 def descriptors() -> list[str]:
     """List those of this process; a loop of libuv opens one for /dev/null when it first has need of it."""
-    found = [path for path in Path("/proc/self/fd").iterdir() if path.exists()]
-    return sorted(path.name for path in found if path.resolve() != Path("/dev/null"))
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # A server's thread may close it between being listed and being looked at.
+            if os.readlink(f"/proc/self/fd/{name}") != "/dev/null":
+                found.append(name)
+    return sorted(found)
 
 
 async def read(source: Source, file: SourceFile, offset: int = 0, size_bytes: int | None = None) -> bytes:

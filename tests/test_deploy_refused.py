@@ -140,7 +140,7 @@ def test_a_name_outside_the_alphabet(node: NodeProcess, name: str) -> None:
     assert (reply.status, reply.json()["error"]["code"]) == (400, "invalid_name")
 
 
-@pytest.mark.parametrize("source", ["builtin:none", "s3://bucket/model", "hf://owner/model", "", "a\x00b"])
+@pytest.mark.parametrize("source", ["builtin:none", "ftp://host/model", "hf://owner", "s3://", "", "a\x00b"])
 def test_a_source_that_names_no_folder(node: NodeProcess, source: str) -> None:
     assert refusal(node, source)["code"] in ("source_invalid", "checkpoint_missing")
 

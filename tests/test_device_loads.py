@@ -244,7 +244,7 @@ async def test_who_joins_a_load_does_not_share_the_fate_of_its_device(
             load = scope.spawn(loader.load_to_device(checkpoint, targets_in(buffer, checkpoint)), "load")
             await asyncio.to_thread(fake_cuda.wait, "copies_enqueued", 1)
             joined = scope.spawn(loader.lease(checkpoint), "lease")
-            await until(lambda: len(next(iter(loader._shared.values())).waiters) == 2)
+            await until(lambda: len(next(iter(loader._filling._shared.values())).waiters) == 2)
             fake_cuda.lose(0, ILLEGAL_ADDRESS)
             fake_cuda.set("hold", 0)
             with pytest.raises(DeviceFailed):
@@ -263,7 +263,7 @@ async def test_who_leaves_a_load_that_others_wait_for_may_give_his_device_memory
         load = scope.spawn(loader.load_to_device(checkpoint, targets_in(buffer, checkpoint)), "load")
         await asyncio.to_thread(fake_cuda.wait, "copies_enqueued", 4)
         joined = scope.spawn(loader.lease(checkpoint), "lease")
-        await until(lambda: len(next(iter(loader._shared.values())).waiters) == 2)
+        await until(lambda: len(next(iter(loader._filling._shared.values())).waiters) == 2)
         load.cancel()
         with pytest.raises(asyncio.CancelledError):
             await load

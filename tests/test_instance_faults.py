@@ -10,17 +10,22 @@ import msgspec
 import pytest
 from loaders import CHUNK, checkpoint_of, opened
 
-from sllm_actor.actors import model_manager
+from sllm_actor.actors import registry
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.actors.model_manager import Limits, ModelManager
+from sllm_actor.actors.registry import Registry
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import Model, ModelName, NodeId
 from sllm_actor.errors import Conflict, EngineDied
+from sllm_actor.loader.cards import Cards
+from sllm_actor.loader.loader import Loader
+from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.instances import StartInstance
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.runtime import ActorSystem
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.sources.source import Source
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
@@ -63,6 +68,24 @@ class DyingEngine:
         await asyncio.Event().wait()
 
 
+class NoSsd:
+    """An SSD tier that has nothing and is never asked to keep anything."""
+
+    quota_bytes = used_bytes = 0
+
+    def holds(self, model_id: str) -> bool:
+        return False
+
+
+def over(loader: Loader, folder: Path) -> Tiers:
+    """Tiers above a loader for folders alone."""
+
+    def no_source(url: str) -> Source:
+        raise AssertionError(url)
+
+    return Tiers(loader, cast(Any, NoSsd()), Cards(folder / "cards"), no_source, SystemClock(), lambda: 0.0)
+
+
 class OneEngine:
     def __init__(self, engine: DyingEngine) -> None:
         self._engine = engine
@@ -75,7 +98,7 @@ async def test_a_start_cancelled_while_it_cleans_up_keeps_no_lease(tmp_path: Pat
     checkpoint, engine, scope = checkpoint_of(tmp_path, chunks=4), DyingEngine(), TaskScope("start")
     async with opened() as loader:
         starter = InstanceStarter(
-            loader,
+            over(loader, tmp_path),
             cast(Any, OneEngine(engine)),
             SystemClock(),
             chunk_bytes=CHUNK,
@@ -133,14 +156,14 @@ async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weig
         await go_on.wait()
         return old if path == old.path else new
 
-    monkeypatch.setattr(model_manager, "read_off_loop", slowly)
+    monkeypatch.setattr(registry, "read_off_loop", slowly)
     async with opened() as loader:
-        system = ActorSystem()
+        system, tiers = ActorSystem(), over(loader, tmp_path)
+        store, examiner = cast(Any, OneModel(model_of(old))), cast(Any, Registering(new))
         manager = ModelManager(
             NodeId("n"),
-            cast(Any, OneModel(model_of(old))),
-            loader,
-            cast(Any, Registering(new)),
+            Registry(store, examiner, tiers, SystemClock()),
+            tiers,
             cast(Any, asked),
             SystemClock(),
             Limits(1, 1, 1, 1, 1.0, 1.0),

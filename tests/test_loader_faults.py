@@ -172,7 +172,7 @@ async def test_a_pool_that_memory_cannot_hold_is_refused_before_it_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A machine that is small by decree: asking a real one for too much would end whatever runs beside us.
-    monkeypatch.setattr("sllm_actor.loader.loader.available_bytes", lambda: 4 * CHUNK)
+    monkeypatch.setattr("sllm_actor.loader.sizes.available_bytes", lambda: 4 * CHUNK)
     with pytest.raises(ConfigInvalid, match=r"host pool of 327\.7 kB is more than 262\.1 kB of free memory"):
         await Loader.open(pool_bytes=5 * CHUNK, chunk_bytes=CHUNK, clock=SystemClock())
     async with opened(chunks=4) as loader:

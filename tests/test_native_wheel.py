@@ -25,7 +25,7 @@ VERSION = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).sllm_abi_version()
 def build_wheel(into: Path, **env: str) -> Path:
     """Build a wheel from a copy of the tree, as a user would; into a folder of its own."""
     ignored = shutil.ignore_patterns(
-        ".git", ".*_cache", ".venv", "build", "dist", "__pycache__", "tests", "docs", "scripts"
+        ".git", ".*_cache", ".venv", "build", "dist", "__pycache__", "tests", "docs", "scripts", ".demo", ".venv*"
     )
     shutil.copytree(ROOT, into / "tree", ignore=ignored)
     # What an earlier build in place has left must not find its way into a wheel.

@@ -49,7 +49,7 @@ def test_paths_and_builtin_models_are_folders(tmp_path: Path) -> None:
 
 def test_an_unknown_scheme_is_refused_with_those_known() -> None:
     with pytest.raises(
-        SourceInvalid, match=r"ftp://; there are: builtin, file, hf, http, https, and a path"
+        SourceInvalid, match=r"ftp://; there are: builtin, file, hf, http, https, s3, and a path"
     ) as refused:
         open_source("ftp://user:hunter2@host/x", OPTIONS, {}, refuse)
     assert "hunter2" not in str(refused.value)

@@ -46,6 +46,9 @@ def node(
     in_host_memory: bool = False,
     ssd_bytes_per_s: float = 1e9,
     queue_s: float = 0.0,
+    on_ssd: bool = True,
+    remote_bytes_per_s: float = 1e8,
+    remote_queue_s: float = 0.0,
 ) -> NodeReport:
     return NodeReport(
         node=NodeId(name),
@@ -55,8 +58,11 @@ def node(
         instances=tuple(instances),
         ended_placements=(),
         host_fingerprints=("print",) if in_host_memory else ("other",),
+        ssd_fingerprints=("print",) if on_ssd else (),
         ssd_bytes_per_s=ssd_bytes_per_s,
         load_queue_s=queue_s,
+        remote_bytes_per_s=remote_bytes_per_s,
+        remote_queue_s=remote_queue_s,
     )
 
 
@@ -229,3 +235,21 @@ def test_a_bandwidth_moves_towards_what_was_seen_and_ignores_what_tells_nothing(
     for _ in range(50):
         learned = corrected(learned, 10**9, 0.25)
     assert abs(learned - 4e9) < 1e6
+
+
+def test_a_node_whose_disk_has_the_model_starts_it_sooner_than_one_that_must_fetch_it() -> None:
+    nodes = [node("a", on_ssd=False), node("b", ssd_bytes_per_s=5e8)]
+    decision = decide(question(), nodes, [], NOBODY)
+    assert started_on(decision) == "b"
+    assert "reads" in decision.reason
+
+
+def test_a_fetch_has_its_own_queue_and_bandwidth() -> None:
+    busy = node("a", queue_s=500.0, on_ssd=False, remote_bytes_per_s=2e8, remote_queue_s=3.0)
+    assert startup_s(busy, "print", 10**9) == 3.0 + 5.0
+    decision = decide(question(), [busy], [], NOBODY)
+    assert isinstance(decision, Start)
+    assert "fetches" in decision.reason
+    assert "at 0.20 GB/s after a queue of 3.0" in decision.reason
+    stuck = node("b", on_ssd=False, remote_bytes_per_s=0.0)
+    assert startup_s(stuck, "print", 1) == float("inf")

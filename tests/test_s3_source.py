@@ -444,4 +444,4 @@ def test_urls_of_buckets_are_read(url: str, bucket: str, prefix: str) -> None:
 def test_urls_that_name_no_bucket_are_refused(url: str) -> None:
     with pytest.raises(SourceInvalid) as caught:
         parse_s3_url(url)
-    assert caught.value.param == "source"
+    assert caught.value.param == "source" and "secret" not in caught.value.message

@@ -71,8 +71,11 @@ def report(slots: int = 2, instances: list[InstanceView] | None = None, ended: t
         instances=tuple(instances or ()),
         ended_placements=ended,
         host_fingerprints=(),
+        ssd_fingerprints=("new",),
         ssd_bytes_per_s=1e9,
         load_queue_s=0.0,
+        remote_bytes_per_s=1e8,
+        remote_queue_s=0.0,
     )
 
 

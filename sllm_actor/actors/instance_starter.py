@@ -9,9 +9,10 @@ from sllm_actor.domain import Model, Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
+from sllm_actor.loader.cards import Card
 from sllm_actor.loader.lease import HostLease, LoadReport
-from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.mapping import HostFile
+from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.engine import PooledFile, PrepareModel
 from sllm_actor.runtime.clock import Clock
 
@@ -30,7 +31,7 @@ class InstanceStarter:
 
     def __init__(
         self,
-        loader: Loader,
+        tiers: Tiers,
         engines: EnginePool,
         clock: Clock,
         *,
@@ -39,7 +40,7 @@ class InstanceStarter:
         verify: bool,
         stop_timeout_s: float,
     ) -> None:
-        self._loader = loader
+        self._tiers = tiers
         self._engines = engines
         self._clock = clock
         self._chunk_bytes = chunk_bytes
@@ -47,13 +48,14 @@ class InstanceStarter:
         self._verify = verify
         self._stop_timeout_s = stop_timeout_s
 
-    async def start(self, model: Model, checkpoint: Checkpoint) -> Started:
+    async def start(self, model: Model, wanted: Checkpoint | Card) -> Started:
         """Bring the model up. On any failure the engine has left and the lease is given back.
 
         Raises:
             SllmError: whatever went wrong, by its type.
         """
         begin_s = self._clock.monotonic_s()
+        checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
         engine = await self._engines.take()
         lease: HostLease | None = None
         try:
@@ -67,11 +69,11 @@ class InstanceStarter:
                 )
             )
             taken = Span(name="engine", begin_s=begin_s, end_s=self._clock.monotonic_s())
-            lease = await self._loader.lease(
-                checkpoint,
+            lease = await self._tiers.lease(
+                wanted,
                 verify=self._verify,
-                # Others may be written to where they lie; what `convert` has written is only ever replaced whole.
-                in_place=self._map_in_place and checkpoint.manifest is not None,
+                # Others may be written to where they lie; what `convert` or the SSD tier wrote is only ever replaced.
+                in_place=self._map_in_place and (checkpoint.manifest is not None or checkpoint.identity != ""),
                 on_placed=lambda files: engine.place(self._chunk_bytes, [_pooled(file) for file in files]),
             )
             loaded = self._load_spans(lease.report, taken.end_s)
@@ -95,6 +97,7 @@ class InstanceStarter:
             "page cache": report.page_cache_bytes,
             "page cache in place": report.in_place_bytes,
             "ssd": report.ssd_bytes,
+            "source": report.remote_bytes,
         }
         return tuple(
             Span(name="load", begin_s=begin_s, end_s=end_s, size_bytes=size_bytes, tier=tier)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import NamedTuple
-
-import msgspec
 
 from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
-from sllm_actor.actors.registration import Examiner, read_off_loop
-from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.tiers_view import tiers_view
 from sllm_actor.domain import Model, ModelName, ModelState, NodeId
-from sllm_actor.errors import CheckpointChanged, Conflict, DeliveryFailed, ModelExists, ModelNotFound
-from sllm_actor.loader.loader import Loader
+from sllm_actor.errors import DeliveryFailed, ModelNotFound
+from sllm_actor.loader.cards import Card
+from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
 from sllm_actor.messages.instances import (
     InstanceActivity,
     InstanceDied,
@@ -29,17 +28,22 @@ from sllm_actor.messages.instances import (
     StartInstance,
     StopInstances,
 )
-from sllm_actor.messages.models import GetModel, ListModels, ModelStatus, RegisterModel, RemoveModel
+from sllm_actor.messages.models import (
+    GetModel,
+    ListModels,
+    ListTiers,
+    ModelStatus,
+    PullModel,
+    PullProgress,
+    RegisterModel,
+    RemoveModel,
+    TiersView,
+)
 from sllm_actor.messages.placement import InstanceView, NodeReport
-from sllm_actor.metadata import Store
-from sllm_actor.policy.bandwidth import corrected
+from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 
 log = logging.getLogger(__name__)
-
-MODELS = "models/"
-# What a disk is believed to give before the first load has told.
-FIRST_SSD_BYTES_PER_S = 1e9
 
 
 class Limits(NamedTuple):
@@ -72,92 +76,69 @@ class ModelManager(Actor):
     def __init__(
         self,
         node: NodeId,
-        store: Store,
-        loader: Loader,
-        examiner: Examiner,
+        registry: Registry,
+        tiers: Tiers,
         starter: InstanceStarter,
         clock: Clock,
         limits: Limits,
     ) -> None:
         self._node = node
-        self._store = store
-        self._loader = loader
-        self._examiner = examiner
+        self._registry = registry
+        self._tiers = tiers
         self._starter = starter
         self._clock = clock
         self._limits = limits
-        self._models: dict[ModelName, Model] = {}
-        self._checkpoints: dict[ModelName, Checkpoint] = {}
         self._instances: dict[str, _Instance] = {}
         self._starting: dict[str, ModelName] = {}
         self._changing: set[ModelName] = set()
         self._instance_ids = itertools.count(1)
-        self._ssd_bytes_per_s = FIRST_SSD_BYTES_PER_S
-        self._ssd_seen = loader.paths().ssd
+        self._ssd = ObservedWay(FIRST_SSD_BYTES_PER_S, tiers.loader.paths().ssd)
+        self._remote = ObservedWay(FIRST_REMOTE_BYTES_PER_S, tiers.remote_path())
 
     async def started(self) -> None:
-        for value in (await self._store.list(MODELS)).values():
-            model = msgspec.msgpack.decode(value, type=Model)
-            self._models[model.name] = model
+        await self._registry.open()
         self._report()
 
     # Registrations.
 
     @handles(RegisterModel, concurrent=True)
     async def register(self, message: RegisterModel) -> Model:
-        self._begin_change(message.name)
-        try:
-            model, checkpoint = await self._examiner.examine(message, self._clock.wall_s())
-            known = self._models.get(model.name)
-            if known is not None and _same(known, model):
-                self._checkpoints[model.name] = checkpoint  # The same bytes; perhaps other inodes.
-                return known
-            if known is not None and known.path != model.path and not message.replace:
-                raise ModelExists(
-                    f"{model.name} is registered already, from {known.path}; replace it or remove it first",
-                    param="name",
-                )
-            await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
-            self._models[model.name] = model
-            self._checkpoints[model.name] = checkpoint
-            # Last: one of the old may have come up while this was being stored.
-            await self._stop_all(model.name)
+        with self._registry.change(message.name):
+            model, changed = await self._registry.register(message)
+            if changed:
+                # Last: one of the old may have come up while this was being stored.
+                await self._stop_all(model.name)
+            self._report()
             return model
-        finally:
-            self._changing.discard(message.name)
 
     @handles(RemoveModel, concurrent=True)
     async def remove(self, message: RemoveModel) -> Model:
-        model = self._find(message.name)
-        self._begin_change(message.name)
-        try:
-            await self._store.delete(MODELS + message.name)
-            del self._models[message.name]
-            self._checkpoints.pop(message.name, None)
+        with self._registry.change(message.name):
+            model = await self._registry.remove(message.name)
             await self._stop_all(message.name)
+            self._report()
             return model
-        finally:
-            self._changing.discard(message.name)
 
-    def _begin_change(self, name: ModelName) -> None:
-        if name in self._changing:
-            raise Conflict(f"{name} is being registered or removed just now", param="name")
-        self._changing.add(name)
+    @handles(PullModel)
+    async def pull(self, message: PullModel) -> AsyncIterator[PullProgress]:
+        """Bring the model to the SSD; each item tells how far that is."""
+        wanted = await self._registry.wanted(self._registry.find(message.name))
+        if not isinstance(wanted, Card):
+            size_bytes = wanted.size_bytes
+            yield PullProgress(done_bytes=size_bytes, total_bytes=size_bytes)
+            return
+        async for done_bytes, total_bytes in self._tiers.pulled(wanted):
+            yield PullProgress(done_bytes=done_bytes, total_bytes=total_bytes)
+        self._report()
 
     @handles(GetModel)
     async def get(self, message: GetModel) -> Model:
-        return self._find(message.name)
-
-    def _find(self, name: ModelName) -> Model:
-        model = self._models.get(name)
-        if model is None:
-            raise ModelNotFound(f"the model {name!r} does not exist", param="model")
-        return model
+        return self._registry.find(message.name)
 
     @handles(ListModels)
     async def list_models(self, _: ListModels) -> tuple[ModelStatus, ...]:
-        held = {resident.fingerprint: resident.size_bytes for resident in self._loader.residents()}
-        return tuple(self._status(self._models[name], held) for name in sorted(self._models))
+        held = {resident.fingerprint: resident.size_bytes for resident in self._tiers.loader.residents()}
+        return tuple(self._status(model, held) for model in self._registry.models())
 
     def _status(self, model: Model, held: dict[str, int]) -> ModelStatus:
         instances = sum(instance.model.name == model.name for instance in self._instances.values())
@@ -165,9 +146,23 @@ class ModelManager(Actor):
             state = ModelState.RUNNING
         elif model.name in self._starting.values():
             state = ModelState.LOADING
+        elif model.fingerprint in held:
+            state = ModelState.HOST
         else:
-            state = ModelState.HOST if model.fingerprint in held else ModelState.COLD
-        return ModelStatus(model=model, state=state, instances=instances, host_bytes=held.get(model.fingerprint, 0))
+            state = ModelState.COLD if self._registry.is_on_disk(model) else ModelState.REMOTE
+        arriving = self._registry.arriving(model)
+        return ModelStatus(
+            model=model,
+            state=state,
+            instances=instances,
+            host_bytes=held.get(model.fingerprint, 0),
+            loading_bytes=0 if arriving is None else arriving[0],
+        )
+
+    @handles(ListTiers)
+    async def list_tiers(self, _: ListTiers) -> TiersView:
+        instances = [(instance.instance_id, instance.model.fingerprint) for instance in self._instances.values()]
+        return tiers_view(self._tiers, self._registry, instances, self._clock)
 
     # Instances.
 
@@ -175,8 +170,8 @@ class ModelManager(Actor):
     async def start(self, message: StartInstance) -> InstanceStarted:
         self._starting[message.placement_id] = message.model
         try:
-            model = self._find(message.model)
-            started = await self._starter.start(model, await self._checkpoint(model))
+            model = self._registry.find(message.model)
+            started = await self._starter.start(model, await self._registry.wanted(model))
             try:
                 return await self._install(model, started)
             except BaseException:
@@ -186,25 +181,8 @@ class ModelManager(Actor):
             del self._starting[message.placement_id]
             self._report(ended=message.placement_id)
 
-    async def _checkpoint(self, model: Model) -> Checkpoint:
-        """Give the description of a registered checkpoint, read anew after a restart of the node.
-
-        Raises:
-            CheckpointChanged: the folder is not the one that was registered.
-        """
-        known = self._checkpoints.get(model.name)
-        if known is not None and known.fingerprint == model.fingerprint and str(known.path) == model.path:
-            return known
-        checkpoint = await read_off_loop(Path(model.path))
-        if checkpoint.fingerprint != model.fingerprint:
-            raise CheckpointChanged(f"{model.path} has changed since {model.name} was registered; deploy it again")
-        # It may have been registered anew meanwhile, from elsewhere.
-        if self._models.get(model.name) is model:
-            self._checkpoints[model.name] = checkpoint
-        return checkpoint
-
     async def _install(self, model: Model, started: Started) -> InstanceStarted:
-        if self._models.get(model.name) is not model:
+        if not self._registry.is_current(model):
             raise ModelNotFound(f"{model.name} was removed while it started", param="model")
         instance_id = f"{model.name}-{next(self._instance_ids)}"
         worker = InferenceWorker(
@@ -225,9 +203,8 @@ class ModelManager(Actor):
         )
 
     def _learn_bandwidth(self) -> None:
-        before, self._ssd_seen = self._ssd_seen, self._loader.paths().ssd
-        size_bytes, busy_s = self._ssd_seen.size_bytes - before.size_bytes, self._ssd_seen.busy_s - before.busy_s
-        self._ssd_bytes_per_s = corrected(self._ssd_bytes_per_s, size_bytes, busy_s)
+        self._ssd.learn(self._tiers.loader.paths().ssd)
+        self._remote.learn(self._tiers.remote_path())
 
     @handles(StopInstances, concurrent=True)
     async def stop_instances(self, message: StopInstances) -> int:
@@ -341,6 +318,7 @@ class ModelManager(Actor):
             )
             for instance in self._instances.values()
         )
+        queues = self._tiers.queues()
         self.context.system.ref("scheduler").tell(
             NodeReport(
                 node=self._node,
@@ -349,16 +327,14 @@ class ModelManager(Actor):
                 host_pool_bytes=self._limits.host_pool_bytes,
                 instances=views,
                 ended_placements=(ended,) if ended else (),
-                host_fingerprints=tuple(resident.fingerprint for resident in self._loader.residents()),
-                ssd_bytes_per_s=self._ssd_bytes_per_s,
-                load_queue_s=0.0,
+                host_fingerprints=tuple(resident.fingerprint for resident in self._tiers.loader.residents()),
+                ssd_fingerprints=self._registry.fingerprints_on_disk(),
+                ssd_bytes_per_s=self._ssd.bytes_per_s,
+                load_queue_s=queues.ssd_s,
+                remote_bytes_per_s=self._remote.bytes_per_s,
+                remote_queue_s=queues.remote_s,
             )
         )
-
-
-def _same(known: Model, model: Model) -> bool:
-    """Tell whether two registrations differ in nothing but their time."""
-    return msgspec.structs.replace(model, registered_wall_s=known.registered_wall_s) == known
 
 
 def _expires_in_s(instance: _Instance, now_s: float) -> float:

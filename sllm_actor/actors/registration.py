@@ -13,9 +13,11 @@ from sllm_actor.domain import Model
 from sllm_actor.engine.architectures import choose
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import ModelTooLarge, TokenizerInvalid
+from sllm_actor.loader.cards import Card
 from sllm_actor.messages.engine import PrepareModel
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.sources.folder import resolve
+from sllm_actor.sources.open import is_local
 from sllm_actor.units import format_bytes
 
 
@@ -34,6 +36,7 @@ class Examiner:
         engines: EnginePool,
         inspect_tokenizer: Callable[[str], Awaitable[TokenizerFacts]],
         builtin: Mapping[str, Path],
+        describe: Callable[[str], Awaitable[Card]],
         *,
         pool_bytes: int,
         chunk_bytes: int,
@@ -43,18 +46,20 @@ class Examiner:
         self._engines = engines
         self._inspect_tokenizer = inspect_tokenizer
         self._builtin = builtin
+        self._describe = describe
         self._pool_bytes = pool_bytes
         self._chunk_bytes = chunk_bytes
         self._keep_alive_s = keep_alive_s
         self._stop_timeout_s = stop_timeout_s
 
-    async def examine(self, message: RegisterModel, now_wall_s: float) -> tuple[Model, Checkpoint]:
-        """Read the folder and try everything but its weights.
+    async def examine(self, message: RegisterModel, now_wall_s: float) -> tuple[Model, Checkpoint | Card]:
+        """Read the folder, or the card of what is elsewhere, and try everything but its weights.
 
         Raises:
-            SourceInvalid, CheckpointInvalid, ModelTooLarge: the message names what is wrong.
+            SourceInvalid, SourceError, CheckpointInvalid, ModelTooLarge: the message names what is wrong.
         """
-        checkpoint = await read_off_loop(resolve(message.source, self._builtin))
+        wanted = await self._find(message.source)
+        checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
         architecture = choose(checkpoint.architectures)
         facts = await asyncio.get_running_loop().run_in_executor(
             None, read_model_config, checkpoint.path, checkpoint.config
@@ -70,6 +75,8 @@ class Examiner:
         model = Model(
             name=message.name,
             path=str(checkpoint.path),
+            source=wanted.url if isinstance(wanted, Card) else str(checkpoint.path),
+            card=wanted.key if isinstance(wanted, Card) else "",
             fingerprint=checkpoint.fingerprint,
             architecture=architecture,
             dtype=checkpoint.dtype,
@@ -84,7 +91,12 @@ class Examiner:
             keep_alive_s=self._keep_alive_s if message.keep_alive_s is None else message.keep_alive_s,
             registered_wall_s=now_wall_s,
         )
-        return model, checkpoint
+        return model, wanted
+
+    async def _find(self, source: str) -> Checkpoint | Card:
+        if is_local(source):
+            return await read_off_loop(resolve(source, self._builtin))
+        return await self._describe(source)
 
     def _host_bytes(self, checkpoint: Checkpoint) -> int:
         """Count what it takes of the host pool, where each file begins on a chunk of its own."""

@@ -55,7 +55,11 @@ class WeightFile(msgspec.Struct, frozen=True):
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """A folder that can be loaded; `fingerprint` tells whether it is still that one, digesting no weights."""
+    """A folder that can be loaded; `fingerprint` tells whether it is still that one, digesting no weights.
+
+    `identity` names its bytes wherever they lie; it is empty for a folder that others may write to. `weights` is the
+    folder of the weight files where that is another one.
+    """
 
     path: Path
     files: tuple[WeightFile, ...]
@@ -65,6 +69,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
     dtype: str
     architectures: tuple[str, ...]
     manifest: Manifest | None = None
+    weights: Path | None = None
+    identity: str = ""
 
     @property
     def digest_bytes(self) -> int:
@@ -90,7 +96,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     def file_path(self, file: WeightFile) -> Path:
         """Return where `file` of this checkpoint is."""
-        return self.path / file.name
+        return (self.weights or self.path) / file.name
 
 
 def read_folder(path: Path) -> Checkpoint:

@@ -71,6 +71,22 @@ class NodeClient:
             answer: dict[str, Any] = await response.json()
             return answer
 
+    async def lines(self, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Ask for a stream of JSON objects, one a line, and give them until `success`.
+
+        Raises:
+            NodeUnreachable, NodeRefused: also where the stream ends early or with an error.
+        """
+        async with self._open("POST", path, body) as response:
+            async for line in response.content:
+                item = json.loads(line)
+                if "error" in item:
+                    raise _from_error(item["error"])
+                yield item
+                if item["status"] == "success":
+                    return
+            raise NodeRefused("the answer ended before it was complete", "stream_cut")
+
     async def events(self, path: str, body: dict[str, Any], request_id: str) -> AsyncGenerator[dict[str, Any], None]:
         """Ask for a stream and give its events until `[DONE]`.
 

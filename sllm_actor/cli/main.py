@@ -19,8 +19,9 @@ from rich.markup import escape
 
 from sllm_actor.cli import checkpoints
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient, NodeRefused, NodeUnreachable
+from sllm_actor.cli.pull import default_name, pull_model
 from sllm_actor.cli.run import run_model
-from sllm_actor.cli.show import duration, err, out, print_json, table
+from sllm_actor.cli.show import duration, err, out, print_json, print_tiers, table
 from sllm_actor.config import Resolved, resolve
 from sllm_actor.errors import SllmError
 from sllm_actor.units import format_bytes, parse_bytes
@@ -44,6 +45,9 @@ Listen = Annotated[
 ]
 SecretFile = Annotated[
     str | None, typer.Option("--cluster-secret-file", help="File with the secret that all nodes share.")
+]
+Source = Annotated[
+    str, typer.Argument(help="A checkpoint folder, builtin:demo, or hf://, https://, s3:// or sllm:// and where it is.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
 
@@ -177,13 +181,14 @@ def calibrate(
     from sllm_actor.cli.calibrate import run
 
     with refusals(as_json=as_json):
-        found = configure(config, data_dir, None, None, None, None, None, set_)
-        run(found.config, size_bytes, seconds, as_json=as_json)
+        run(
+            configure(config, data_dir, None, None, None, None, None, set_).config, size_bytes, seconds, as_json=as_json
+        )
 
 
 @app.command()
 def deploy(
-    source: Annotated[str, typer.Argument(help="A checkpoint folder, or builtin:demo.")],
+    source: Source,
     name: Annotated[str, typer.Option("--name", help="Its name; the folder's name by default.")] = "",
     keep_alive: Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")] = False,
@@ -195,12 +200,7 @@ def deploy(
 
     Example: sllm-node deploy ./opt-125m --name opt
     """
-    if ":" not in source or source.startswith((".", "/", "~")):
-        source = str(Path(source).expanduser().absolute())
-    chosen = name or (source.removeprefix("builtin:") if source.startswith("builtin:") else Path(source).name)
-    body: dict[str, Any] = {"name": chosen, "source": source, "replace": replace}
-    if keep_alive:
-        body["keep_alive"] = keep_alive
+    body = registration(source, name, keep_alive, replace=replace)
     answer = ask(url, api_key, lambda client: client.call("POST", "/admin/models", body), as_json=as_json)
     if as_json:
         print_json(answer)
@@ -208,6 +208,31 @@ def deploy(
     model = answer["model"]
     facts = f"{model['architecture']}, {model['dtype']}, {format_bytes(model['size_bytes'])}"
     out.print(f"deployed [bold]{model['name']}[/bold]: {facts}")
+
+
+def registration(source: str, name: str, keep_alive: str, *, replace: bool) -> dict[str, Any]:
+    """Give the body of a registration; a folder's name is made absolute here, as the node runs elsewhere."""
+    if ":" not in source or source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser().absolute())
+    chosen = name or (default_name(source) if ":" in source else Path(source).name)
+    body: dict[str, Any] = {"name": chosen, "source": source, "replace": replace}
+    return body | {"keep_alive": keep_alive} if keep_alive else body
+
+
+@app.command()
+def pull(
+    source: Source,
+    name: Annotated[str, typer.Option("--name", help="Its name; the last part of the source by default.")] = "",
+    keep_alive: Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")] = "",
+    replace: Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")] = False,
+    url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
+) -> None:  # fmt: skip
+    """Register a model and bring it to the node's SSD before anybody asks for it. Can be interrupted and gone on with.
+
+    Example: sllm-node pull hf://facebook/opt-1.3b
+    """
+    body = registration(source, name, keep_alive, replace=replace)
+    ask(url, api_key, lambda client: pull_model(client, body, as_json=as_json), as_json=as_json)
 
 
 @app.command("ls")
@@ -237,8 +262,13 @@ def remove(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json =
 
 @app.command("ps")
 def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """List the running instances."""
-    answer = ask(url, api_key, lambda client: client.call("GET", "/admin/instances"), as_json=as_json)
+    """List the running instances, and what each tier of the node's storage holds."""
+
+    async def look(client: NodeClient) -> dict[str, Any]:
+        instances = await client.call("GET", "/admin/instances")
+        return instances | {"tiers": await client.call("GET", "/admin/tiers")}
+
+    answer = ask(url, api_key, look, as_json=as_json)
     if as_json:
         print_json(answer)
         return
@@ -250,6 +280,8 @@ def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) 
         for instance in answer["instances"]
     ]  # fmt: skip
     table(("INSTANCE", "MODEL", "NODE", "PID", "REQUESTS", "SIZE", "UNLOADS IN"), rows)
+    out.print()
+    print_tiers(answer["tiers"])
 
 
 @app.command()

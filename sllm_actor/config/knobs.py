@@ -73,6 +73,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(ge=1, le=100, title="%", description="what background writes get of the disk while a cold load reads"),
     ] = 5
 
+    # Models from elsewhere.
+    ssd_quota_bytes: Annotated[
+        int,
+        Meta(ge=0, le=1024 * 1024 * GIB, title="bytes", description="disk held for copies of models from elsewhere"),
+    ] = 64 * GIB
+    source_stall_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=3600, title="s", description="longest silence of a source in the middle of an answer")
+    ] = 30.0
+    source_connect_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="longest wait for a connection to a source")
+    ] = 10.0
+    source_redirect_hosts: Annotated[
+        Text, Meta(title="hosts", description="other hosts that an HTTP source may redirect to, with commas between")
+    ] = ""
+    source_allow_private_redirects: Annotated[bool, Meta(description="let a source redirect to a private address")] = (
+        False
+    )
+
     # Engines.
     max_instances: Annotated[
         int, Meta(ge=1, le=256, title="instances", description="model instances that may run at once")

@@ -12,6 +12,7 @@ from sllm_actor.domain.names import ModelName
 class ModelState(enum.StrEnum):
     """Where a model's bytes are at most, and whether it can answer at once."""
 
+    REMOTE = "remote"
     COLD = "cold"
     LOADING = "loading"
     HOST = "host"
@@ -23,11 +24,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     `fingerprint` tells whether the folder is still the one that was registered. `default_temperature` and
     `default_top_p` are the model's own (generation_config.json) and hold where a request is silent.
-    `host_bytes` is what it takes of a host pool, in whole chunks. `keep_alive_s` may be infinite.
+    `source` is where it was registered from. `card` names what is kept of one that came through a network, whose `path`
+    has everything but the weights; it is empty for a folder. `host_bytes` is what it takes of a host pool, in whole
+    chunks. `keep_alive_s` may be infinite.
     """
 
     name: ModelName
     path: str
+    source: str = ""
+    card: str = ""
     fingerprint: str
     architecture: str
     dtype: str

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from importlib.metadata import version
+from typing import Any
 
 from aiohttp import web
 
 from sllm_actor.domain import Model, RequestId, check_model_name, check_node_id
-from sllm_actor.errors import InvalidRequest
-from sllm_actor.frontend.gateway import GATEWAY, json_response
+from sllm_actor.errors import InvalidRequest, SllmError
+from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response
+from sllm_actor.frontend.http_errors import body_of
 from sllm_actor.frontend.schema import DeployRequest, MigrationRequest
 from sllm_actor.messages.generation import GetTimeline, ListRequests
 from sllm_actor.messages.instances import ListInstances, StopInstances
 from sllm_actor.messages.migration import MigrateRequest
-from sllm_actor.messages.models import ListModels, RegisterModel, RemoveModel
+from sllm_actor.messages.models import ListModels, ListTiers, PullModel, RegisterModel, RemoveModel
 from sllm_actor.units import parse_duration_s
 
 routes = web.RouteTableDef()
@@ -46,7 +49,10 @@ async def list_models(request: web.Request) -> web.Response:
 @routes.post("/admin/models")
 async def deploy(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    body = await gateway.read(request, DeployRequest)
+    return json_response({"model": await _register(gateway, await gateway.read(request, DeployRequest))}, status=201)
+
+
+async def _register(gateway: Gateway, body: DeployRequest) -> Model:
     message = RegisterModel(
         name=check_model_name(body.name),
         source=body.source,
@@ -54,7 +60,40 @@ async def deploy(request: web.Request) -> web.Response:
         replace=body.replace,
     )
     model: Model = await gateway.manager.ask(message, timeout_s=gateway.limits.deploy_timeout_s)
-    return json_response({"model": model}, status=201)
+    return model
+
+
+@routes.post("/admin/pull")
+async def pull(request: web.Request) -> web.StreamResponse:
+    """Register a model and bring it to this node's SSD: one JSON object a line, the last one `success` or an error.
+
+    Who leaves ends the pull; what has arrived is kept for the next one.
+    """
+    gateway = request.app[GATEWAY]
+    model = await _register(gateway, await gateway.read(request, DeployRequest))
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+    await response.prepare(request)
+    await _write_line(response, {"status": "registered", "model": model})
+    try:
+        async with aclosing(gateway.manager.stream(PullModel(name=model.name))) as progress:
+            async for step in progress:
+                line = {"status": "pulling", "completed": step.done_bytes, "total": step.total_bytes}
+                await _write_line(response, line)
+        await _write_line(response, {"status": "success"})
+    except SllmError as error:
+        await _write_line(response, body_of(error))
+    await response.write_eof()
+    return response
+
+
+async def _write_line(response: web.StreamResponse, content: Any) -> None:
+    await response.write(encode_json(content) + b"\n")
+
+
+@routes.get("/admin/tiers")
+async def tiers(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    return json_response(await gateway.manager.ask(ListTiers(), timeout_s=gateway.limits.ask_timeout_s))
 
 
 def _keep_alive_s(given: str | float | None) -> float | None:

@@ -135,10 +135,12 @@ def trace_of(request: web.Request) -> bytes | None:
 
 def json_response(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """Answer with JSON; infinite durations are written as "forever"."""
-    plain = _without_infinities(msgspec.to_builtins(content))
-    return web.Response(
-        body=msgspec.json.encode(plain), status=status, headers=headers, content_type="application/json"
-    )
+    return web.Response(body=encode_json(content), status=status, headers=headers, content_type="application/json")
+
+
+def encode_json(content: Any) -> bytes:
+    """Write JSON on one line; infinite durations are written as "forever"."""
+    return msgspec.json.encode(_without_infinities(msgspec.to_builtins(content)))
 
 
 def _without_infinities(value: Any) -> Any:

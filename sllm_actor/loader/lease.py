@@ -21,6 +21,7 @@ class LoadReport(msgspec.Struct, frozen=True):
     page_cache_bytes: int = 0
     ssd_bytes: int = 0
     in_place_bytes: int = 0
+    remote_bytes: int = 0
     total_bytes: int = 0
     duration_s: float = 0.0
     device_bytes: int = 0

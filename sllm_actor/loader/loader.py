@@ -7,43 +7,34 @@ a byte: a byte mover does. Tiers and pooled chunks: ServerlessLLM (OSDI '24).
 from __future__ import annotations
 
 import asyncio
-import mmap
 import threading
 from collections.abc import Mapping
-from functools import partial
-from typing import NoReturn, Self
+from typing import Self
 
 import msgspec
 
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.errors import (
-    CheckpointCorrupt,
     ConfigInvalid,
-    DeviceError,
     Draining,
     InvalidInput,
-    ModelTooLarge,
-    NoCapacity,
 )
 from sllm_actor.loader.choice import use_native
 from sllm_actor.loader.device import Device
-from sllm_actor.loader.host_memory import Held, HostMemory, Key, chunk_count
+from sllm_actor.loader.filling import Filling
+from sllm_actor.loader.host_memory import HostMemory
 from sllm_actor.loader.lease import DeviceTarget, HostLease, LoadReport, Resident
-from sllm_actor.loader.loads import Grant, Load, Loads, OnProgress, OnReading
-from sllm_actor.loader.mapping import HostFile
-from sllm_actor.loader.memory import available_bytes, reserved_bytes
-from sllm_actor.loader.mover import ByteMover, LoadStatus, MoverOptions, Paths, SlabFacts
+from sllm_actor.loader.loads import Loads, OnProgress, OnReading
+from sllm_actor.loader.mover import ByteMover, MoverOptions, Paths, SlabFacts
 from sllm_actor.loader.native import NativeMover
 from sllm_actor.loader.order import OnPlaced, Order, bytes_in_page_cache, files_in_place
 from sllm_actor.loader.pool import HostPool
 from sllm_actor.loader.portable import PortableMover
+from sllm_actor.loader.reservation import PoolMemory, Reservation
+from sllm_actor.loader.sizes import check_sizes
 from sllm_actor.runtime.clock import Clock
-from sllm_actor.units import MIB, format_bytes
+from sllm_actor.units import MIB
 
-_ALIGNMENT = 4096
-_HUGE_PAGE_BYTES = 2 * MIB
-_MAX_THREADS = 256
-_MAX_LOADS = 65536
 _MAX_PRIORITY = 2**31 - 1
 # What a model that is larger than the pool goes through: enough for every reading thread, and for the device.
 _WINDOW_CHUNKS_PER_THREAD = 3
@@ -67,9 +58,9 @@ class Loader:
         self._pool = pool
         self._memory = HostMemory(pool, clock)
         self._loads = Loads(mover, on_reading)
+        self._pool_memory = PoolMemory(mover.pool_fd, pool.chunk_bytes)
         self._paths_at_close: Paths | None = None
-        self._shared: dict[Key, Load] = {}
-        self._window_chunks = _WINDOW_CHUNKS_PER_THREAD * threads
+        self._filling = Filling(pool, self._memory, self._loads, _WINDOW_CHUNKS_PER_THREAD * threads)
         self._loop = asyncio.get_running_loop()
 
     @classmethod
@@ -91,7 +82,7 @@ class Loader:
         Raises:
             ConfigInvalid: a size is out of bounds, the memory can't be had, or the native library is missing.
         """
-        _check_sizes(pool_bytes, chunk_bytes, reading_threads, max_loads, huge_pages)
+        check_sizes(pool_bytes, chunk_bytes, reading_threads, max_loads, huge_pages)
         chunks = pool_bytes // chunk_bytes
         options = MoverOptions(chunk_bytes, chunks, reading_threads, max_loads, lock, huge_pages, io_uring)
         native = use_native()
@@ -187,19 +178,14 @@ class Loader:
         """
         order = Order(checkpoint, {}, priority, verify, on_placed, on_progress)
         self._check(order)
-        known = order.key in self._shared or self._memory.find(order.key) is not None
+        known = self._filling.knows(order)
         if in_place and not verify and not known and await self._is_better_in_place(checkpoint):
             self._check_open()
             files = files_in_place(checkpoint)
-            self._placed(order, files)
+            order.placed(files)
             report = LoadReport(in_place_bytes=checkpoint.size_bytes, total_bytes=checkpoint.size_bytes)
             return HostLease(files, report, lambda: None)
-        if (needed := self._chunks_needed(checkpoint)) > self._pool.chunks:
-            raise ModelTooLarge(
-                f"{checkpoint.path} takes {format_bytes(needed * self.chunk_bytes)} of host memory "
-                f"and the host pool has {format_bytes(self.pool_bytes)}"
-            )
-        return await self._obtain(order, needed)
+        return await self._filling.obtain(order)
 
     async def load_to_device(
         self,
@@ -233,114 +219,45 @@ class Loader:
                 )
         order = Order(checkpoint, targets, priority, verify, None, on_progress)
         self._check(order)
-        return await self._obtain(order, self._chunks_needed(checkpoint))
+        return await self._filling.obtain(order)
+
+    async def memory(self) -> memoryview:
+        """Give the whole pool as this process sees it; what is leased may be read there.
+
+        Raises:
+            Draining: the loader is closing.
+        """
+        return await self._pool_memory.open()
+
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a checkpoint is whole in the pool."""
+        return self._memory.find(Order(checkpoint, {}, 0, False, None, None).key) is not None
+
+    def lease_resident(self, checkpoint: Checkpoint) -> HostLease | None:
+        """Lease a checkpoint if it is whole in the pool; None where it is not."""
+        held = self._memory.find(Order(checkpoint, {}, 0, False, None, None).key)
+        if held is None or self._loads.closing:
+            return None
+        return self._memory.grant(held, LoadReport(pool_bytes=held.size_bytes, total_bytes=held.size_bytes))
+
+    async def reserve(
+        self, checkpoint: Checkpoint, targets: Mapping[str, DeviceTarget], *, on_placed: OnPlaced | None = None
+    ) -> Reservation:
+        """Take room for every file of `checkpoint`, which the caller fills; it must not be in the pool already.
+
+        Raises:
+            ModelTooLarge, NoCapacity, Draining: as `lease` does.
+            ConfigInvalid: its digests can't be compared in chunks of this pool.
+        """
+        order = Order(checkpoint, targets, 0, checkpoint.digest_bytes > 0, on_placed, None)
+        self._check(order)
+        return await self._filling.reserve(order, await self._pool_memory.open())
 
     async def close(self) -> None:
         """End every load, the threads and the pool. What engines have mapped stays theirs."""
         self._paths_at_close = self.paths()
         await self._loads.close()
-
-    async def _obtain(self, order: Order, needed: int) -> HostLease:
-        while not self._loads.closing:
-            held = self._memory.find(order.key)
-            if held is not None:
-                self._placed(order, held.files)
-                report = LoadReport(pool_bytes=held.size_bytes, total_bytes=held.size_bytes)
-                return await self._finish(order, held, self._memory.grant(held, report))
-            load = self._shared.get(order.key)
-            if load is not None and not load.abandoned:
-                # What joins a load is then held, and copied or checked from there.
-                self._loads.urge(load, order.priority)
-                self._placed(order, load.files)
-                try:
-                    lease = await self._loads.wait(load, None if order.targets else order.on_progress)
-                except DeviceError:
-                    continue  # The device of who began it, and not ours.
-                held = self._memory.find(order.key)
-                if held is not None:
-                    return await self._finish(order, held, lease)
-                lease.release()  # Found to be damaged, in this very turn of the loop.
-                continue
-            if self._memory.obtainable_chunks >= needed:
-                self._memory.make_room(needed)
-                return await self._loads.wait(self._begin(order), order.on_progress)
-            if self._memory.obtainable_chunks + self._loads.abandoned_chunks() < needed:
-                if order.targets and self._memory.obtainable_chunks:
-                    return await self._loads.wait(self._begin_window(order), order.on_progress)
-                self._refuse(order, needed)
-            await self._loads.until_one_ends()
-        raise Draining("the loader is closing")
-
-    async def _finish(self, order: Order, held: Held, lease: HostLease) -> HostLease:
-        """Check and copy what is in the pool, as far as that is asked for and not done."""
-        if not order.targets and (held.verified or not order.checks):
-            return lease
-        files = tuple(file for file in held.files if file.name in order.targets or order.checks)
-
-        def undo(status: LoadStatus | None) -> None:
-            if status is not None and status.error is CheckpointCorrupt:
-                self._memory.forget(held)
-            lease.release()
-
-        def whole(status: LoadStatus) -> Grant:
-            held.verified = held.verified or order.checks
-            moved = {"device_bytes": status.device_bytes, "duration_s": lease.report.duration_s + status.duration_s}
-            report = msgspec.structs.replace(lease.report, **moved)
-            return lambda: HostLease(lease.files, report, lease.release)
-
-        load = self._loads.begin(lambda: order.plan(files, resident=True), files=(), chunks=0, whole=whole, undo=undo)
-        return await self._loads.wait(load, order.on_progress)
-
-    def _begin(self, order: Order) -> Load:
-        """Load into chunks that are then held."""
-        files = tuple(
-            HostFile(file.name, file.size_bytes, self._memory.take(file.size_bytes)) for file in order.checkpoint.files
-        )
-
-        def whole(status: LoadStatus) -> Grant:
-            self._shared.pop(order.key, None)
-            held = self._memory.hold(order.key, files, order.checkpoint.size_bytes)
-            held.verified = order.checks
-            return partial(self._memory.grant, held, order.report(status))
-
-        def undo(_: LoadStatus | None) -> None:
-            self._memory.give_back(files)
-            if load is not None and self._shared.get(order.key) is load:
-                del self._shared[order.key]
-
-        load: Load | None = None
-        load = self._loads.begin(
-            lambda: order.plan(files), files=files, chunks=chunk_count(files), whole=whole, undo=undo
-        )
-        self._shared[order.key] = load
-        try:
-            self._placed(order, files)
-        except BaseException:
-            self._loads.abandon(load)
-            raise
-        return load
-
-    def _begin_window(self, order: Order) -> Load:
-        """Load through a few chunks that are free again after."""
-        count = min(self._window_chunks, self._memory.obtainable_chunks)
-        self._memory.make_room(count)
-        window = self._pool.take(count)
-
-        def whole(status: LoadStatus) -> Grant:
-            self._pool.give_back(window)
-            return lambda: HostLease((), order.report(status), lambda: None)
-
-        return self._loads.begin(
-            lambda: order.plan((), window),
-            files=(),
-            chunks=count,
-            whole=whole,
-            undo=lambda _: self._pool.give_back(window),
-        )
-
-    def _placed(self, order: Order, files: tuple[HostFile, ...]) -> None:
-        if order.on_placed is not None:
-            order.on_placed(files)
+        await self._pool_memory.close()
 
     async def _is_better_in_place(self, checkpoint: Checkpoint) -> bool:
         """Compare the time of mapping what the page cache holds, and faulting in the rest, with that of a load."""
@@ -363,33 +280,6 @@ class Loader:
                 f"{order.checkpoint.path} has a digest for each {order.checkpoint.digest_bytes} bytes, which do not "
                 f"divide the host pool's chunks of {self.chunk_bytes}"
             )
-
-    def _chunks_needed(self, checkpoint: Checkpoint) -> int:
-        return sum(self._pool.chunks_for(file.size_bytes) for file in checkpoint.files)
-
-    def _refuse(self, order: Order, needed: int) -> NoReturn:
-        raise NoCapacity(
-            f"{order.checkpoint.path} takes {format_bytes(needed * self.chunk_bytes)} of host memory; "
-            f"{format_bytes(self._memory.obtainable_chunks * self.chunk_bytes)} of {format_bytes(self.pool_bytes)} "
-            "can be had"
-        )
-
-
-def _check_sizes(pool_bytes: int, chunk_bytes: int, reading_threads: int, max_loads: int, huge_pages: bool) -> None:
-    alignment = max(_ALIGNMENT, mmap.PAGESIZE)
-    if chunk_bytes <= 0 or chunk_bytes % alignment:
-        raise ConfigInvalid(f"a chunk of {chunk_bytes} bytes is not a multiple of {alignment}")
-    if pool_bytes < chunk_bytes:
-        raise ConfigInvalid(f"a host pool of {pool_bytes} bytes holds no chunk of {chunk_bytes}")
-    may_reserve = huge_pages and use_native() and chunk_bytes % _HUGE_PAGE_BYTES == 0
-    fits_reserved = may_reserve and pool_bytes <= reserved_bytes()
-    if pool_bytes > (available := available_bytes()) and not fits_reserved:
-        # Every page is taken at once, and for one too many the kernel would end some process.
-        raise ConfigInvalid(
-            f"a host pool of {format_bytes(pool_bytes)} is more than {format_bytes(available)} of free memory"
-        )
-    if not 1 <= reading_threads <= _MAX_THREADS or not 1 <= max_loads <= _MAX_LOADS:
-        raise ConfigInvalid(f"{reading_threads} reading threads or {max_loads} loads are out of bounds")
 
 
 def _close_late(made: asyncio.Future[ByteMover]) -> None:

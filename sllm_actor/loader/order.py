@@ -29,11 +29,18 @@ class Order(NamedTuple):
     @property
     def key(self) -> Key:
         checkpoint = self.checkpoint
+        if checkpoint.identity:
+            return Key(checkpoint.fingerprint, checkpoint.identity, ())
         return Key(checkpoint.fingerprint, str(checkpoint.path), tuple(file.inode for file in checkpoint.files))
 
     @property
     def checks(self) -> bool:
         return self.verify and self.checkpoint.digest_bytes > 0
+
+    def placed(self, files: tuple[HostFile, ...]) -> None:
+        """Tell where the files will lie, if that is wanted."""
+        if self.on_placed is not None:
+            self.on_placed(files)
 
     def plan(self, files: tuple[HostFile, ...], window: tuple[int, ...] = (), *, resident: bool = False) -> LoadPlan:
         """Say to the mover what to read into which chunks, what to check, and what to copy."""

@@ -125,6 +125,10 @@ class SsdTier:
             self._quota.partials[key].done_bytes = partial.done_bytes
         return self._quota.entries()
 
+    def holds(self, model_id: str) -> bool:
+        """Tell whether a whole model of this id is here; none is of an empty one."""
+        return model_id in self._quota.models
+
     def lease(self, model_id: str) -> SsdLease | None:
         """Keep a whole model from being evicted; None where there is none.
 

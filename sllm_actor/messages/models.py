@@ -47,3 +47,67 @@ class ModelStatus:
     state: ModelState
     instances: int
     host_bytes: int
+    loading_bytes: int
+
+
+@message("models.pull")
+class PullModel:
+    """Bring a registered model to this node's SSD. Answered by a stream of `PullProgress` that ends when it is there.
+
+    Fails with a `SourceError`, `CheckpointCorrupt`, `ModelTooLarge`, `NoCapacity` or `WriteFailed`.
+    """
+
+    name: ModelName
+
+
+@message("models.pulled")
+class PullProgress:
+    """How much of a pull is on the SSD, in bytes."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@message("models.tiers")
+class ListTiers:
+    """Answered by `TiersView`."""
+
+
+@message("models.tier_entry")
+class TierEntry:
+    """One checkpoint in one tier. `held_by` are instances; it is `idle_s` since the last of its leases ended.
+
+    Less than `size_bytes` is there of one that is on its way (`done_bytes`).
+    """
+
+    models: tuple[str, ...]
+    size_bytes: int
+    done_bytes: int
+    leases: int
+    held_by: tuple[str, ...]
+    pinned: bool
+    idle_s: float
+
+
+@message("models.way")
+class WayView:
+    """What has gone one way since the node's start, and in which time."""
+
+    size_bytes: int
+    busy_s: float
+    bytes_per_s: float
+
+
+@message("models.tiers_view")
+class TiersView:
+    """What a node's tiers hold, how long their queues are, and what they have given so far."""
+
+    host: tuple[TierEntry, ...]
+    host_free_bytes: int
+    host_bytes: int
+    ssd: tuple[TierEntry, ...]
+    ssd_used_bytes: int
+    ssd_quota_bytes: int
+    ssd_queue_s: float
+    remote_queue_s: float
+    ways: dict[str, WayView]

@@ -50,7 +50,7 @@ class NodeReport:
 
     `slots` and `host_pool_bytes` bound what may run at once. `ended_placements` are the placements whose
     start has succeeded or failed since the last report; `host_fingerprints` the checkpoints in host
-    memory; the bandwidth is an observed one.
+    memory, `ssd_fingerprints` those on its disk; bandwidths are observed ones, and each way up has its queue.
     """
 
     node: NodeId
@@ -60,8 +60,11 @@ class NodeReport:
     instances: tuple[InstanceView, ...]
     ended_placements: tuple[str, ...]
     host_fingerprints: tuple[str, ...]
+    ssd_fingerprints: tuple[str, ...]
     ssd_bytes_per_s: float
     load_queue_s: float
+    remote_bytes_per_s: float
+    remote_queue_s: float
 
 
 @message("placement.nodes")

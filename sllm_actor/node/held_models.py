@@ -1,28 +1,123 @@
-"""What this node gives to others: the folders of the models that are registered here, under their names."""
+"""What this node gives to others: the models that are registered here, from where their bytes are at that moment.
+
+A folder is read as it is. Of a model that came from elsewhere, what is small comes from its card, and the weights from
+the SSD or from host memory; while neither has them whole, the node does not hold it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from sllm_actor.actors.registry import Registry
 from sllm_actor.checkpoint.manifest import read_manifest
-from sllm_actor.domain import Model, ModelName
-from sllm_actor.errors import CheckpointInvalid, ModelNotFound
-from sllm_actor.messages.models import GetModel
-from sllm_actor.runtime import ActorRef
-from sllm_actor.sources.holdings import FolderHoldings, Holdings
+from sllm_actor.domain import ModelName
+from sllm_actor.errors import CheckpointInvalid, ModelNotFound, SourceChanged, SourceMissing
+from sllm_actor.loader.cards import Card
+from sllm_actor.loader.mapping import HostFile
+from sllm_actor.loader.tiers import Tiers
+from sllm_actor.sources.holdings import Held, HeldFolder
+from sllm_actor.sources.local import FolderSource
+from sllm_actor.sources.source import SourceFile
 
 
-def holdings_of(manager: ActorRef, ask_timeout_s: float) -> Holdings:
-    """Make holdings of what a ModelManager has registered."""
+class HeldCard:
+    """A model from elsewhere. Its validators name its content, so that they hold wherever it lies."""
 
-    async def find(name: str) -> Path | None:
+    def __init__(self, card: Card, ssd: Path | None, pool: memoryview, chunk_bytes: int, files: tuple[HostFile, ...]):
+        self._card = card
+        self._small = FolderSource(card.checkpoint.path)
+        self._ssd = None if ssd is None else FolderSource(ssd)
+        self._pool = pool
+        self._chunk_bytes = chunk_bytes
+        self._in_memory = {file.name: file.chunks for file in files}
+
+    async def model_id(self) -> str:
+        return self._card.model_id
+
+    async def files(self) -> tuple[SourceFile, ...]:
+        return tuple(self._described(file) for file in self._card.files.values())
+
+    def _described(self, file: SourceFile) -> SourceFile:
+        return SourceFile(file.name, file.size_bytes, self._card.checkpoint.identity)
+
+    async def read(self, file: SourceFile, offset: int, into: memoryview) -> None:
+        known = self._card.files.get(file.name)
+        if known is None:
+            raise SourceMissing(f"it has no file {file.name}", param="source")
+        if file != self._described(known):
+            raise SourceChanged(f"{file.name} is no longer the one that was listed")
+        if file.name in self._card.small_paths():
+            await _read(self._small, file.name, offset, into)
+        elif self._ssd is not None:
+            await _read(self._ssd, file.name, offset, into)
+        else:
+            self._copy(self._in_memory[file.name], offset, into)
+
+    def _copy(self, chunks: tuple[int, ...], offset: int, into: memoryview) -> None:
+        done = 0
+        while done < len(into):
+            index, within = divmod(offset + done, self._chunk_bytes)
+            length = min(self._chunk_bytes - within, len(into) - done)
+            begin = chunks[index] * self._chunk_bytes + within
+            into[done : done + length] = self._pool[begin : begin + length]
+            done += length
+
+    async def close(self) -> None:
+        await self._small.close()
+        if self._ssd is not None:
+            await self._ssd.close()
+        self._pool.release()
+
+
+async def _read(source: FolderSource, name: str, offset: int, into: memoryview) -> None:
+    for file in await source.files():
+        if file.name == name:
+            await source.read(file, offset, into)
+            return
+    raise SourceMissing(f"it has no file {name} any more", param="source")
+
+
+class RegisteredModels:
+    """Holdings of what is registered here, under its names."""
+
+    def __init__(self, registry: Registry, tiers: Tiers) -> None:
+        self._registry = registry
+        self._tiers = tiers
+
+    @asynccontextmanager
+    async def hold(self, model: str) -> AsyncIterator[Held]:
         try:
-            model: Model = await manager.ask(GetModel(name=ModelName(name)), timeout_s=ask_timeout_s)
-        except ModelNotFound:
-            return None
-        return Path(model.path)
-
-    return FolderHoldings(find, _model_id)
+            registered = self._registry.find(ModelName(model))
+        except ModelNotFound as wrong:
+            raise SourceMissing(wrong.message, param="source") from None
+        wanted = await self._registry.wanted(registered)
+        if not isinstance(wanted, Card):
+            yield HeldFolder(Path(registered.path), _model_id)
+            return
+        ssd = self._tiers.ssd.lease(wanted.model_id) if self._tiers.is_on_ssd(wanted) else None
+        lease = None if ssd is not None else self._tiers.loader.lease_resident(wanted.checkpoint)
+        if ssd is None and lease is None:
+            raise SourceMissing(f"this node does not have the bytes of {model} at the moment", param="source")
+        try:
+            loader = self._tiers.loader
+            held = HeldCard(
+                wanted,
+                None if ssd is None else ssd.path,
+                await loader.memory(),
+                loader.chunk_bytes,
+                () if lease is None else lease.files,
+            )
+            try:
+                yield held
+            finally:
+                await asyncio.shield(held.close())
+        finally:
+            for part in (ssd, lease):
+                if part is not None:
+                    part.release()
 
 
 def _model_id(folder: Path) -> str:

@@ -5,7 +5,6 @@ The composition root: the only module that knows every room.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from sllm_actor.actors import MigrationCoordinator, ModelManager, PeerServer, Ro
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.actors.model_manager import Limits as ManagerLimits
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
+from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.config import Config
 from sllm_actor.domain import check_node_id
@@ -26,15 +26,14 @@ from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
 from sllm_actor.frontend.server import HttpServer, bind
 from sllm_actor.frontend.text import TextService
-from sllm_actor.loader.device_profile import DeviceProfile, read_profile
-from sllm_actor.loader.loader import Loader
-from sllm_actor.loader.write_gate import WriteGate, allowed_bytes_per_s
+from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.metadata import SqliteStore
 from sllm_actor.node.data_folder import DataFolder
-from sllm_actor.node.held_models import holdings_of
+from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
 from sllm_actor.node.secret_files import read_cluster_secret, read_secret_file
+from sllm_actor.node.storage import open_storage
 from sllm_actor.runtime import ActorSystem, Clock, Limits, SystemClock
 from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.runtime.lag import LoopLag
@@ -47,7 +46,6 @@ from sllm_actor.sources.peer_messages import PEER_MESSAGES
 log = logging.getLogger(__name__)
 
 PRELOADED_TOKENIZERS = 64
-UNMEASURED_READING_THREADS = 4
 
 
 class Node:
@@ -118,26 +116,13 @@ class Node:
         stack.push_async_callback(forks.stop)
         # The imports of the fork server take seconds; the pool is faulted in beside them.
         importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
-        profile = await asyncio.get_running_loop().run_in_executor(None, _profile, folder.path)
-        best_threads = UNMEASURED_READING_THREADS if profile is None else profile.reading_threads
-        gate = self._gate = WriteGate(allowed_bytes_per_s(profile, config.background_write_percent), self.clock)
-        loader = await Loader.open(
-            pool_bytes=config.host_pool_bytes,
-            clock=self.clock,
-            chunk_bytes=config.chunk_bytes,
-            reading_threads=config.reading_threads or best_threads,
-            lock=config.lock_host_pool,
-            huge_pages=config.huge_pages,
-            io_uring=config.io_uring,
-            on_reading=gate.on_reading,
-        )
-        stack.push_async_callback(loader.close)
-        self._loader = loader
+        self._storage = await open_storage(config, folder.path, self.clock, stack, self.system)
+        tiers = self._storage.tiers
         store = await SqliteStore.open(folder.path / "metadata.db")
         stack.push_async_callback(store.close)
 
         engines = EnginePool(
-            lambda: Engine.fork(forks, loader.pool_fd, config.max_frame_bytes),
+            lambda: Engine.fork(forks, tiers.loader.pool_fd, config.max_frame_bytes),
             config.warm_engines,
             config.engine_refill_delay_s,
             self.clock,
@@ -148,8 +133,8 @@ class Node:
         # Once more, because actors stop before what they use.
         stack.push_async_callback(self.system.close)
 
-        examiner = self._examiner(engines, text)
-        gateway = await self._spawn_actors(node_id, store, loader, engines, examiner, text)
+        registry = Registry(store, self._examiner(engines, text, tiers), tiers, self.clock)
+        gateway = await self._spawn_actors(node_id, registry, tiers, engines, text)
         self._http = HttpServer(gateway, api_key)
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
@@ -174,7 +159,7 @@ class Node:
             knob = "advertise" if error.param == "advertise" else knob
             raise type(error)(f"{knob}: {error.message}", param=knob) from None
 
-    def _examiner(self, engines: EnginePool, text: TextService) -> Examiner:
+    def _examiner(self, engines: EnginePool, text: TextService, tiers: Tiers) -> Examiner:
         async def inspect(path: str) -> TokenizerFacts:
             loaded = await text.load(path)
             return TokenizerFacts(loaded.vocabulary_tokens, loaded.chat)
@@ -183,6 +168,7 @@ class Node:
             engines,
             inspect,
             BUILTIN,
+            tiers.describe,
             pool_bytes=self.config.host_pool_bytes,
             chunk_bytes=self.config.chunk_bytes,
             keep_alive_s=self.config.keep_alive_s,
@@ -192,15 +178,14 @@ class Node:
     async def _spawn_actors(
         self,
         node_id: str,
-        store: SqliteStore,
-        loader: Loader,
+        registry: Registry,
+        tiers: Tiers,
         engines: EnginePool,
-        examiner: Examiner,
         text: TextService,
     ) -> Gateway:
         config = self.config
         starter = InstanceStarter(
-            loader,
+            tiers,
             engines,
             self.clock,
             chunk_bytes=config.chunk_bytes,
@@ -210,7 +195,7 @@ class Node:
         )
         manager_limits = ManagerLimits(
             max_instances=config.max_instances,
-            host_pool_bytes=loader.pool_bytes,
+            host_pool_bytes=tiers.loader.pool_bytes,
             max_requests_per_instance=config.max_requests_per_instance,
             max_waiting_requests=config.max_waiting_requests,
             drain_timeout_s=config.drain_timeout_s,
@@ -226,7 +211,7 @@ class Node:
             "scheduler",
         )
         manager = await self.system.spawn(
-            ModelManager(check_node_id(node_id), store, loader, examiner, starter, self.clock, manager_limits),
+            ModelManager(check_node_id(node_id), registry, tiers, starter, self.clock, manager_limits),
             "model-manager",
         )
         router = await self.system.spawn(
@@ -242,9 +227,7 @@ class Node:
             ),
             "router",
         )
-        await self.system.spawn(
-            PeerServer(holdings_of(manager, config.ask_timeout_s), max_reads=config.peer_reads), PEER_ACTOR
-        )
+        await self.system.spawn(PeerServer(RegisteredModels(registry, tiers), max_reads=config.peer_reads), PEER_ACTOR)
         coordinator = await self.system.spawn(
             MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s),
             "migration-coordinator",
@@ -261,8 +244,9 @@ class Node:
 
     def _observe(self) -> dict[str, Any]:
         lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}
-        writes = self._gate.observe()
-        return {"system": self.system.stats(), "loop_lag": lag, "loader": self._loader.observe(), "writes": writes}
+        loader = self._storage.tiers.loader.observe()
+        writes = self._storage.gate.observe()
+        return {"system": self.system.stats(), "loop_lag": lag, "loader": loader, "writes": writes}
 
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
         """Load the tokenizers of registered models, so that the first request to each need not."""
@@ -274,12 +258,3 @@ class Node:
                 await text.load(path)
             except SllmError as error:
                 log.warning("the tokenizer of %s can't be loaded: %s", path, error)
-
-
-def _profile(folder: Path) -> DeviceProfile | None:
-    """Read what was measured of the data folder's disk; what can't be used is told in the log, and never fatal."""
-    try:
-        return read_profile(folder)
-    except ConfigInvalid as error:
-        log.warning("%s; 'sllm-node calibrate' measures anew", error.message)
-        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 WEIGHT = 0.3
 SMALLEST_BYTES = 4 * 1024 * 1024
 
@@ -14,3 +16,27 @@ def corrected(estimate_bytes_per_s: float, size_bytes: int, duration_s: float) -
     if size_bytes < SMALLEST_BYTES or duration_s <= 0:
         return estimate_bytes_per_s
     return (1 - WEIGHT) * estimate_bytes_per_s + WEIGHT * size_bytes / duration_s
+
+
+class Counted(Protocol):
+    """What has gone one way so far, and the time during which anything was on it."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def busy_s(self) -> float: ...
+
+
+class ObservedWay:
+    """The estimate of one way's bandwidth, from what its counters say at each look."""
+
+    def __init__(self, first_bytes_per_s: float, counted: Counted) -> None:
+        self.bytes_per_s = first_bytes_per_s
+        self._seen = counted
+
+    def learn(self, counted: Counted) -> None:
+        """Take in what has gone this way since the last look."""
+        before, self._seen = self._seen, counted
+        size_bytes, busy_s = counted.size_bytes - before.size_bytes, counted.busy_s - before.busy_s
+        self.bytes_per_s = corrected(self.bytes_per_s, size_bytes, busy_s)

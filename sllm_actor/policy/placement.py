@@ -54,9 +54,15 @@ def startup_s(report: NodeReport, fingerprint: str, size_bytes: int) -> float:
     """
     if fingerprint in report.host_fingerprints:
         return 0.0
-    if report.ssd_bytes_per_s <= 0:
-        return float("inf")
-    return report.load_queue_s + size_bytes / report.ssd_bytes_per_s
+    queue_s, bytes_per_s, _ = _way(report, fingerprint)
+    return queue_s + size_bytes / bytes_per_s if bytes_per_s > 0 else float("inf")
+
+
+def _way(report: NodeReport, fingerprint: str) -> tuple[float, float, str]:
+    """Give the queue and the bandwidth of the way from the highest tier below host memory, and what it is called."""
+    if fingerprint in report.ssd_fingerprints:
+        return report.load_queue_s, report.ssd_bytes_per_s, "reads"
+    return report.remote_queue_s, report.remote_bytes_per_s, "fetches"
 
 
 def decide(
@@ -103,7 +109,8 @@ def _has_room(report: NodeReport, instances: Sequence[InstanceView], grants: Seq
 def _reason(report: NodeReport, question: PlaceModel, estimate_s: float) -> str:
     if question.fingerprint in report.host_fingerprints:
         return f"{report.node} holds it in host memory"
+    queue_s, bytes_per_s, does = _way(report, question.fingerprint)
     return (
-        f"{report.node} reads {format_bytes(question.size_bytes)} at {report.ssd_bytes_per_s / 1e9:.2f} GB/s"
-        f" after a queue of {format_seconds(report.load_queue_s)}: {format_seconds(estimate_s)}"
+        f"{report.node} {does} {format_bytes(question.size_bytes)} at {bytes_per_s / 1e9:.2f} GB/s"
+        f" after a queue of {format_seconds(queue_s)}: {format_seconds(estimate_s)}"
     )

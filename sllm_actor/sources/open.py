@@ -10,13 +10,17 @@ from sllm_actor.errors import SourceInvalid
 from sllm_actor.sources.folder import resolve
 from sllm_actor.sources.http import HttpSource
 from sllm_actor.sources.hub import HubSource
+from sllm_actor.sources.s3 import S3Source
 from sllm_actor.sources.source import Source, SourceOptions
 
-REMOTE: Mapping[str, Callable[[str, SourceOptions], Source]] = {
+OpenRemote = Callable[[str, SourceOptions], Source]
+REMOTE: Mapping[str, OpenRemote] = {
     "hf": HubSource,
     "http": HttpSource,
     "https": HttpSource,
+    "s3": S3Source,
 }
+NONE: Mapping[str, OpenRemote] = {}
 LOCAL = ("builtin", "file")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31})(?=://)|hf(?=:)")
 
@@ -27,9 +31,15 @@ def is_local(text: str) -> bool:
 
 
 def open_source(
-    text: str, options: SourceOptions, builtin: Mapping[str, Path], open_folder: Callable[[Path], Source]
+    text: str,
+    options: SourceOptions,
+    builtin: Mapping[str, Path],
+    open_folder: Callable[[Path], Source],
+    others: Mapping[str, OpenRemote] = NONE,
 ) -> Source:
     """Return the source that `text` names; nothing of it is opened or asked yet, and the caller closes it.
+
+    `others` has the kinds that take more than options, by scheme.
 
     Raises:
         SourceInvalid: no source has such a name; the message repeats nothing that may be a password.
@@ -37,10 +47,11 @@ def open_source(
     scheme = _scheme_of(text)
     if scheme in ("", *LOCAL):
         return open_folder(resolve(text, builtin))
-    if scheme not in REMOTE:
-        known = ", ".join(sorted((*REMOTE, *LOCAL)))
+    kinds = {**REMOTE, **others}
+    if scheme not in kinds:
+        known = ", ".join(sorted((*kinds, *LOCAL)))
         raise SourceInvalid(f"there is no kind of source {scheme}://; there are: {known}, and a path", param="source")
-    return REMOTE[scheme](text, options)
+    return kinds[scheme](text, options)
 
 
 def _scheme_of(text: str) -> str:

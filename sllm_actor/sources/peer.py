@@ -167,10 +167,14 @@ def parse_peer_url(url: str) -> tuple[NodeAddress, str]:
     """
     match = _URL.fullmatch(url)
     if match is None:
-        raise SourceInvalid(f"{url[:200]!r} is no peer: write sllm://NODE@HOST:PORT/MODEL", param="source")
+        # What was written may hold a password, so it is not repeated.
+        raise SourceInvalid("that is no peer: write sllm://NODE@HOST:PORT/MODEL", param="source")
     node, endpoint, model = match.groups()
     try:
         address = NodeAddress.parse(f"{check_node_id(node)}@tcp://{endpoint.lower()}")
         return address, check_model_name(model)
-    except (ConfigInvalid, InvalidName) as error:
-        raise SourceInvalid(f"{url[:200]!r} is no peer: {error.message}", param="source") from None
+    except (ConfigInvalid, InvalidName):
+        raise SourceInvalid(
+            "that is no peer: in sllm://NODE@HOST:PORT/MODEL, the node id, the port or the model's name can't be",
+            param="source",
+        ) from None

@@ -191,10 +191,11 @@ def parse_s3_url(url: str) -> tuple[str, str]:
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.rstrip("/")
     if scheme.lower() != "s3" or not separator or not _BUCKET.fullmatch(bucket) or ".." in bucket:
-        raise SourceInvalid(f"{url[:200]!r} is no bucket: write s3://BUCKET/PREFIX", param="source")
+        # What was written may hold a password, so it is not repeated.
+        raise SourceInvalid("that is no bucket: write s3://BUCKET/PREFIX", param="source")
     segments = prefix.split("/") if prefix else []
     if len(prefix) > MAX_PREFIX_CHARS or not all(
         _SEGMENT.fullmatch(part) and part not in (".", "..") for part in segments
     ):
-        raise SourceInvalid(f"{url[:200]!r}: a prefix is of letters, digits and any of /_.+=@-", param="source")
+        raise SourceInvalid(f"s3://{bucket}: a prefix is of letters, digits and any of /_.+=@-", param="source")
     return bucket, prefix

@@ -1,0 +1,180 @@
+"""The registered models of this node: durable in the metadata store, each with the description of its checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from sllm_actor.actors.registration import Examiner, read_off_loop
+from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.domain import Model, ModelName
+from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, Conflict, ModelExists, ModelNotFound
+from sllm_actor.loader.cards import Card
+from sllm_actor.loader.tiers import Tiers
+from sllm_actor.messages.models import RegisterModel
+from sllm_actor.metadata import Store
+from sllm_actor.runtime import Clock
+
+MODELS = "models/"
+
+Wanted = Checkpoint | Card
+"""What the tiers are asked for: a folder, or the card of what is elsewhere."""
+
+
+class Registry:
+    """Owns the registrations. One change of a name at a time."""
+
+    def __init__(self, store: Store, examiner: Examiner, tiers: Tiers, clock: Clock) -> None:
+        self._store = store
+        self._examiner = examiner
+        self._tiers = tiers
+        self._clock = clock
+        self._models: dict[ModelName, Model] = {}
+        self._wanted: dict[ModelName, Wanted] = {}
+        self._changing: set[ModelName] = set()
+
+    async def open(self) -> None:
+        """Read what was registered before, and drop the cards that no model has."""
+        for value in (await self._store.list(MODELS)).values():
+            model = msgspec.msgpack.decode(value, type=Model)
+            self._models[model.name] = model
+        await self._tiers.keep_cards({model.card for model in self._models.values()})
+        for model in self._models.values():
+            if model.card:
+                with contextlib.suppress(CheckpointInvalid):  # It is made anew when it is needed.
+                    self._wanted[model.name] = await self._tiers.card(model.card)
+
+    def models(self) -> list[Model]:
+        """List the registrations by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def find(self, name: ModelName) -> Model:
+        """Give a registration.
+
+        Raises:
+            ModelNotFound: there is none of this name.
+        """
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFound(f"the model {name!r} does not exist", param="model")
+        return model
+
+    def is_current(self, model: Model) -> bool:
+        """Tell whether a registration is still the one of its name."""
+        return self._models.get(model.name) is model
+
+    @contextmanager
+    def change(self, name: ModelName) -> Iterator[None]:
+        """Have a name to oneself until the block ends.
+
+        Raises:
+            Conflict: somebody else has it.
+        """
+        if name in self._changing:
+            raise Conflict(f"{name} is being registered or removed just now", param="name")
+        self._changing.add(name)
+        try:
+            yield
+        finally:
+            self._changing.discard(name)
+
+    async def register(self, message: RegisterModel) -> tuple[Model, bool]:
+        """Examine and store a model; also tell whether anything has changed. Within `change`.
+
+        Raises:
+            ModelExists: the name is taken by another source.
+            SllmError: as `Examiner.examine` does.
+        """
+        model, wanted = await self._examiner.examine(message, self._clock.wall_s())
+        known = self._models.get(model.name)
+        if known is not None and _same(known, model):
+            self._wanted[model.name] = wanted  # The same bytes; perhaps other inodes.
+            return known, False
+        if known is not None and known.source != model.source and not message.replace:
+            raise ModelExists(
+                f"{model.name} is registered already, from {known.source}; replace it or remove it first", param="name"
+            )
+        await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
+        self._models[model.name] = model
+        self._wanted[model.name] = wanted
+        if known is not None:
+            await self._forget_card(known)
+        return model, True
+
+    async def remove(self, name: ModelName) -> Model:
+        """Forget a registration. Within `change`.
+
+        Raises:
+            ModelNotFound: there is none of this name.
+        """
+        model = self.find(name)
+        await self._store.delete(MODELS + name)
+        del self._models[name]
+        self._wanted.pop(name, None)
+        await self._forget_card(model)
+        return model
+
+    def is_on_disk(self, model: Model) -> bool:
+        """Tell whether this node's disk has the model's bytes."""
+        wanted = self._wanted.get(model.name)
+        return not model.card or (isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted))
+
+    def fingerprints_on_disk(self) -> tuple[str, ...]:
+        """List the checkpoints that this node's disk has."""
+        return tuple({model.fingerprint: None for model in self._models.values() if self.is_on_disk(model)})
+
+    def arriving(self, model: Model) -> tuple[int, int] | None:
+        """Tell how much of a model has arrived from its source, and of how much; None where it is not on its way."""
+        wanted = self._wanted.get(model.name)
+        return self._tiers.arriving(wanted) if isinstance(wanted, Card) else None
+
+    def names_by_model_id(self) -> dict[str, list[str]]:
+        """List the names under which each id of the SSD tier is registered."""
+        names: dict[str, list[str]] = {}
+        for name, wanted in sorted(self._wanted.items()):
+            if isinstance(wanted, Card) and wanted.model_id:
+                names.setdefault(wanted.model_id, []).append(name)
+        return names
+
+    async def _forget_card(self, model: Model) -> None:
+        if model.card and all(known.card != model.card for known in self._models.values()):
+            await self._tiers.forget(model.card)
+
+    async def wanted(self, model: Model) -> Wanted:
+        """Give what the tiers are to be asked for, read anew after a restart of the node.
+
+        Raises:
+            CheckpointChanged: it is no longer what was registered.
+            SllmError: it can't be read, or its source can't be asked.
+        """
+        known = self._wanted.get(model.name)
+        if known is not None and _describes(known, model):
+            return known
+        wanted = await self._read(model)
+        if not _describes(wanted, model):
+            raise CheckpointChanged(f"{model.source} has changed since {model.name} was registered; deploy it again")
+        if self.is_current(model):  # It may have been registered anew meanwhile, from elsewhere.
+            self._wanted[model.name] = wanted
+        return wanted
+
+    async def _read(self, model: Model) -> Wanted:
+        if not model.card:
+            return await read_off_loop(Path(model.path))
+        try:
+            return await self._tiers.card(model.card)
+        except CheckpointInvalid:
+            return await self._tiers.describe(model.source)
+
+
+def _same(known: Model, model: Model) -> bool:
+    """Tell whether two registrations differ in nothing but their time."""
+    return msgspec.structs.replace(model, registered_wall_s=known.registered_wall_s) == known
+
+
+def _describes(wanted: Wanted, model: Model) -> bool:
+    checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
+    return checkpoint.fingerprint == model.fingerprint and str(checkpoint.path) == model.path

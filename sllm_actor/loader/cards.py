@@ -1,0 +1,258 @@
+"""What is kept of a checkpoint that is not, or not only, on this node: everything but its weights.
+
+A card is a folder as `read_folder` takes it: configuration, tokenizer and manifest as they are, and for each weight
+file a stand-in that has its header and its size, and a hole for the rest. A model is examined, and an engine built,
+from its card alone; the weights come from the SSD tier or from a source. It is small, and stays while it is wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from sllm_actor.checkpoint.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, Checkpoint, read_folder
+from sllm_actor.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from sllm_actor.checkpoint.safetensors_header import LENGTH_BYTES, header_end
+from sllm_actor.checkpoint.staging import staged
+from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, SourceInvalid, TargetExists, WriteFailed
+from sllm_actor.loader.suppliers import Supplier, Suppliers, list_files
+from sllm_actor.runtime.clock import Clock
+from sllm_actor.runtime.threads import on_thread
+from sllm_actor.sources.source import Source, SourceFile
+
+log = logging.getLogger(__name__)
+
+RECORD_NAME = ".sllm-card.json"
+MAX_SMALL_BYTES = 512_000_000
+_MAX_RECORD_BYTES = 16_000_000
+_WEIGHTS = ".safetensors"
+_FORMAT_VERSION = 1
+_BOUNDS = {"config.json": MAX_CONFIG_BYTES, MANIFEST_NAME: MAX_MANIFEST_BYTES}
+
+
+class _Record(msgspec.Struct, forbid_unknown_fields=True):
+    """`model_id` is the id under which the SSD tier keeps the bytes; empty as long as it isn't known.
+
+    `identity` is the same for equal bytes where that can be known beforehand, from their manifest.
+    """
+
+    format_version: int
+    key: str
+    identity: str
+    url: str
+    files: tuple[SourceFile, ...]
+    model_id: str
+
+
+class Card:
+    """One checkpoint by its description."""
+
+    def __init__(self, record: _Record, checkpoint: Checkpoint) -> None:
+        self._record = record
+        self.checkpoint = checkpoint
+
+    @property
+    def key(self) -> str:
+        """What names it: the digest of where it comes from and of the files that were listed there."""
+        return self._record.key
+
+    @property
+    def url(self) -> str:
+        """Where it comes from."""
+        return self._record.url
+
+    @property
+    def model_id(self) -> str:
+        """Under which id the SSD tier keeps its bytes; empty as long as it isn't known."""
+        return self._record.model_id
+
+    @property
+    def files(self) -> dict[str, SourceFile]:
+        """All files as its source listed them, by name."""
+        return {file.name: file for file in self._record.files}
+
+    @property
+    def weights(self) -> tuple[SourceFile, ...]:
+        """The weight files as its source listed them, in the checkpoint's order."""
+        files = self.files
+        return tuple(files[file.name] for file in self.checkpoint.files)
+
+    def small_paths(self) -> dict[str, Path]:
+        """Where the files are that the card has whole, by name."""
+        weights = {file.name for file in self.checkpoint.files}
+        return {name: self.checkpoint.path / name for name in self.files if name not in weights}
+
+    def on_ssd(self, folder: Path) -> Checkpoint:
+        """Describe the same checkpoint with its weights in a folder of the SSD tier. Blocks for a moment.
+
+        Raises:
+            CheckpointChanged: a file is missing, or of another size.
+        """
+        files = []
+        for file in self.checkpoint.files:
+            try:
+                found = (folder / file.name).stat()
+            except OSError as wrong:
+                raise CheckpointChanged(f"{folder / file.name} can't be looked at: {wrong.strerror}") from None
+            if found.st_size != file.size_bytes:
+                raise CheckpointChanged(f"{folder / file.name} has {found.st_size} bytes and had {file.size_bytes}")
+            files.append(msgspec.structs.replace(file, mtime_ns=found.st_mtime_ns, inode=found.st_ino))
+        return msgspec.structs.replace(self.checkpoint, files=tuple(files), weights=folder)
+
+    def _learn(self, model_id: str) -> None:
+        record = msgspec.structs.replace(self._record, model_id=model_id)
+        path = self.checkpoint.path / RECORD_NAME
+        _write_whole(path.with_name(f"{RECORD_NAME}.new"), msgspec.json.encode(record))
+        os.replace(path.with_name(f"{RECORD_NAME}.new"), path)
+        self._record = record
+
+    async def learn(self, model_id: str) -> None:
+        """Note under which id the SSD tier keeps its bytes.
+
+        Raises:
+            WriteFailed: the disk refused it.
+        """
+        try:
+            await on_thread(self._learn, model_id)
+        except OSError as wrong:
+            raise WriteFailed(f"{self.checkpoint.path} can't be written: {wrong.strerror}") from None
+
+
+class Cards:
+    """Owns a folder of cards."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path_of(self, key: str) -> Path:
+        """Where the card of a key is, or would be."""
+        return self._folder / key
+
+    async def make(self, source: Source, clock: Clock, chance: Callable[[], float]) -> Card:
+        """Fetch everything but the weights, unless the very same is here already.
+
+        Raises:
+            SourceError, SourceInvalid: the source does not give it, or gives what is no checkpoint.
+            CheckpointInvalid: what it gives can't be served.
+            WriteFailed: the disk refused it.
+        """
+        listed = await list_files(source, clock, chance)
+        if not any(file.name.endswith(_WEIGHTS) for file in listed):
+            raise SourceInvalid(f"{source.url} has no weights as safetensors", param="source")
+        key = _key(source.url, listed)
+        with contextlib.suppress(CheckpointInvalid):
+            return await self.open(key)
+        supplier = Suppliers([Supplier(source, {file.name: file for file in listed})], clock, chance)
+        smalls = {file.name: await _small(supplier, file) for file in listed if not file.name.endswith(_WEIGHTS)}
+        headers = {file.name: await _header(supplier, file) for file in listed if file.name.endswith(_WEIGHTS)}
+        model_id = _model_id(smalls, source.url)
+        record = _Record(_FORMAT_VERSION, key, model_id or key, source.url, listed, model_id)
+        await on_thread(self._write, record, smalls, headers)
+        return await self.open(key)
+
+    def _write(self, record: _Record, smalls: dict[str, bytes], headers: dict[str, bytes]) -> None:
+        sizes = {file.name: file.size_bytes for file in record.files}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # The one that is there can't be read, or it would have been taken.
+            with staged(self._folder / record.key, replace=True, check_old=lambda _: None) as stage:
+                for name, content in smalls.items():
+                    _write_whole(stage / name, content)
+                for name, header in headers.items():
+                    _write_whole(stage / name, header, sizes[name])
+                    # The card's fingerprint digests this time: so it differs where the source's files do.
+                    moment_ns = int(record.identity[:12], 16)
+                    os.utime(stage / name, ns=(moment_ns, moment_ns))
+                _write_whole(stage / RECORD_NAME, msgspec.json.encode(record))
+        except TargetExists as wrong:
+            raise WriteFailed(wrong.message) from None
+        except OSError as wrong:
+            raise WriteFailed(f"{self._folder} can't be written: {wrong.strerror}") from None
+
+    async def open(self, key: str) -> Card:
+        """Read a card that is here.
+
+        Raises:
+            CheckpointInvalid: there is none, or it can't be read.
+        """
+        return await on_thread(self._open, key)
+
+    def _open(self, key: str) -> Card:
+        path = self._folder / key
+        checkpoint = read_folder(path)
+        try:
+            raw = (path / RECORD_NAME).read_bytes()
+            if len(raw) > _MAX_RECORD_BYTES:
+                raise CheckpointInvalid(f"{path / RECORD_NAME} is longer than {_MAX_RECORD_BYTES} bytes")
+            record = msgspec.json.decode(raw, type=_Record)
+        except (OSError, msgspec.DecodeError) as wrong:
+            raise CheckpointInvalid(f"{path / RECORD_NAME} can't be read: {wrong}") from None
+        if record.key != key or record.format_version != _FORMAT_VERSION:
+            raise CheckpointInvalid(f"{path / RECORD_NAME} is that of another card")
+        return Card(record, msgspec.structs.replace(checkpoint, identity=record.identity))
+
+    async def forget(self, key: str) -> None:
+        """Remove a card; what the SSD tier has stays."""
+        await on_thread(lambda: shutil.rmtree(self._folder / key, ignore_errors=True))
+
+    async def keys(self) -> list[str]:
+        """List the cards that are here."""
+        return await on_thread(self._keys)
+
+    def _keys(self) -> list[str]:
+        try:
+            return sorted(entry.name for entry in self._folder.iterdir() if not entry.name.startswith("."))
+        except OSError:
+            return []
+
+
+def _key(url: str, files: tuple[SourceFile, ...]) -> str:
+    digest = hashlib.sha256()
+    for part in (url, *(f"{file.name}\0{file.size_bytes}\0{file.validator}" for file in files)):
+        raw = part.encode()
+        digest.update(b"%d:" % len(raw))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+async def _small(suppliers: Suppliers, file: SourceFile) -> bytes:
+    bound = _BOUNDS.get(file.name, MAX_INDEX_BYTES)
+    if file.size_bytes > bound:
+        raise SourceInvalid(f"{file.name} has {file.size_bytes} bytes; at most {bound} are allowed", param="source")
+    return await _read(suppliers, file, file.size_bytes)
+
+
+async def _header(suppliers: Suppliers, file: SourceFile) -> bytes:
+    """Read the header of a weight file, its length first."""
+    length = await _read(suppliers, file, min(LENGTH_BYTES, file.size_bytes))
+    return await _read(suppliers, file, header_end(length, file.size_bytes, file.name))
+
+
+async def _read(suppliers: Suppliers, file: SourceFile, length: int) -> bytes:
+    content = bytearray(length)
+    if content:
+        await suppliers.read(file.name, 0, memoryview(content))
+    return bytes(content)
+
+
+def _model_id(smalls: dict[str, bytes], url: str) -> str:
+    raw = smalls.get(MANIFEST_NAME)
+    if raw is None:
+        return ""
+    return parse_manifest(raw, f"{MANIFEST_NAME} of {url}").model_id
+
+
+def _write_whole(path: Path, content: bytes, size_bytes: int | None = None) -> None:
+    with path.open("wb") as opened:
+        opened.write(content)
+        if size_bytes is not None:
+            opened.truncate(size_bytes)
+        opened.flush()
+        os.fsync(opened.fileno())

@@ -1,0 +1,245 @@
+"""Where a checkpoint's bytes are, from the device's side: host memory, the SSD, or a source; and the way up.
+
+One truth for the node: what is asked for is taken from the highest tier that holds it, and what the tiers below have
+to give of it flows up. A plain folder has one tier below host memory, its own disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import msgspec
+
+from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.errors import CheckpointInvalid, NoCapacity, ReadFailed, SllmError
+from sllm_actor.loader.cards import Card, Cards
+from sllm_actor.loader.lease import HostLease
+from sllm_actor.loader.load_queue import LoadQueue
+from sllm_actor.loader.loader import Loader
+from sllm_actor.loader.loads import OnProgress
+from sllm_actor.loader.mover import PathFacts
+from sllm_actor.loader.order import OnPlaced
+from sllm_actor.loader.remote_loads import OpenSource, RemoteLoads
+from sllm_actor.loader.ssd_tier import SsdTier
+from sllm_actor.runtime.clock import Clock
+from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.runtime.threads import on_thread
+
+log = logging.getLogger(__name__)
+
+# What a way is believed to give before the first load has told.
+FIRST_SSD_BYTES_PER_S = 1e9
+FIRST_REMOTE_BYTES_PER_S = 1e8
+SSD_LOADS, REMOTE_LOADS = 1, 4
+
+
+class Queues(msgspec.Struct, frozen=True):
+    """When what is under way now will be through, on either way up, in seconds."""
+
+    ssd_s: float
+    remote_s: float
+
+
+class Tiers:
+    """Leases checkpoints in host memory, wherever they are. Belongs to one event loop; owns none of its parts."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        ssd: SsdTier,
+        cards: Cards,
+        open_source: OpenSource,
+        clock: Clock,
+        chance: Callable[[], float],
+        pressing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._pressing = pressing
+        self.loader = loader
+        self.ssd = ssd
+        self._cards = cards
+        self._open_source = open_source
+        self._clock = clock
+        self._chance = chance
+        self._ssd_queue = LoadQueue(SSD_LOADS, lambda: loader.paths().ssd.bytes_per_s or FIRST_SSD_BYTES_PER_S)
+        self._remote_queue = LoadQueue(REMOTE_LOADS, lambda: self.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S)
+        self._remote = RemoteLoads(loader, ssd, open_source, self._remote_queue, clock, chance)
+
+    async def describe(self, url: str) -> Card:
+        """Fetch the card of what `url` names, unless it is here.
+
+        Raises:
+            SourceError, SourceInvalid, CheckpointInvalid, WriteFailed: as `Cards.make` does.
+        """
+        source = self._open_source(url)
+        try:
+            return await self._cards.make(source, self._clock, self._chance)
+        finally:
+            await source.close()
+
+    async def card(self, key: str) -> Card:
+        """Read a card that is here.
+
+        Raises:
+            CheckpointInvalid: it isn't, or can't be read.
+        """
+        return await self._cards.open(key)
+
+    async def forget(self, key: str) -> None:
+        """Drop a card; what the tiers have of its checkpoint stays until its room is needed."""
+        await self._cards.forget(key)
+
+    async def keep_cards(self, keys: set[str]) -> None:
+        """Drop every card but these."""
+        for key in await self._cards.keys():
+            if key not in keys:
+                await self._cards.forget(key)
+
+    def is_on_ssd(self, card: Card) -> bool:
+        """Tell whether the SSD has a checkpoint whole."""
+        return self.ssd.holds(card.model_id)
+
+    async def lease(
+        self,
+        wanted: Checkpoint | Card,
+        *,
+        priority: int = 0,
+        verify: bool = False,
+        in_place: bool = False,
+        on_placed: OnPlaced | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> HostLease:
+        """Have a checkpoint in host memory, and hold it until release.
+
+        Room that is only kept until the SSD has its copy is waited for.
+
+        Raises:
+            SllmError: as `Loader.lease` and, for what is not on this node, as `RemoteLoads.lease` does.
+        """
+        while True:
+            copies = self._remote.copies()
+            try:
+                return await self._lease(wanted, priority, verify, in_place, on_placed, on_progress)
+            except NoCapacity:
+                if not copies:
+                    raise
+                with self._pressing():
+                    await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _lease(
+        self,
+        wanted: Checkpoint | Card,
+        priority: int,
+        verify: bool,
+        in_place: bool,
+        on_placed: OnPlaced | None,
+        on_progress: OnProgress | None,
+    ) -> HostLease:
+        checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
+        if self.loader.holds(checkpoint):
+            return await self.loader.lease(
+                checkpoint, priority=priority, verify=verify, on_placed=on_placed, on_progress=on_progress
+            )
+
+        async def read(found: Checkpoint) -> HostLease:
+            async with self._ssd_queue.turn(found.size_bytes, priority) as turn:
+
+                def progress(arrived_bytes: int, total_bytes: int) -> None:
+                    turn.arrived_bytes = arrived_bytes
+                    if on_progress is not None:
+                        on_progress(arrived_bytes, total_bytes)
+
+                return await self.loader.lease(
+                    found,
+                    priority=priority,
+                    verify=verify,
+                    in_place=in_place,
+                    on_placed=on_placed,
+                    on_progress=progress,
+                )
+
+        if not isinstance(wanted, Card):
+            return await read(wanted)
+        found = await self._from_ssd(wanted, read)
+        if found is not None:
+            return found
+        return await self._remote.lease(wanted, priority=priority, on_placed=on_placed, on_progress=on_progress)
+
+    async def _from_ssd(self, card: Card, read: Callable[[Checkpoint], Awaitable[HostLease]]) -> HostLease | None:
+        """Load what the SSD has whole. A copy that can't be read, or is no longer what it was, is given up."""
+        held = self.ssd.lease(card.model_id) if card.model_id else None
+        if held is None:
+            return None
+        try:
+            lease = await read(await on_thread(card.on_ssd, held.path))
+        except (ReadFailed, CheckpointInvalid) as wrong:
+            held.release()
+            log.warning("the copy of %s on the SSD is given up: %s", card.url, wrong)
+            await self._give_up(card.model_id)
+            return None
+        except BaseException:
+            held.release()
+            raise
+        if not lease.report.in_place_bytes:
+            held.release()
+            return lease
+
+        def give_back() -> None:
+            lease.release()
+            held.release()
+
+        return HostLease(lease.files, lease.report, give_back)
+
+    async def _give_up(self, model_id: str) -> None:
+        try:
+            await self.ssd.evict(model_id)
+        except SllmError as wrong:
+            log.warning("%s stays on the SSD for now: %s", model_id, wrong)
+
+    async def pull(self, card: Card, on_progress: OnProgress | None = None) -> None:
+        """Have a checkpoint on the SSD, whole and checked.
+
+        Raises:
+            SllmError: as `RemoteLoads.pull` does.
+        """
+        await self._remote.pull(card, on_progress)
+
+    async def pulled(self, card: Card) -> AsyncGenerator[tuple[int, int], None]:
+        """Pull, and give how much has arrived and of how much, in bytes, as that changes; the last is the whole."""
+        latest, changed = (0, card.checkpoint.size_bytes), asyncio.Event()
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal latest
+            latest = done_bytes, total_bytes
+            changed.set()
+
+        scope = TaskScope("pulled")
+        pulling = scope.spawn(self.pull(card, progress), "pull", on_failure=lambda _: None)
+        pulling.add_done_callback(lambda _: changed.set())
+        try:
+            while not pulling.done():
+                yield latest
+                await changed.wait()
+                changed.clear()
+            await pulling
+            yield card.checkpoint.size_bytes, card.checkpoint.size_bytes
+        finally:
+            await scope.close()
+
+    def arriving(self, card: Card) -> tuple[int, int] | None:
+        """Tell how much of a checkpoint has arrived from its sources, and of how much, in bytes."""
+        return self._remote.progress(card.checkpoint.identity)
+
+    def remote_path(self) -> PathFacts:
+        """Tell what has come from sources so far, and in which time."""
+        return PathFacts(self._remote.remote_bytes, self._remote.busy_s)
+
+    def queues(self) -> Queues:
+        """Tell how long the queues are."""
+        return Queues(self._ssd_queue.remaining_s, self._remote_queue.remaining_s)
+
+    async def close(self) -> None:
+        """End every load and pull from a source."""
+        await self._remote.close()

@@ -1,0 +1,324 @@
+"""Models that are nowhere on the node: started from a web server or another node, pulled, and found again."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL, StartNode
+from fault_proxy import Fault, FaultProxy
+from web_server import WebServer
+
+from sllm_actor.checkpoint.convert import convert
+from sllm_actor.sources.builtin import BUILTIN
+from sllm_actor.testing.node_process import NodeProcess, running_node
+from sllm_actor.units import KIB, MIB
+
+WEIGHTS = "model.safetensors"
+QUESTION, ANSWER = "What is 47 + 35?", "82"
+
+
+@pytest.fixture
+def served(web: WebServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The demo model, converted, in a folder of the web server."""
+    folder = web.folder / str(abs(hash(request.node.name)))
+    stock = shutil.copytree(BUILTIN["demo"], tmp_path / "stock")
+    # No two tests have the same model: what one has stored is of no use to another.
+    config = json.loads((stock / "config.json").read_text())
+    (stock / "config.json").write_text(json.dumps(config | {"served_for": request.node.name}))
+    convert(stock, folder, chunk_bytes=256 * KIB)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    with running_node(tmp_path_factory.mktemp("shared"), *SMALL) as node:
+        yield node
+
+
+@pytest.fixture
+def shared(running: NodeProcess) -> Iterator[NodeProcess]:
+    """A node for the tests that leave it as others can use it; it has no model `demo`."""
+    yield running
+    running.request("DELETE", "/admin/models/demo")
+
+
+def tiers(node: NodeProcess) -> dict[str, Any]:
+    answer: dict[str, Any] = node.call("GET", "/admin/tiers")
+    return answer
+
+
+def load_tiers(node: NodeProcess) -> set[str]:
+    """From where the newest request's model came."""
+    newest = node.call("GET", "/admin/requests")["requests"][0]
+    return {span["tier"] for span in newest["spans"] if span["name"] == "load"}
+
+
+def pull(node: NodeProcess, source: str, name: str = "demo") -> list[dict[str, Any]]:
+    return list(lines(node, source, name))
+
+
+def lines(node: NodeProcess, source: str, name: str = "demo") -> Iterator[dict[str, Any]]:
+    connection = node.connect()
+    try:
+        body = json.dumps({"name": name, "source": source})
+        connection.request("POST", "/admin/pull", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        for line in response:
+            yield json.loads(line)
+    finally:
+        connection.close()
+
+
+def stored(node: NodeProcess) -> list[bool]:
+    """Whether each entry of the SSD is whole."""
+    return [entry["done_bytes"] == entry["size_bytes"] for entry in tiers(node)["ssd"]]
+
+
+def until_stored(node: NodeProcess) -> None:
+    """Wait until the SSD has its copy: a pull waits for just that."""
+    (model,) = node.call("GET", "/admin/models")["models"]
+    assert pull(node, model["model"]["source"], model["model"]["name"])[-1] == {"status": "success"}
+
+
+@contextmanager
+def proxied(web: WebServer, served: Path, fault: Fault, *, after: int) -> Iterator[tuple[FaultProxy, str]]:
+    """The model behind a proxy that does something to all reads of the weights from byte `after` on."""
+
+    def choose(request: Any) -> Fault | None:
+        found = request.headers.get("range", "")
+        begin = int(found.removeprefix("bytes=").partition("-")[0] or 0)
+        return fault if WEIGHTS in request.path and begin >= after else None
+
+    with FaultProxy(web.port, choose=choose) as proxy:
+        yield proxy, f"{proxy.url}/ranges/{served.name}/"
+
+
+def test_a_model_starts_from_a_web_server_and_later_without_it(
+    web: WebServer, served: Path, start_node: StartNode
+) -> None:
+    url = web.url(served.name)
+    with start_node() as node:
+        assert node.deploy(url, "demo")["source"] == url
+        assert node.call("GET", "/admin/models")["models"][0]["state"] == "remote"
+        assert ANSWER in node.chat("demo", QUESTION)
+        assert load_tiers(node) == {"source"}
+        until_stored(node)
+        assert stored(node) == [True]
+        (held,) = tiers(node)["host"]
+        assert (held["models"], held["held_by"], held["leases"]) == (["demo"], ["demo-1"], 1)
+        node.call("POST", "/admin/models/demo/unload")
+        assert node.call("GET", "/admin/models")["models"][0]["state"] == "host"
+    shutil.rmtree(served)
+    with start_node() as node:
+        assert node.call("GET", "/admin/models")["models"][0]["state"] == "cold"
+        assert ANSWER in node.chat("demo", QUESTION)
+        assert not load_tiers(node) & {"source", "host memory"}
+
+
+def test_a_web_server_without_ranges_will_do(web: WebServer, served: Path, shared: NodeProcess) -> None:
+    shared.deploy(web.url(served.name, "whole"), "demo")
+    assert ANSWER in shared.chat("demo", QUESTION)
+
+
+def test_a_pull_shows_how_far_it_is_and_a_start_after_it_needs_no_source(
+    web: WebServer, served: Path, start_node: StartNode
+) -> None:
+    with start_node() as node:
+        told = pull(node, web.url(served.name))
+        assert told[0]["status"] == "registered"
+        assert told[0]["model"]["name"] == "demo"
+        assert told[-1] == {"status": "success"}
+        progress = [line for line in told if line["status"] == "pulling"]
+        size_bytes = (served / WEIGHTS).stat().st_size
+        assert [line["total"] for line in progress] == [size_bytes] * len(progress)
+        assert progress[-1]["completed"] == size_bytes
+        shutil.rmtree(served)
+        assert ANSWER in node.chat("demo", QUESTION)
+
+
+def test_the_command_pulls_and_lists_what_each_tier_holds(web: WebServer, served: Path, start_node: StartNode) -> None:
+    with start_node() as node:
+
+        def command(*arguments: str) -> str:
+            words = [str(Path(sys.executable).with_name("sllm-node")), *arguments, "--url", node.url]
+            return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+
+        assert "pulled" in command("pull", web.url(served.name), "--name", "org/demo")
+        assert json.loads(command("pull", web.url(served.name), "--name", "org/demo", "--json").splitlines()[-1]) == {
+            "status": "success"
+        }
+        shown = command("ps")
+        assert "TIER" in shown
+        assert "org/demo" in shown
+        assert "remote" not in command("ls")
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "left"])
+def test_a_pull_that_is_interrupted_goes_on_where_it_was(
+    web: WebServer, served: Path, start_node: StartNode, kill: bool
+) -> None:
+    with proxied(web, served, Fault(stall_after_bytes=1000), after=2 * MIB) as (proxy, url):
+        with start_node() as node:
+            seen: list[int] = []
+            for line in lines(node, url):
+                seen.append(line.get("completed", 0))
+                if seen[-1] >= 2 * MIB:
+                    break
+            assert max(seen) >= 2 * MIB
+            if kill:
+                node.process.send_signal(signal.SIGKILL)
+                node.process.wait(60)
+        proxy.choose = None
+        with start_node() as node:
+            if kill:
+                assert stored(node) == [False]
+            told = pull(node, url)
+            progress = [line["completed"] for line in told if line["status"] == "pulling"]
+            assert told[-1] == {"status": "success"}
+            assert stored(node) == [True]
+            assert next(done for done in progress if done) > 2 * MIB, "what was stored is not fetched again"
+            assert ANSWER in node.chat("demo", QUESTION)
+
+
+def test_wrong_bytes_are_an_error_that_names_file_and_chunk_and_cost_nothing(
+    web: WebServer, served: Path, shared: NodeProcess
+) -> None:
+    with proxied(web, served, Fault(corrupt_byte=17), after=MIB) as (proxy, url):
+        shared.deploy(url, "demo")
+        reply = shared.request("POST", "/v1/completions", {"model": "demo", "prompt": "1"})
+        error = reply.json()["error"]
+        assert error["code"] == "checkpoint_corrupt"
+        assert WEIGHTS in error["message"]
+        assert "chunk" in error["message"]
+        assert not [entry for entry in tiers(shared)["host"] if entry["models"]]
+        told = pull(shared, url)
+        assert told[-1]["error"]["code"] == "checkpoint_corrupt"
+        proxy.choose = None
+        assert ANSWER in shared.chat("demo", QUESTION)
+
+
+def test_a_damaged_chunk_and_a_cut_connection_are_read_again(web: WebServer, served: Path, shared: NodeProcess) -> None:
+    size_bytes = (served / WEIGHTS).stat().st_size
+    faults = [Fault(corrupt_byte=5), Fault(cut_after_bytes=99_000), Fault(cut_after_bytes=0, reset=True)]
+    lock = threading.Lock()
+
+    def choose(request: Any) -> Fault | None:
+        begins_late = "bytes=0-" not in request.headers.get("range", "")
+        with lock:
+            return faults.pop() if faults and WEIGHTS in request.path and begins_late else None
+
+    with FaultProxy(web.port, choose=choose) as proxy:
+        shared.deploy(f"{proxy.url}/ranges/{served.name}/", "demo")
+        assert ANSWER in shared.chat("demo", QUESTION)
+        assert faults == []
+        (entry,) = [entry for entry in tiers(shared)["host"] if entry["models"]]
+        assert entry["size_bytes"] == size_bytes
+
+
+def test_a_source_that_is_gone_is_said_in_the_answer_and_a_later_request_works(
+    web: WebServer, served: Path, shared: NodeProcess
+) -> None:
+    shared.deploy(web.url(served.name), "demo")
+    away = served.with_name(f"{served.name}-away")
+    served.rename(away)
+    reply = shared.request("POST", "/v1/completions", {"model": "demo", "prompt": "1"})
+    assert reply.json()["error"]["code"] == "source_missing"
+    away.rename(served)
+    assert ANSWER in shared.chat("demo", QUESTION)
+
+
+def test_an_origin_that_changes_is_told_from_what_was_registered(
+    web: WebServer, served: Path, shared: NodeProcess
+) -> None:
+    shared.deploy(web.url(served.name), "demo")
+    weights = served / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    os.utime(weights, (1, 1))
+    reply = shared.request("POST", "/v1/completions", {"model": "demo", "prompt": "1"})
+    assert reply.json()["error"]["code"] == "source_changed"
+
+
+def test_one_copy_serves_two_names(web: WebServer, served: Path, start_node: StartNode) -> None:
+    with start_node() as node:
+        pull(node, web.url(served.name), "one")
+        pull(node, web.url(served.name), "two")
+        (entry,) = tiers(node)["ssd"]
+        assert entry["models"] == ["one", "two"]
+        node.call("DELETE", "/admin/models/one")
+        assert tiers(node)["ssd"][0]["models"] == ["two"]
+        assert ANSWER in node.chat("two", QUESTION)
+
+
+def test_a_model_larger_than_the_quota_starts_and_is_not_stored(
+    web: WebServer, served: Path, start_node: StartNode
+) -> None:
+    with start_node("ssd_quota_bytes=2MiB") as node:
+        told = pull(node, web.url(served.name))
+        assert told[-1]["error"]["code"] == "model_too_large"
+        assert ANSWER in node.chat("demo", QUESTION)
+        assert tiers(node)["ssd"] == []
+
+
+def test_a_node_starts_a_model_from_another_node(start_node: StartNode, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    secret.write_text("a secret that two nodes share")
+    knobs = ("listen=tcp://127.0.0.1:0", f"cluster_secret_file={secret}")
+    with (
+        running_node(tmp_path / "holder", *SMALL, "node_id=holder", *knobs) as holder,
+        start_node("node_id=wanting", *knobs) as wanting,
+    ):
+        holder.deploy("builtin:demo", "org/demo")
+        address = holder.address.replace("tcp://", "")
+        wanting.deploy(f"sllm://{address}/org/demo", "demo")
+        assert ANSWER in wanting.chat("demo", QUESTION)
+        assert load_tiers(wanting) == {"source"}
+        # And from there on to a third name, out of host memory or from the SSD: never from the card's stand-ins.
+        until_stored(wanting)
+        wanted = wanting.address.replace("tcp://", "")
+        holder.deploy(f"sllm://{wanted}/demo", "again")
+        assert ANSWER in holder.chat("again", QUESTION)
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a\x00b", "a" * 300, "d\u0435mo", "a/../b", "a//b"])
+def test_a_name_that_is_none_is_refused_before_anything_is_fetched(node: NodeProcess, name: str) -> None:
+    reply = node.request("POST", "/admin/pull", {"name": name, "source": "http://127.0.0.1:9/model/"})
+    assert reply.status == 400
+    assert reply.json()["error"]["code"] == "invalid_name"
+
+
+@pytest.mark.parametrize("source", ["http://user:secret@127.0.0.1:9/m/", "ftp://h/m", "https://", "sllm://x", "s3://"])
+def test_a_source_that_is_none_is_refused_without_repeating_its_password(node: NodeProcess, source: str) -> None:
+    reply = node.request("POST", "/admin/pull", {"name": "m", "source": source})
+    assert reply.status == 400
+    assert reply.json()["error"]["code"] == "source_invalid"
+    assert "secret" not in reply.body.decode()
+
+
+def test_who_closes_the_connection_ends_the_pull(web: WebServer, served: Path, start_node: StartNode) -> None:
+    with proxied(web, served, Fault(stall_after_bytes=1000), after=2 * MIB) as (_, url), start_node() as node:
+        connection = node.connect()
+        body = json.dumps({"name": "demo", "source": url})
+        connection.request("POST", "/admin/pull", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert json.loads(response.readline())["status"] == "registered"
+        connection.close()
+        # The partial is given free as soon as the pull has ended: until then it counts as leased.
+        while any(entry["leases"] for entry in tiers(node)["ssd"]):
+            pass
+        with pytest.raises(http.client.HTTPException):
+            connection.getresponse()

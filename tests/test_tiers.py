@@ -1,0 +1,418 @@
+"""A checkpoint from a source to host memory and to the SSD, and from there again; and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from checkpoints import folder_of
+from loaders import CHUNK, LIMIT_S, bytes_of, descriptors, mapped_pools, until
+from loaders import mover as mover
+from scripted_source import Fault, ScriptedSource
+
+from sllm_actor.checkpoint.convert import convert
+from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.errors import (
+    CheckpointCorrupt,
+    ModelTooLarge,
+    NoCapacity,
+    SllmError,
+    SourceChanged,
+    SourceInvalid,
+    SourceUnreachable,
+)
+from sllm_actor.loader.cards import Card, Cards
+from sllm_actor.loader.lease import HostLease
+from sllm_actor.loader.loader import Loader
+from sllm_actor.loader.ssd_tier import SsdTier
+from sllm_actor.loader.tiers import Tiers
+from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.sources.source import SourceFile
+
+URL = "test://model"
+WEIGHTS = "model.safetensors"
+
+
+class House(NamedTuple):
+    """A node's tiers over one source."""
+
+    tiers: Tiers
+    source: ScriptedSource
+    card: Card
+
+    async def lease(self, **options: object) -> HostLease:
+        return await self.tiers.lease(self.card, **options)  # type: ignore[arg-type]
+
+    def bytes_of(self, lease: HostLease) -> list[bytes]:
+        return bytes_of(self.tiers.loader, lease)
+
+    def expected(self) -> list[bytes]:
+        return [(self.source.folder / file.name).read_bytes() for file in self.card.checkpoint.files]
+
+    async def stored(self) -> None:
+        """Wait until the SSD has the checkpoint whole."""
+        await until(lambda: self.tiers.is_on_ssd(self.card))
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Path:
+    """A converted checkpoint of 17 chunks in two files, with digests."""
+    stock = folder_of(tmp_path / "stock", 10 * CHUNK + 77, 6 * CHUNK + 1)
+    convert(stock, tmp_path / "origin", chunk_bytes=CHUNK // 4)
+    return tmp_path / "origin"
+
+
+@pytest.fixture
+def stock(tmp_path: Path) -> Path:
+    """A stock checkpoint in two shards, without digests."""
+    return folder_of(tmp_path / "stock", 10 * CHUNK + 77, 6 * CHUNK + 1)
+
+
+@asynccontextmanager
+async def house(origin: Path, *, chunks: int = 40, quota_bytes: int = 10**9) -> AsyncIterator[House]:
+    """The tiers of a node whose folder is beside `origin`; leaves nothing behind."""
+    await asyncio.to_thread(gc.collect)
+    before = descriptors(), mapped_pools(), len(asyncio.all_tasks())
+    data, clock, source = origin.parent / "node", SystemClock(), ScriptedSource(origin, URL)
+    async with contextlib.AsyncExitStack() as stack:
+        loader = await Loader.open(pool_bytes=chunks * CHUNK, chunk_bytes=CHUNK, clock=clock)
+        stack.push_async_callback(loader.close)
+        ssd = await SsdTier.open(data / "ssd", quota_bytes, clock)
+        stack.push_async_callback(ssd.close)
+        tiers = Tiers(loader, ssd, Cards(data / "cards"), lambda _: source, clock, lambda: 0.0)
+        stack.push_async_callback(tiers.close)
+        yield House(tiers, source, await tiers.describe(URL))
+    await asyncio.to_thread(gc.collect)
+    assert (descriptors(), mapped_pools(), len(asyncio.all_tasks())) == before
+    assert source.under_way == 0
+
+
+def spoiled(name: str, offset: int, times: int = 10**9) -> Fault:
+    """Flip a bit of one chunk, so many times."""
+    left = times
+
+    async def spoil(file: SourceFile, at: int, into: memoryview) -> None:
+        nonlocal left
+        if (file.name, at) == (name, offset) and left:
+            left -= 1
+            into[5] ^= 1
+
+    return spoil
+
+
+# ---- up the tiers ----
+
+
+@pytest.mark.parametrize("kind", ["origin", "stock"])
+async def test_a_checkpoint_goes_from_its_source_to_memory_and_the_ssd_and_from_each_again(
+    request: pytest.FixtureRequest, kind: str, mover: str
+) -> None:
+    origin: Path = request.getfixturevalue(kind)
+    async with house(origin) as node:
+        weights = [(origin / file.name).stat().st_size for file in node.card.checkpoint.files]
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert lease.report.remote_bytes == lease.report.total_bytes == sum(weights)
+        asked = len(node.source.reads)
+        again = await node.lease()
+        assert again.report.pool_bytes == sum(weights)
+        await node.stored()
+        assert len(node.source.reads) == asked
+        lease.release()
+        again.release()
+    async with house(origin) as node:
+        assert node.tiers.is_on_ssd(node.card)
+        asked = len(node.source.reads)
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert (lease.report.remote_bytes, lease.report.pool_bytes) == (0, 0)
+        assert len(node.source.reads) == asked, "a card and the SSD are enough"
+
+
+async def test_those_who_want_one_checkpoint_share_one_load(origin: Path) -> None:
+    async with house(origin) as node:
+        asked = len(node.source.reads)
+        places: list[object] = []
+        leases = await asyncio.gather(*(node.lease(on_placed=places.append) for _ in range(5)))
+        assert len(node.source.reads) - asked == 17
+        assert places == [leases[0].files] * 5
+        assert all(node.bytes_of(lease) == node.expected() for lease in leases)
+        for lease in leases:
+            lease.release()
+        await until(lambda: [resident.leases for resident in node.tiers.loader.residents()] == [0])
+        assert node.tiers.is_on_ssd(node.card)
+
+
+async def test_the_first_load_does_not_wait_for_the_ssd(origin: Path) -> None:
+    async with house(origin) as node:
+        held = asyncio.Event()
+
+        async def gate(_: int) -> None:
+            await held.wait()
+
+        node.tiers.ssd._gate = gate
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert not node.tiers.is_on_ssd(node.card)
+        lease.release()
+        assert [resident.leases for resident in node.tiers.loader.residents()] == [1], "what is stored can't be evicted"
+        held.set()
+        await node.stored()
+
+
+async def test_two_sources_of_the_same_bytes_are_stored_once(origin: Path) -> None:
+    async with house(origin) as node:
+        (await node.lease()).release()
+        await node.stored()
+        shutil.copytree(origin, origin.parent / "other")
+        other = ScriptedSource(origin.parent / "other", "test://other")
+        node.tiers._open_source = node.tiers._remote._open_source = lambda _: other
+        card = await node.tiers.describe("test://other")
+        assert card.key != node.card.key
+        lease = await node.tiers.lease(card)
+        assert lease.report.pool_bytes == lease.report.total_bytes
+        lease.release()
+        assert len(node.tiers.ssd.entries()) == 1
+
+
+async def test_a_load_that_nobody_waits_for_ends_and_the_next_goes_on_from_what_it_stored(origin: Path) -> None:
+    async with house(origin) as node:
+        arrived: list[int] = []
+        stop = asyncio.Event()
+
+        async def wait(file: SourceFile, at: int, into: memoryview) -> None:
+            if len(arrived) >= 6:
+                await stop.wait()
+
+        node.source.before = wait
+        scope = TaskScope("test")
+        waiting = scope.spawn(node.lease(on_progress=lambda done, _: arrived.append(done)), "load")
+        await until(lambda: len(arrived) >= 6 and node.tiers.ssd.entries()[0].done_bytes >= 6 * CHUNK)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await until(lambda: node.tiers.loader.free_bytes == node.tiers.loader.pool_bytes)
+        assert node.source.under_way == 0
+        stop.set()
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert lease.report.ssd_bytes >= 6 * CHUNK - CHUNK
+        assert lease.report.remote_bytes + lease.report.ssd_bytes == lease.report.total_bytes
+        await scope.close()
+        lease.release()
+        await node.stored()
+
+
+# ---- what a source does wrong ----
+
+
+async def test_a_chunk_that_arrives_damaged_is_fetched_again(origin: Path, mover: str) -> None:
+    async with house(origin) as node:
+        node.source.after = spoiled(WEIGHTS, 3 * CHUNK, times=2)
+        asked = len(node.source.reads)
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert len(node.source.reads) - asked == 17 + 2
+        lease.release()
+        await node.stored()
+
+
+async def test_a_chunk_that_always_arrives_damaged_is_named(origin: Path, mover: str) -> None:
+    async with house(origin) as node:
+        node.source.after = spoiled(WEIGHTS, 3 * CHUNK)
+        with pytest.raises(CheckpointCorrupt, match=r"model\.safetensors.*chunk 3"):
+            await node.lease()
+        await until(lambda: node.tiers.loader.free_bytes == node.tiers.loader.pool_bytes)
+        with pytest.raises(CheckpointCorrupt, match=r"model\.safetensors"):
+            await node.tiers.pull(node.card)
+        assert not node.tiers.is_on_ssd(node.card)
+        node.source.after = None
+        lease = await node.lease()
+        assert lease.report.ssd_bytes > 0
+        assert node.bytes_of(lease) == node.expected()
+        lease.release()
+        await node.stored()
+
+
+@pytest.mark.parametrize("fault", [SourceChanged("another one"), SourceUnreachable("dead")])
+async def test_a_source_that_fails_for_good_gives_its_error_to_all_who_wait(origin: Path, fault: SllmError) -> None:
+    async with house(origin) as node:
+
+        async def fail(file: SourceFile, at: int, into: memoryview) -> None:
+            if at >= 5 * CHUNK:
+                raise fault
+
+        node.source.before = fail
+        answers = await asyncio.gather(*(node.lease() for _ in range(3)), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [type(fault)] * 3
+        assert node.tiers.loader.free_bytes == node.tiers.loader.pool_bytes
+        assert [entry.partial for entry in node.tiers.ssd.entries()] == [True]
+
+
+async def test_what_is_no_checkpoint_gets_no_card(tmp_path: Path) -> None:
+    (tmp_path / "origin").mkdir()
+    (tmp_path / "origin" / "config.json").write_text("{}")
+    with pytest.raises(SourceInvalid, match="no weights"):
+        async with house(tmp_path / "origin"):
+            pass
+    assert not list((tmp_path / "node").glob("cards/*"))
+
+
+# ---- room ----
+
+
+async def test_without_room_on_the_ssd_a_checkpoint_is_loaded_all_the_same(origin: Path) -> None:
+    async with house(origin, quota_bytes=5 * CHUNK) as node:
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        lease.release()
+        with pytest.raises(ModelTooLarge):
+            await node.tiers.pull(node.card)
+        assert node.tiers.ssd.entries() == []
+
+
+async def test_a_checkpoint_that_the_pool_can_t_hold_is_refused(origin: Path) -> None:
+    async with house(origin, chunks=9) as node:
+        with pytest.raises(ModelTooLarge):
+            await node.lease()
+        await node.tiers.pull(node.card)
+        assert node.tiers.is_on_ssd(node.card)
+        with pytest.raises(ModelTooLarge):
+            await node.lease()
+
+
+async def test_what_is_leased_is_not_evicted_for_a_load(origin: Path, tmp_path: Path) -> None:
+    async with house(origin, chunks=20) as node:
+        lease = await node.lease()
+        await node.stored()
+        folder_of(tmp_path / "more", 8 * CHUNK)
+        more = ScriptedSource(tmp_path / "more", "test://more")
+        node.tiers._open_source = node.tiers._remote._open_source = lambda _: more
+        card = await node.tiers.describe("test://more")
+        with pytest.raises(NoCapacity):
+            await node.tiers.lease(card)
+        lease.release()
+        (await node.tiers.lease(card)).release()
+        await until(lambda: node.tiers.is_on_ssd(card))
+
+
+# ---- pulls ----
+
+
+async def test_a_pull_goes_on_from_where_it_was_stopped_and_shows_how_far_it_is(origin: Path) -> None:
+    async with house(origin) as node:
+        steps: list[tuple[int, int]] = []
+        async with contextlib.aclosing(node.tiers.pulled(node.card)) as progress:
+            async for step in progress:
+                steps.append(step)
+                if step[0] >= 4 * CHUNK:
+                    break
+        await until(lambda: node.source.under_way == 0)
+        (entry,) = node.tiers.ssd.entries()
+        assert entry.partial
+        assert 4 * CHUNK <= entry.done_bytes < entry.size_bytes
+        asked = len(node.source.reads)
+        steps = [step async for step in node.tiers.pulled(node.card)]
+        assert steps[-1] == (node.card.checkpoint.size_bytes, node.card.checkpoint.size_bytes)
+        assert steps == sorted(steps)
+        assert len(node.source.reads) - asked <= 17 - 4
+        assert node.tiers.is_on_ssd(node.card)
+        assert [step async for step in node.tiers.pulled(node.card)][-1] == steps[-1]
+
+
+async def test_a_load_takes_over_from_a_pull_whose_caller_gets_the_copy_of_the_load(origin: Path) -> None:
+    async with house(origin) as node:
+        scope, begun, go = TaskScope("test"), asyncio.Event(), asyncio.Event()
+
+        async def wait(file: SourceFile, at: int, into: memoryview) -> None:
+            if at >= 4 * CHUNK:
+                begun.set()
+                await go.wait()
+
+        node.source.before = wait
+        pulling = scope.spawn(node.tiers.pull(node.card), "pull")
+        await begun.wait()
+        loading = scope.spawn(node.lease(), "load")
+        await until(lambda: node.tiers.arriving(node.card) is not None)
+        go.set()
+        async with asyncio.timeout(LIMIT_S):
+            lease = await loading
+            await pulling
+        assert node.tiers.is_on_ssd(node.card)
+        assert node.bytes_of(lease) == node.expected()
+        lease.release()
+        await scope.close()
+
+
+async def test_pulls_of_one_checkpoint_are_one_and_each_can_leave(origin: Path) -> None:
+    async with house(origin) as node:
+        scope = TaskScope("test")
+        asked = len(node.source.reads)
+        pulls = [scope.spawn(node.tiers.pull(node.card), f"pull-{k}") for k in range(3)]
+        await until(lambda: node.source.under_way > 0)
+        pulls[0].cancel()
+        await asyncio.wait(pulls)
+        assert [pull.cancelled() for pull in pulls] == [True, False, False]
+        assert node.tiers.is_on_ssd(node.card)
+        assert len(node.source.reads) - asked < 2 * 17
+        await scope.close()
+
+
+# ---- the SSD's own faults ----
+
+
+@pytest.fixture
+def stored(origin: Path) -> Path:
+    """Where the weights are on the SSD of a node that has pulled the checkpoint."""
+
+    async def pull() -> Path:
+        async with house(origin) as node:
+            await node.tiers.pull(node.card)
+            (entry,) = node.tiers.ssd.entries()
+            return entry.path
+
+    return asyncio.run(pull())
+
+
+async def test_a_copy_on_the_ssd_that_is_no_longer_what_it_was_is_given_up_for_the_source(
+    origin: Path, stored: Path
+) -> None:
+    async with house(origin) as node:
+        with (stored / WEIGHTS).open("r+b") as file:
+            file.seek(3 * CHUNK)
+            file.write(b"damage")
+        lease = await node.lease(verify=True)
+        assert node.bytes_of(lease) == node.expected()
+        assert lease.report.remote_bytes == lease.report.total_bytes
+        lease.release()
+        await node.stored()
+
+
+async def test_a_copy_on_the_ssd_that_has_lost_a_file_is_given_up_for_the_source(origin: Path, stored: Path) -> None:
+    async with house(origin) as node:
+        (stored / WEIGHTS).unlink()
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        lease.release()
+        await node.stored()
+
+
+async def test_a_copy_that_was_evicted_and_fetched_again_is_read(origin: Path) -> None:
+    async with house(origin, chunks=20) as node:
+        for _ in range(2):
+            await node.tiers.pull(node.card)
+            lease = await node.lease()
+            assert lease.report.remote_bytes == 0
+            assert node.bytes_of(lease) == node.expected()
+            lease.release()
+            # Room for another evicts it from the pool, too.
+            (await node.tiers.loader.reserve(read_folder(folder_of(origin.parent / "big", 19 * CHUNK)), {})).abandon()
+            await node.tiers.ssd.evict(node.card.model_id)
+            assert not node.tiers.is_on_ssd(node.card)
