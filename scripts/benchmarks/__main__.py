@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart, interference, load
+from benchmarks import actors, coldstart, interference, load, remote
 from benchmarks.report import Report
 
-BENCHES = ("actors", "coldstart", "interference", "load")
+BENCHES = ("actors", "coldstart", "interference", "load", "remote")
 SECONDS = 0.8
 
 
@@ -27,7 +27,9 @@ def main() -> None:
         metavar="PART",
         help="of actors and load: these parts alone",
     )
-    parser.add_argument("--tiny", action="store_true", help="of load and interference: kilobytes instead of gigabytes")
+    parser.add_argument(
+        "--tiny", action="store_true", help="of load, interference and remote: kilobytes instead of gigabytes"
+    )
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
     arguments = parser.parse_args()
@@ -45,6 +47,8 @@ def main() -> None:
         load.run(report, arguments.repeats, chosen)
     elif arguments.name == "interference":
         interference.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
+    elif arguments.name == "remote":
+        remote.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     else:
         coldstart.run(report, arguments.repeats, arguments.work_dir)
     report.print()
