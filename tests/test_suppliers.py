@@ -169,3 +169,25 @@ def test_a_list_is_asked_for_again_until_it_comes(folder: Path) -> None:
     failures.extend([SourceUnreachable("busy")] * 99)
     with pytest.raises(SourceUnreachable):
         run_virtual(work)
+
+
+def test_an_outage_that_ends_all_reads_at_once_counts_as_one_failure(folder: Path) -> None:
+    source = ScriptedSource(folder, parallel=8)
+    begun = 0
+
+    async def restart(file: SourceFile, offset: int, into: memoryview) -> None:
+        nonlocal begun
+        begun += 1
+        first = begun <= 8
+        await asyncio.sleep(1)
+        if first:
+            raise SourceUnreachable("restarting")
+
+    source.before = restart
+
+    async def work() -> None:
+        suppliers = await suppliers_of(source)
+        await asyncio.gather(*(suppliers.read(NAME, 0, memoryview(bytearray(SIZE))) for _ in range(8)))
+
+    run_virtual(work)
+    assert len(source.reads) == 8

@@ -416,3 +416,60 @@ async def test_a_copy_that_was_evicted_and_fetched_again_is_read(origin: Path) -
             (await node.tiers.loader.reserve(read_folder(folder_of(origin.parent / "big", 19 * CHUNK)), {})).abandon()
             await node.tiers.ssd.evict(node.card.model_id)
             assert not node.tiers.is_on_ssd(node.card)
+
+
+# ---- several sources ----
+
+
+def with_mirror(node: House, mirror: ScriptedSource) -> None:
+    remote, plain = node.tiers._remote, node.tiers._remote._open_source
+    remote._mirrors = lambda model_id: [f"test://mirror/{model_id}"]
+    remote._open_source = lambda url: mirror if url == f"test://mirror/{node.card.model_id}" else plain(url)
+
+
+async def test_a_mirror_takes_over_from_a_source_that_dies_in_the_middle(origin: Path) -> None:
+    shutil.copytree(origin, origin.parent / "mirror")
+    async with house(origin) as node:
+        mirror = ScriptedSource(origin.parent / "mirror", "test://mirror")
+        with_mirror(node, mirror)
+        asked = len(node.source.reads)
+
+        async def die(file: SourceFile, at: int, into: memoryview) -> None:
+            if len(node.source.reads) - asked >= 3:
+                raise SourceChanged("dead")
+
+        node.source.before = die
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert len(node.source.reads) - asked == 3
+        assert len(mirror.reads) == 17 - 3, "what has arrived is not fetched again"
+        assert mirror.closed == 1
+        lease.release()
+        await node.stored()
+
+
+async def test_a_mirror_of_other_bytes_does_no_harm(origin: Path) -> None:
+    shutil.copytree(origin, origin.parent / "mirror")
+    async with house(origin) as node:
+        mirror = ScriptedSource(origin.parent / "mirror", "test://mirror")
+
+        async def lie(file: SourceFile, at: int, into: memoryview) -> None:
+            into[0] ^= 1
+
+        mirror.after = lie
+        with_mirror(node, mirror)
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert len(mirror.reads) <= 3 + mirror.parallel
+        lease.release()
+        await node.stored()
+
+
+async def test_a_mirror_is_not_asked_where_no_digests_would_tell(stock: Path) -> None:
+    shutil.copytree(stock, stock.parent / "mirror")
+    async with house(stock) as node:
+        mirror = ScriptedSource(stock.parent / "mirror", "test://mirror")
+        with_mirror(node, mirror)
+        (await node.lease()).release()
+        assert mirror.reads == []
+        await node.stored()

@@ -66,7 +66,9 @@ def _write(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
         if name == STREAM:
             stored_s = sorted(each["stored_s"] for each in found[name])[len(ordered) // 2]
             note += f"; on the SSD after {format_seconds(stored_s)}"
-        report.row(measured=name, unit="s", median=middle, min=ordered[0], max=ordered[-1], n=len(ordered), note=note)
+        shown = {"median": middle, "min": ordered[0], "max": ordered[-1]}
+        rounded = {which: round(value, 3) for which, value in shown.items()}
+        report.row(measured=name, unit="s", **rounded, n=len(ordered), note=note)
 
     def ratio(over: str, under: str) -> list[float]:
         return [above / below for above, below in zip(seconds[over], seconds[under], strict=True)]

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import NamedTuple
 
 from sllm_actor.actors.inference_worker import InferenceWorker
@@ -127,8 +128,9 @@ class ModelManager(Actor):
             size_bytes = wanted.size_bytes
             yield PullProgress(done_bytes=size_bytes, total_bytes=size_bytes)
             return
-        async for done_bytes, total_bytes in self._tiers.pulled(wanted):
-            yield PullProgress(done_bytes=done_bytes, total_bytes=total_bytes)
+        async with aclosing(self._tiers.pulled(wanted)) as progress:
+            async for done_bytes, total_bytes in progress:
+                yield PullProgress(done_bytes=done_bytes, total_bytes=total_bytes)
         self._report()
 
     @handles(GetModel)

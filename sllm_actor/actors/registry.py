@@ -36,13 +36,15 @@ class Registry:
         self._models: dict[ModelName, Model] = {}
         self._wanted: dict[ModelName, Wanted] = {}
         self._changing: set[ModelName] = set()
+        self._examining = 0
 
     async def open(self) -> None:
         """Read what was registered before, and drop the cards that no model has."""
         for value in (await self._store.list(MODELS)).values():
             model = msgspec.msgpack.decode(value, type=Model)
             self._models[model.name] = model
-        await self._tiers.keep_cards({model.card for model in self._models.values()})
+        await self._tiers.recover()
+        await self._sweep()
         for model in self._models.values():
             if model.card:
                 with contextlib.suppress(CheckpointInvalid):  # It is made anew when it is needed.
@@ -89,20 +91,27 @@ class Registry:
             ModelExists: the name is taken by another source.
             SllmError: as `Examiner.examine` does.
         """
+        self._examining += 1
+        try:
+            return await self._register(message)
+        finally:
+            self._examining -= 1
+            await self._sweep()
+
+    async def _register(self, message: RegisterModel) -> tuple[Model, bool]:
         model, wanted = await self._examiner.examine(message, self._clock.wall_s())
         known = self._models.get(model.name)
         if known is not None and _same(known, model):
             self._wanted[model.name] = wanted  # The same bytes; perhaps other inodes.
             return known, False
-        if known is not None and known.source != model.source and not message.replace:
+        if known is not None and _source(known) != model.source and not message.replace:
             raise ModelExists(
-                f"{model.name} is registered already, from {known.source}; replace it or remove it first", param="name"
+                f"{model.name} is registered already, from {_source(known)}; replace it or remove it first",
+                param="name",
             )
         await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
         self._models[model.name] = model
         self._wanted[model.name] = wanted
-        if known is not None:
-            await self._forget_card(known)
         return model, True
 
     async def remove(self, name: ModelName) -> Model:
@@ -115,7 +124,7 @@ class Registry:
         await self._store.delete(MODELS + name)
         del self._models[name]
         self._wanted.pop(name, None)
-        await self._forget_card(model)
+        await self._sweep()
         return model
 
     def is_on_disk(self, model: Model) -> bool:
@@ -133,16 +142,19 @@ class Registry:
         return self._tiers.arriving(wanted) if isinstance(wanted, Card) else None
 
     def names_by_model_id(self) -> dict[str, list[str]]:
-        """List the names under which each id of the SSD tier is registered."""
+        """List the names under which each model id is registered, as far as ids are known."""
         names: dict[str, list[str]] = {}
         for name, wanted in sorted(self._wanted.items()):
-            if isinstance(wanted, Card) and wanted.model_id:
-                names.setdefault(wanted.model_id, []).append(name)
+            if model_id := _model_id(wanted):
+                names.setdefault(model_id, []).append(name)
         return names
 
-    async def _forget_card(self, model: Model) -> None:
-        if model.card and all(known.card != model.card for known in self._models.values()):
-            await self._tiers.forget(model.card)
+    async def _sweep(self) -> None:
+        """Drop the cards that no model has; while something is being examined, any may be about to be needed."""
+        await self._tiers.keep_cards(lambda key: self._examining > 0 or self._has_card(key))
+
+    def _has_card(self, key: str) -> bool:
+        return any(model.card == key for model in self._models.values())
 
     async def wanted(self, model: Model) -> Wanted:
         """Give what the tiers are to be asked for, read anew after a restart of the node.
@@ -170,9 +182,21 @@ class Registry:
             return await self._tiers.describe(model.source)
 
 
+def _model_id(wanted: Wanted) -> str:
+    if isinstance(wanted, Card):
+        return wanted.model_id
+    return wanted.manifest.model_id if wanted.manifest is not None else ""
+
+
+def _source(known: Model) -> str:
+    """Give a registration's source; those of earlier versions have a path alone."""
+    return known.source or known.path
+
+
 def _same(known: Model, model: Model) -> bool:
     """Tell whether two registrations differ in nothing but their time."""
-    return msgspec.structs.replace(model, registered_wall_s=known.registered_wall_s) == known
+    renewed = msgspec.structs.replace(known, source=_source(known), registered_wall_s=model.registered_wall_s)
+    return renewed == model
 
 
 def _describes(wanted: Wanted, model: Model) -> bool:

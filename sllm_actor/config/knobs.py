@@ -78,6 +78,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=0, le=1024 * 1024 * GIB, title="bytes", description="disk held for copies of models from elsewhere"),
     ] = 64 * GIB
+    peers: Annotated[
+        Text, Meta(title="nodes", description="nodes that may have a model, too: NODE@HOST:PORT, with commas between")
+    ] = ""
     source_stall_timeout_s: Annotated[
         float, Meta(ge=0.1, le=3600, title="s", description="longest silence of a source in the middle of an answer")
     ] = 30.0

@@ -7,6 +7,7 @@ from its card alone; the weights come from the SSD tier or from a source. It is 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -14,23 +15,35 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import msgspec
 
+from sllm_actor.checkpoint.digests import digest
 from sllm_actor.checkpoint.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, Checkpoint, read_folder
-from sllm_actor.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest
+from sllm_actor.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_OTHER_FILES, parse_manifest
 from sllm_actor.checkpoint.safetensors_header import LENGTH_BYTES, header_end
 from sllm_actor.checkpoint.staging import staged
-from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, SourceInvalid, TargetExists, WriteFailed
+from sllm_actor.errors import (
+    CheckpointChanged,
+    CheckpointCorrupt,
+    CheckpointInvalid,
+    SourceInvalid,
+    TargetExists,
+    WriteFailed,
+)
+from sllm_actor.loader.fetch import read_and_settle
 from sllm_actor.loader.suppliers import Supplier, Suppliers, list_files
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.threads import on_thread
 from sllm_actor.sources.source import Source, SourceFile
+from sllm_actor.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 RECORD_NAME = ".sllm-card.json"
-MAX_SMALL_BYTES = 512_000_000
+# The SSD tier's own bound.
+MAX_SMALL_BYTES = 256_000_000
 _MAX_RECORD_BYTES = 16_000_000
 _WEIGHTS = ".safetensors"
 _FORMAT_VERSION = 1
@@ -86,8 +99,7 @@ class Card:
 
     def small_paths(self) -> dict[str, Path]:
         """Where the files are that the card has whole, by name."""
-        weights = {file.name for file in self.checkpoint.files}
-        return {name: self.checkpoint.path / name for name in self.files if name not in weights}
+        return {name: self.checkpoint.path / name for name in self.files if not name.endswith(_WEIGHTS)}
 
     def on_ssd(self, folder: Path) -> Checkpoint:
         """Describe the same checkpoint with its weights in a folder of the SSD tier. Blocks for a moment.
@@ -130,32 +142,37 @@ class Cards:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # One object for each card that somebody has: what one learns, all know.
+        self._known: WeakValueDictionary[str, Card] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    def path_of(self, key: str) -> Path:
-        """Where the card of a key is, or would be."""
-        return self._folder / key
+    def _lock(self, key: str) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
 
     async def make(self, source: Source, clock: Clock, chance: Callable[[], float]) -> Card:
         """Fetch everything but the weights, unless the very same is here already.
 
         Raises:
-            SourceError, SourceInvalid: the source does not give it, or gives what is no checkpoint.
+            SourceError, SourceInvalid, CheckpointCorrupt: the source does not give it, or gives what is no checkpoint.
             CheckpointInvalid: what it gives can't be served.
             WriteFailed: the disk refused it.
         """
         listed = await list_files(source, clock, chance)
-        if not any(file.name.endswith(_WEIGHTS) for file in listed):
-            raise SourceInvalid(f"{source.url} has no weights as safetensors", param="source")
+        _check_listing(source.url, listed)
         key = _key(source.url, listed)
-        with contextlib.suppress(CheckpointInvalid):
-            return await self.open(key)
-        supplier = Suppliers([Supplier(source, {file.name: file for file in listed})], clock, chance)
-        smalls = {file.name: await _small(supplier, file) for file in listed if not file.name.endswith(_WEIGHTS)}
-        headers = {file.name: await _header(supplier, file) for file in listed if file.name.endswith(_WEIGHTS)}
-        model_id = _model_id(smalls, source.url)
-        record = _Record(_FORMAT_VERSION, key, model_id or key, source.url, listed, model_id)
-        await on_thread(self._write, record, smalls, headers)
-        return await self.open(key)
+        async with self._lock(key):
+            with contextlib.suppress(CheckpointInvalid):
+                return await self.open(key)
+            suppliers = Suppliers([Supplier(source, {file.name: file for file in listed})], clock, chance)
+            smalls, headers = await _fetch(source.url, suppliers, listed)
+            model_id = await on_thread(_model_id, smalls, source.url)
+            record = _Record(_FORMAT_VERSION, key, model_id or key, source.url, listed, model_id)
+            await on_thread(self._write, record, smalls, headers)
+            try:
+                return await self.open(key)
+            except CheckpointInvalid:
+                await self._remove(key)
+                raise
 
     def _write(self, record: _Record, smalls: dict[str, bytes], headers: dict[str, bytes]) -> None:
         sizes = {file.name: file.size_bytes for file in record.files}
@@ -182,7 +199,12 @@ class Cards:
         Raises:
             CheckpointInvalid: there is none, or it can't be read.
         """
-        return await on_thread(self._open, key)
+        card = await on_thread(self._open, key)
+        known = self._known.get(key)
+        if known is not None and known.checkpoint.fingerprint == card.checkpoint.fingerprint:
+            return known
+        self._known[key] = card
+        return card
 
     def _open(self, key: str) -> Card:
         path = self._folder / key
@@ -198,19 +220,74 @@ class Cards:
             raise CheckpointInvalid(f"{path / RECORD_NAME} is that of another card")
         return Card(record, msgspec.structs.replace(checkpoint, identity=record.identity))
 
-    async def forget(self, key: str) -> None:
-        """Remove a card; what the SSD tier has stays."""
-        await on_thread(lambda: shutil.rmtree(self._folder / key, ignore_errors=True))
+    async def keep(self, is_wanted: Callable[[str], bool]) -> None:
+        """Remove every card that is not wanted; what the SSD tier has stays."""
+        for key in await on_thread(self._keys):
+            async with self._lock(key):
+                if not is_wanted(key):
+                    await self._remove(key)
 
-    async def keys(self) -> list[str]:
-        """List the cards that are here."""
-        return await on_thread(self._keys)
+    async def _remove(self, key: str) -> None:
+        await on_thread(lambda: shutil.rmtree(self._folder / key, ignore_errors=True))
 
     def _keys(self) -> list[str]:
         try:
             return sorted(entry.name for entry in self._folder.iterdir() if not entry.name.startswith("."))
         except OSError:
             return []
+
+    async def recover(self) -> None:
+        """Remove what a killed process has left half made; this one has the folder to itself."""
+        await on_thread(self._recover)
+
+    def _recover(self) -> None:
+        for left in self._folder.glob(".*.sllm-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _check_listing(url: str, listed: tuple[SourceFile, ...]) -> None:
+    """Refuse, before anything is fetched, what would be too much, or could not be told from a later version."""
+    weights = [file for file in listed if file.name.endswith(_WEIGHTS)]
+    smalls = [file for file in listed if not file.name.endswith(_WEIGHTS)]
+    if not weights:
+        raise SourceInvalid(f"{url} has no weights as safetensors", param="source")
+    if sum(file.size_bytes for file in smalls) > MAX_SMALL_BYTES or len(smalls) > MAX_OTHER_FILES + 1:
+        raise SourceInvalid(
+            f"{url} has {len(smalls)} files beside its weights; at most {MAX_OTHER_FILES}, of "
+            f"{format_bytes(MAX_SMALL_BYTES)} in all, are allowed",
+            param="source",
+        )
+    if all(file.name != MANIFEST_NAME for file in smalls) and not all(file.validator for file in weights):
+        raise SourceInvalid(
+            f"{url} tells no version of its files (ETag or Last-Modified) and has no {MANIFEST_NAME}: "
+            "bytes of two versions could not be told apart",
+            param="source",
+        )
+
+
+async def _fetch(
+    url: str, suppliers: Suppliers, listed: tuple[SourceFile, ...]
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Fetch the small files and the headers of the others, each compared with the manifest where there is one."""
+    files = {file.name: file for file in listed}
+    smalls: dict[str, bytes] = {}
+    wanted: dict[str, str] = {}
+    if MANIFEST_NAME in files:
+        smalls[MANIFEST_NAME] = await _small(suppliers, files[MANIFEST_NAME], "")
+        manifest = await on_thread(parse_manifest, smalls[MANIFEST_NAME], f"{MANIFEST_NAME} of {url}")
+        wanted |= {other.name: other.digest for other in manifest.others}
+        wanted |= {file.name: file.header_digest for file in manifest.files}
+    headers: dict[str, bytes] = {}
+    for file in listed:
+        if file.name.endswith(_WEIGHTS):
+            headers[file.name] = await _header(suppliers, file, wanted.get(file.name, ""))
+            if sum(map(len, headers.values())) > MAX_SMALL_BYTES:
+                raise SourceInvalid(
+                    f"the headers of {url} take more than {format_bytes(MAX_SMALL_BYTES)}", param="source"
+                )
+        elif file.name not in smalls:
+            smalls[file.name] = await _small(suppliers, file, wanted.get(file.name, ""))
+    return smalls, headers
 
 
 def _key(url: str, files: tuple[SourceFile, ...]) -> str:
@@ -222,23 +299,29 @@ def _key(url: str, files: tuple[SourceFile, ...]) -> str:
     return digest.hexdigest()
 
 
-async def _small(suppliers: Suppliers, file: SourceFile) -> bytes:
+async def _small(suppliers: Suppliers, file: SourceFile, wanted: str) -> bytes:
     bound = _BOUNDS.get(file.name, MAX_INDEX_BYTES)
     if file.size_bytes > bound:
         raise SourceInvalid(f"{file.name} has {file.size_bytes} bytes; at most {bound} are allowed", param="source")
-    return await _read(suppliers, file, file.size_bytes)
+    return await _read(suppliers, file, file.size_bytes, wanted)
 
 
-async def _header(suppliers: Suppliers, file: SourceFile) -> bytes:
+async def _header(suppliers: Suppliers, file: SourceFile, wanted: str) -> bytes:
     """Read the header of a weight file, its length first."""
-    length = await _read(suppliers, file, min(LENGTH_BYTES, file.size_bytes))
-    return await _read(suppliers, file, header_end(length, file.size_bytes, file.name))
+    length = await _read(suppliers, file, min(LENGTH_BYTES, file.size_bytes), "")
+    return await _read(suppliers, file, header_end(length, file.size_bytes, file.name), wanted)
 
 
-async def _read(suppliers: Suppliers, file: SourceFile, length: int) -> bytes:
+async def _read(suppliers: Suppliers, file: SourceFile, length: int, wanted: str) -> bytes:
+    """Read the beginning of a file until it has the digest that is wanted, if one is."""
     content = bytearray(length)
+
+    async def settle() -> None:
+        if wanted and digest(content).hex() != wanted:
+            raise CheckpointCorrupt(f"{file.name}: its first {length} bytes are not what was written")
+
     if content:
-        await suppliers.read(file.name, 0, memoryview(content))
+        await read_and_settle(suppliers, file.name, 0, memoryview(content), settle)
     return bytes(content)
 
 

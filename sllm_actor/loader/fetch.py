@@ -7,12 +7,21 @@ for the SSD. What the SSD has of an earlier, interrupted fetch is read from ther
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.errors import CheckpointCorrupt, ReadFailed, SllmError
+from sllm_actor.errors import (
+    CheckpointCorrupt,
+    CheckpointTruncated,
+    Draining,
+    ReadFailed,
+    SllmError,
+    TargetBusy,
+    WriteFailed,
+)
 from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.reservation import Reservation
 from sllm_actor.loader.ssd_partial import SsdPartial
@@ -157,10 +166,12 @@ class Fetch:
             await partial.read(file, index, into)
             self.device_bytes += await self._reserved.settle(file, index)
             return True
-        except (CheckpointCorrupt, ReadFailed) as wrong:
-            log.warning("%s is fetched again: %s", self._checkpoint.files[file].name, wrong)
+        except (CheckpointCorrupt, CheckpointTruncated, ReadFailed, WriteFailed, TargetBusy) as wrong:
+            log.warning("%s is fetched again: %s", self._checkpoint.files[file].name, wrong.message)
+        # A disk that fails costs the copy, not the load.
+        with contextlib.suppress(WriteFailed, TargetBusy, Draining):
             await partial.discard(file, index)
-            return False
+        return False
 
     async def _from_sources(self, file: int, index: int, into: memoryview) -> None:
         async def settle() -> None:
@@ -185,7 +196,7 @@ async def read_and_settle(
         try:
             await settle()
         except CheckpointCorrupt as wrong:
-            log.warning("%s sent something else: %s", supplier.source.url, wrong)
+            log.warning("%s sent something else: %s", supplier.source.url, wrong.message)
             suppliers.blame(supplier, wrong)
         else:
             return

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import msgspec
 
-from sllm_actor.errors import CheckpointCorrupt, DeviceError, Draining, ModelTooLarge, NoCapacity
+from sllm_actor.errors import AlreadyThere, CheckpointCorrupt, DeviceError, Draining, ModelTooLarge, NoCapacity
 from sllm_actor.loader.host_memory import Held, HostMemory, Key, chunk_count
 from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.loads import Grant, Load, Loads
@@ -152,6 +152,8 @@ class Filling:
             await self._loads.until_one_ends()
         if self._loads.closing:
             raise Draining("the loader is closing")
+        if self._memory.find(order.key) is not None:
+            raise AlreadyThere(f"{order.checkpoint.path} is in the host pool already")
         self._memory.make_room(needed)
         files = self._take(order)
 

@@ -81,6 +81,7 @@ class HostMemory:
 
     def hold(self, key: Key, files: tuple[HostFile, ...], size_bytes: int) -> Held:
         """Note that the files are whole in the pool."""
+        assert key not in self._held, "a checkpoint is held once"
         held = self._held[key] = Held(key, files, size_bytes, self._clock.monotonic_s())
         return held
 

@@ -1,7 +1,6 @@
 """Loads of checkpoints that are not on this node: one for all who want the same, and one copy for the SSD.
 
 Who asks for a checkpoint while it is on its way joins; the last who leaves ends it, and what the SSD has of it stays.
-A load takes over from a pull of the same checkpoint; the pull's callers then wait for the load's copy.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
-from sllm_actor.errors import Draining, SllmError, WriteFailed
+from sllm_actor.errors import Draining, SllmError
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.fetch import Fetch, Storing
 from sllm_actor.loader.lease import HostLease
@@ -20,11 +19,12 @@ from sllm_actor.loader.load_queue import LoadQueue, Turn
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mapping import HostFile
+from sllm_actor.loader.meter import Meter
 from sllm_actor.loader.order import OnPlaced
-from sllm_actor.loader.pull import Pull
 from sllm_actor.loader.reservation import Reservation
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.ssd_tier import SsdTier
+from sllm_actor.loader.ssd_work import to_the_end
 from sllm_actor.loader.suppliers import Supplier, Suppliers
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.tasks import TaskScope
@@ -33,6 +33,8 @@ from sllm_actor.sources.source import Source
 log = logging.getLogger(__name__)
 
 OpenSource = Callable[[str], Source]
+Mirrors = Callable[[str], Sequence[str]]
+"""Where else a model may be, by its id: URLs of places that are asked beside its own source."""
 
 
 class _Running:
@@ -46,7 +48,7 @@ class _Running:
         self.files: tuple[HostFile, ...] | None = None
         self.on_placed: list[OnPlaced] = []
         self.on_progress: list[OnProgress] = []
-        self.task: asyncio.Task[HostLease]
+        self.task: asyncio.Task[HostLease | None]
 
     def placed(self, files: tuple[HostFile, ...]) -> None:
         self.files = files
@@ -60,7 +62,14 @@ class _Running:
     def arrived(self, size_bytes: int) -> None:
         self.arrived_bytes += size_bytes
         for tell in self.on_progress:
-            tell(self.arrived_bytes, self.size_bytes)
+            # On its own turn of the loop, so that its failure is not ours.
+            asyncio.get_running_loop().call_soon(tell, self.arrived_bytes, self.size_bytes)
+
+    def forget(self, on_placed: OnPlaced | None, on_progress: OnProgress | None) -> None:
+        if on_placed in self.on_placed:
+            self.on_placed.remove(on_placed)
+        if on_progress in self.on_progress:
+            self.on_progress.remove(on_progress)
 
     def watch(self, on_placed: OnPlaced | None, on_progress: OnProgress | None) -> None:
         if on_placed is not None:
@@ -82,7 +91,9 @@ class RemoteLoads:
         queue: LoadQueue,
         clock: Clock,
         chance: Callable[[], float],
+        mirrors: Mirrors,
     ) -> None:
+        self._mirrors = mirrors
         self._loader = loader
         self._ssd = ssd
         self._open_source = open_source
@@ -92,10 +103,11 @@ class RemoteLoads:
         self._scope = TaskScope("remote-loads")
         self._writers = TaskScope("remote-loads/writers")
         self._running: dict[str, _Running] = {}
-        self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._closed = False
+        # Ends a pull of an identity, for a load that goes on with what it has stored.
+        self.take_over: Callable[[str], Awaitable[None]] | None = None
+        self.meter = Meter(clock)
         self._copies: dict[str, asyncio.Task[None]] = {}
-        self.busy_s = 0.0
-        self.remote_bytes = 0
 
     def progress(self, identity: str) -> tuple[int, int] | None:
         """Tell how many bytes of a checkpoint have arrived, and of how many; None where none is on its way."""
@@ -106,35 +118,54 @@ class RemoteLoads:
         """List the copies that are being written to the SSD from the pool, which holds their bytes until then."""
         return list(self._copies.values())
 
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of the chunks that are fetched and stored."""
+        return self._loader.chunk_bytes
+
+    def is_stored(self, card: Card) -> bool:
+        """Tell whether the SSD has a checkpoint whole."""
+        return self._ssd.holds(card.model_id)
+
+    def under_way(
+        self, card: Card, on_progress: OnProgress | None
+    ) -> tuple[asyncio.Task[HostLease | None] | None, asyncio.Task[None] | None]:
+        """Give the load of a checkpoint, and the writing of its copy to the SSD, as far as there is one."""
+        running = self._running.get(card.checkpoint.identity)
+        if running is not None and on_progress is not None:
+            running.on_progress.append(on_progress)
+        return (None if running is None else running.task), self._copies.get(card.checkpoint.identity)
+
     async def lease(
         self, card: Card, *, priority: int, on_placed: OnPlaced | None, on_progress: OnProgress | None
-    ) -> HostLease:
-        """Bring the checkpoint of `card` into the pool from its sources.
+    ) -> HostLease | None:
+        """Bring the checkpoint of `card` into the pool from its sources; None where a higher tier has it by now.
 
         Raises:
             SourceError, SourceInvalid, CheckpointCorrupt: no source gives it.
             ModelTooLarge, NoCapacity, Draining: as `Loader.lease` does.
         """
-        while True:
-            running = await self._join(card, priority)
+        running = await self._join(card, priority)
+        running.waiters += 1
+        try:
             running.watch(on_placed, on_progress)
-            running.waiters += 1
-            try:
-                lease = await asyncio.shield(running.task)
-                mine = self._loader.lease_resident(card.checkpoint)
-                if mine is not None:
-                    return HostLease(mine.files, lease.report, mine.release)
-            except asyncio.CancelledError:
-                if running.task.cancelled() and not _is_cancelled():
-                    raise Draining("the loader is closing") from None
-                raise
-            finally:
-                running.waiters -= 1
-                if not running.waiters:
-                    _leave(running)
+            lease = await asyncio.shield(running.task)
+            mine = self._loader.lease_resident(card.checkpoint) if lease is not None else None
+            return None if lease is None or mine is None else HostLease(mine.files, lease.report, mine.release)
+        except asyncio.CancelledError:
+            if running.task.cancelled() and not is_cancelled():
+                raise Draining("the loader is closing") from None
+            raise
+        finally:
+            running.forget(on_placed, on_progress)
+            running.waiters -= 1
+            if not running.waiters:
+                _leave(running)
 
     async def _join(self, card: Card, priority: int) -> _Running:
         identity = card.checkpoint.identity
+        if self._closed:
+            raise Draining("the loader is closing")
         while (running := self._running.get(identity)) is not None:
             if not running.abandoned:
                 return running
@@ -145,54 +176,71 @@ class RemoteLoads:
         running.task.add_done_callback(lambda _: self._running.pop(identity, None))
         return running
 
-    async def _load(self, card: Card, running: _Running, priority: int) -> HostLease:
-        async with self._queue.turn(card.checkpoint.size_bytes, priority) as turn, self._suppliers(card) as suppliers:
-            partial = await self._take_over(card)
-            storing: Storing | None = None
-            writing: asyncio.Task[None] | None = None
-            try:
-                reserved = await self._loader.reserve(card.checkpoint, {}, on_placed=running.placed)
-            except BaseException:
-                if partial is not None:
-                    await partial.pause()
-                raise
-            try:
-                fetch = Fetch(card.checkpoint, reserved, suppliers, partial, self._clock, _both(running.arrived, turn))
-                storing = fetch.storing
-                if storing is not None:
-                    writing = self._writers.spawn(storing.run(), "store")
-                begun_s = self._clock.monotonic_s()
-                lease = await fetch.run()
-                self.busy_s += self._clock.monotonic_s() - begun_s
-                self.remote_bytes += lease.report.remote_bytes
-            except BaseException:
-                if storing is not None and writing is not None:
-                    await _stop(storing, writing)
-                reserved.abandon()
-                raise
-            if storing is not None and writing is not None:
-                self._keep(card, storing, writing, reserved)
-            else:
-                reserved.forget()
-            return lease
+    async def _load(self, card: Card, running: _Running, priority: int) -> HostLease | None:
+        lease: HostLease | None = None
+        try:
+            async with (
+                self._queue.turn(card.checkpoint.size_bytes, priority) as turn,
+                self.suppliers(card) as suppliers,
+            ):
+                await self._end_others(card)
+                # It has waited: a pull, or another name's load, may have been through.
+                if not self.is_stored(card) and not self._loader.holds(card.checkpoint):
+                    lease = await self._fetch(card, running, suppliers, turn)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        return lease
 
-    async def _take_over(self, card: Card) -> SsdPartial | None:
-        """Begin the SSD's copy, or go on with it; without one, where the SSD has no room for it."""
+    async def _fetch(self, card: Card, running: _Running, suppliers: Suppliers, turn: Turn) -> HostLease:
+        partial = await self._take_partial(card)
+        storing: Storing | None = None
+        writing: asyncio.Task[None] | None = None
+        try:
+            reserved = await self._loader.reserve(card.checkpoint, {}, on_placed=running.placed)
+        except BaseException:
+            if partial is not None:
+                await partial.pause()
+            raise
+        try:
+            fetch = Fetch(card.checkpoint, reserved, suppliers, partial, self._clock, _both(running.arrived, turn))
+            storing = fetch.storing
+            if storing is not None:
+                writing = self._writers.spawn(storing.run(), "store")
+            with self.meter.running():
+                lease = await fetch.run()
+            self.meter.add(lease.report.remote_bytes)
+        except BaseException:
+            if storing is not None and writing is not None:
+                await _stop(storing, writing)
+            reserved.abandon()
+            raise
+        if storing is not None and writing is not None:
+            self._keep(card, storing, writing, reserved)
+        else:
+            reserved.forget()
+        return lease
+
+    async def _end_others(self, card: Card) -> None:
+        """End a pull of the same checkpoint, and let a copy be finished that is being written."""
         identity = card.checkpoint.identity
-        pull = self._pulls.get(identity)
-        if pull is not None:
-            pull.cancel()
-            await asyncio.wait([pull])
+        if self.take_over is not None:
+            await self.take_over(identity)
         copy = self._copies.get(identity)
         if copy is not None:
             await asyncio.wait([copy])
+
+    async def _take_partial(self, card: Card) -> SsdPartial | None:
+        """Begin the SSD's copy, or go on with it; without one, where the SSD has no room for it."""
         try:
-            return await self._begin(card)
+            return await self.begin(card)
         except SllmError as wrong:
-            log.warning("%s is loaded without a copy on the SSD: %s", card.url, wrong)
+            log.warning("%s is loaded without a copy on the SSD: %s", card.url, wrong.message)
             return None
 
-    async def _begin(self, card: Card) -> SsdPartial:
+    async def begin(self, card: Card) -> SsdPartial:
+        """Begin the SSD's copy, or go on with it; raises what `SsdTier.begin` does."""
         return await self._ssd.begin(
             card.checkpoint.identity, card.weights, card.small_paths(), self._loader.chunk_bytes
         )
@@ -218,7 +266,7 @@ class RemoteLoads:
             await asyncio.shield(writing)
             if storing.failed is not None:
                 raise storing.failed
-            await self._publish(card, storing.partial)
+            await self.publish(card, storing.partial)
         except SllmError as wrong:
             log.warning("%s has no copy on the SSD: %s", card.url, wrong)
             await storing.partial.drop()
@@ -226,73 +274,51 @@ class RemoteLoads:
             await _stop(storing, writing)
             raise
 
-    async def _publish(self, card: Card, partial: SsdPartial) -> None:
-        entry = await partial.publish(card.model_id or None)
-        if entry.model_id != card.model_id:
-            await card.learn(entry.model_id)
+    async def publish(self, card: Card, partial: SsdPartial) -> None:
+        """Make a complete partial the SSD's copy; raises what `SsdPartial.publish` does."""
 
-    async def pull(self, card: Card, on_progress: OnProgress | None) -> None:
-        """Bring the checkpoint of `card` to the SSD and return when it is there, whole and checked.
+        async def both() -> None:
+            entry = await partial.publish(card.model_id or None)
+            if entry.model_id != card.model_id:
+                await card.learn(entry.model_id)
 
-        Raises:
-            SourceError, SourceInvalid, CheckpointCorrupt: no source gives it.
-            ModelTooLarge, NoCapacity, WriteFailed: the SSD does not take it.
-        """
-        identity = card.checkpoint.identity
-        while not self._ssd.holds(card.model_id):
-            running, copy = self._running.get(identity), self._copies.get(identity)
-            if running is not None or copy is not None:
-                # A load is on its way, and stores what it gets.
-                if running is not None:
-                    running.watch(None, on_progress)
-                await asyncio.wait(([] if running is None else [running.task]) + ([] if copy is None else [copy]))
-                if not self._ssd.holds(card.model_id) and identity not in self._copies:
-                    raise WriteFailed(f"{card.url} was loaded, and could not be stored; the node's log says why")
-                continue
-            task = self._pulls.get(identity)
-            if task is None:
-                task = self._scope.spawn(self._pull(card, on_progress), "pull", on_failure=lambda _: None)
-                self._pulls[identity] = task
-                task.add_done_callback(lambda _: self._pulls.pop(identity, None))
-            try:
-                await asyncio.shield(task)
-            except asyncio.CancelledError:
-                if _is_cancelled():
-                    task.cancel()
-                    await asyncio.wait([task])
-                    raise
-
-    async def _pull(self, card: Card, on_progress: OnProgress | None) -> None:
-        partial = await self._begin(card)
-        total_bytes = card.checkpoint.size_bytes
-        arrived_bytes = partial.done_bytes
-
-        def arrived(size_bytes: int) -> None:
-            nonlocal arrived_bytes
-            arrived_bytes += size_bytes
-            if on_progress is not None:
-                on_progress(arrived_bytes, total_bytes)
-
-        try:
-            async with self._suppliers(card) as suppliers:
-                await Pull(card.checkpoint, suppliers, partial, self._loader.chunk_bytes, arrived).run()
-        except BaseException:
-            await partial.pause()
-            raise
-        await self._publish(card, partial)
+        # Whoever stops waiting: a copy whose id nobody knows would be of no use.
+        await to_the_end(self._writers.spawn(both(), "publish", on_failure=lambda _: None))
 
     @asynccontextmanager
-    async def _suppliers(self, card: Card) -> AsyncIterator[Suppliers]:
-        source = self._open_source(card.url)
+    async def suppliers(self, card: Card) -> AsyncIterator[Suppliers]:
+        stack, scope = AsyncExitStack(), TaskScope("mirrors")
         try:
-            yield Suppliers([Supplier(source, card.files)], self._clock, self._chance)
+            source = self._open_source(card.url)
+            stack.push_async_callback(source.close)
+            suppliers = Suppliers([Supplier(source, card.files)], self._clock, self._chance)
+            # Bytes of several sources are put together only where digests tell what they should be.
+            for url in self._mirrors(card.model_id) if card.checkpoint.digest_bytes else ():
+                mirror = self._open_source(url)
+                stack.push_async_callback(mirror.close)
+                scope.spawn(_add_mirror(suppliers, mirror, card), "list")
+            stack.push_async_callback(scope.close)
+            yield suppliers
         finally:
-            await source.close()
+            await to_the_end(self._writers.spawn(stack.aclose(), "close"))
 
     async def close(self) -> None:
-        """End every load and every pull; what the SSD has of them can be gone on with."""
+        """End every load; what the SSD has of them can be gone on with."""
+        self._closed = True
         await self._scope.close()
         await self._writers.close()
+
+
+async def _add_mirror(suppliers: Suppliers, mirror: Source, card: Card) -> None:
+    """Ask a mirror, too, if it has the very files; most have none of them."""
+    try:
+        files = {file.name: file for file in await mirror.files()}
+    except SllmError as wrong:
+        log.info("%s has no %s: %s", mirror.url, card.model_id, wrong)
+        return
+    sizes = {name: file.size_bytes for name, file in files.items()}
+    if all(sizes.get(file.name) == file.size_bytes for file in card.weights):
+        suppliers.add(Supplier(mirror, files))
 
 
 def _both(arrived: Callable[[int], None], turn: Turn) -> Callable[[int], None]:
@@ -312,7 +338,8 @@ async def _stop(storing: Storing, writing: asyncio.Task[None]) -> None:
     await storing.partial.pause()
 
 
-def _is_cancelled() -> bool:
+def is_cancelled() -> bool:
+    """Tell whether it is the caller itself that was cancelled, and not what it waits for."""
     current = asyncio.current_task()
     return current is not None and current.cancelling() > 0
 
@@ -323,4 +350,6 @@ def _leave(running: _Running) -> None:
     if not running.task.done():
         running.task.cancel()
     elif not running.task.cancelled() and running.task.exception() is None:
-        running.task.result().release()
+        lease = running.task.result()
+        if lease is not None:
+            lease.release()

@@ -38,6 +38,7 @@ class Supplier:
         self.under_way_bytes = 0
         self.reads = 0
         self.failures = 0
+        self.failed_s = float("-inf")
         self.wrongs = 0
         self.resting_until_s = 0.0
         self.given_up: SllmError | None = None
@@ -63,8 +64,8 @@ class Suppliers:
         return sum(supplier.source.parallel for supplier in self._suppliers if supplier.given_up is None)
 
     def add(self, supplier: Supplier) -> None:
-        """Ask one more, from the next read on."""
-        self._suppliers.append(supplier)
+        """Ask one more, from the next read on, and rather than one of which no more is known."""
+        self._suppliers.insert(0, supplier)
         self._changed.set()
 
     def read_bytes(self) -> dict[str, int]:
@@ -85,7 +86,7 @@ class Suppliers:
             try:
                 await supplier.source.read(supplier.files[name], offset, into)
             except (SourceError, SourceInvalid, ReadFailed) as wrong:
-                self._blame(supplier, wrong)
+                self._blame(supplier, wrong, begun_s)
                 continue
             finally:
                 # Those that run at once share the bandwidth: what is seen of one is multiplied by their number.
@@ -93,7 +94,7 @@ class Suppliers:
                 supplier.reads -= 1
                 supplier.under_way_bytes -= len(into)
                 self._changed.set()
-            self._praise(supplier, len(into) * sharing, self._clock.monotonic_s() - begun_s)
+            self._praise(supplier, len(into) * sharing, begun_s)
             supplier.read_bytes += len(into)
             return supplier
 
@@ -109,15 +110,20 @@ class Suppliers:
         if all(known.given_up is not None for known in self._suppliers):
             raise wrong
 
-    def _praise(self, supplier: Supplier, size_bytes: int, duration_s: float) -> None:
-        seen = size_bytes / max(duration_s, 1e-9)
+    def _praise(self, supplier: Supplier, size_bytes: int, begun_s: float) -> None:
+        seen = size_bytes / max(self._clock.monotonic_s() - begun_s, 1e-9)
         before = supplier.bytes_per_s
         supplier.bytes_per_s = seen if not before else (1 - _WEIGHT) * before + _WEIGHT * seen
-        supplier.failures = 0
+        if begun_s > supplier.failed_s:
+            supplier.failures = 0
 
-    def _blame(self, supplier: Supplier, wrong: SllmError) -> None:
+    def _blame(self, supplier: Supplier, wrong: SllmError, begun_s: float) -> None:
+        passing = isinstance(wrong, SourceUnreachable | SourceViolation)
+        if passing and begun_s <= supplier.failed_s:
+            return  # Of the same moment as one that has been counted.
+        supplier.failed_s = self._clock.monotonic_s()
         supplier.failures += 1
-        if not isinstance(wrong, SourceUnreachable | SourceViolation) or supplier.failures >= MAX_FAILURES:
+        if not passing or supplier.failures >= MAX_FAILURES:
             self._give_up(supplier, wrong)
             return
         pause_s = _pause_s(supplier.failures, wrong, self._chance)

@@ -22,7 +22,8 @@ from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mover import PathFacts
 from sllm_actor.loader.order import OnPlaced
-from sllm_actor.loader.remote_loads import OpenSource, RemoteLoads
+from sllm_actor.loader.pulls import Pulls
+from sllm_actor.loader.remote_loads import Mirrors, OpenSource, RemoteLoads
 from sllm_actor.loader.ssd_tier import SsdTier
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.tasks import TaskScope
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 # What a way is believed to give before the first load has told.
 FIRST_SSD_BYTES_PER_S = 1e9
 FIRST_REMOTE_BYTES_PER_S = 1e8
-SSD_LOADS, REMOTE_LOADS = 1, 4
+SSD_LOADS, REMOTE_LOADS, PULLS = 1, 4, 2
 
 
 class Queues(msgspec.Struct, frozen=True):
@@ -55,6 +56,7 @@ class Tiers:
         clock: Clock,
         chance: Callable[[], float],
         pressing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        mirrors: Mirrors = lambda _: (),
     ) -> None:
         self._pressing = pressing
         self.loader = loader
@@ -65,7 +67,9 @@ class Tiers:
         self._chance = chance
         self._ssd_queue = LoadQueue(SSD_LOADS, lambda: loader.paths().ssd.bytes_per_s or FIRST_SSD_BYTES_PER_S)
         self._remote_queue = LoadQueue(REMOTE_LOADS, lambda: self.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S)
-        self._remote = RemoteLoads(loader, ssd, open_source, self._remote_queue, clock, chance)
+        self._remote = RemoteLoads(loader, ssd, open_source, self._remote_queue, clock, chance, mirrors)
+        self._pulls = Pulls(self._remote, LoadQueue(PULLS, lambda: self.remote_path().bytes_per_s))
+        self._remote.take_over = self._pulls.give_way
 
     async def describe(self, url: str) -> Card:
         """Fetch the card of what `url` names, unless it is here.
@@ -87,15 +91,13 @@ class Tiers:
         """
         return await self._cards.open(key)
 
-    async def forget(self, key: str) -> None:
-        """Drop a card; what the tiers have of its checkpoint stays until its room is needed."""
-        await self._cards.forget(key)
+    async def keep_cards(self, is_wanted: Callable[[str], bool]) -> None:
+        """Drop the cards that are not wanted; what the tiers have of their checkpoints stays until room is needed."""
+        await self._cards.keep(is_wanted)
 
-    async def keep_cards(self, keys: set[str]) -> None:
-        """Drop every card but these."""
-        for key in await self._cards.keys():
-            if key not in keys:
-                await self._cards.forget(key)
+    async def recover(self) -> None:
+        """Remove what a killed process has left of cards; before anything is described."""
+        await self._cards.recover()
 
     def is_on_ssd(self, card: Card) -> bool:
         """Tell whether the SSD has a checkpoint whole."""
@@ -123,6 +125,8 @@ class Tiers:
             try:
                 return await self._lease(wanted, priority, verify, in_place, on_placed, on_progress)
             except NoCapacity:
+                # One that has begun meanwhile keeps room, too.
+                copies = copies or self._remote.copies()
                 if not copies:
                     raise
                 with self._pressing():
@@ -163,9 +167,11 @@ class Tiers:
         if not isinstance(wanted, Card):
             return await read(wanted)
         found = await self._from_ssd(wanted, read)
-        if found is not None:
-            return found
-        return await self._remote.lease(wanted, priority=priority, on_placed=on_placed, on_progress=on_progress)
+        if found is None:
+            found = await self._remote.lease(wanted, priority=priority, on_placed=on_placed, on_progress=on_progress)
+        if found is None:  # Nothing was left to fetch when its turn had come.
+            return await self._lease(wanted, priority, verify, in_place, on_placed, on_progress)
+        return found
 
     async def _from_ssd(self, card: Card, read: Callable[[Checkpoint], Awaitable[HostLease]]) -> HostLease | None:
         """Load what the SSD has whole. A copy that can't be read, or is no longer what it was, is given up."""
@@ -202,9 +208,9 @@ class Tiers:
         """Have a checkpoint on the SSD, whole and checked.
 
         Raises:
-            SllmError: as `RemoteLoads.pull` does.
+            SllmError: as `Pulls.pull` does.
         """
-        await self._remote.pull(card, on_progress)
+        await self._pulls.pull(card, on_progress)
 
     async def pulled(self, card: Card) -> AsyncGenerator[tuple[int, int], None]:
         """Pull, and give how much has arrived and of how much, in bytes, as that changes; the last is the whole."""
@@ -234,7 +240,7 @@ class Tiers:
 
     def remote_path(self) -> PathFacts:
         """Tell what has come from sources so far, and in which time."""
-        return PathFacts(self._remote.remote_bytes, self._remote.busy_s)
+        return self._remote.meter.facts()
 
     def queues(self) -> Queues:
         """Tell how long the queues are."""
@@ -242,4 +248,5 @@ class Tiers:
 
     async def close(self) -> None:
         """End every load and pull from a source."""
+        await self._pulls.close()
         await self._remote.close()

@@ -18,6 +18,7 @@ from sllm_actor.errors import CheckpointInvalid, ModelNotFound, SourceChanged, S
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.tiers import Tiers
+from sllm_actor.runtime.threads import on_thread
 from sllm_actor.sources.holdings import Held, HeldFolder
 from sllm_actor.sources.local import FolderSource
 from sllm_actor.sources.source import SourceFile
@@ -38,13 +39,18 @@ class HeldCard:
         return self._card.model_id
 
     async def files(self) -> tuple[SourceFile, ...]:
-        return tuple(self._described(file) for file in self._card.files.values())
+        return tuple(self._described(file) for file in self._given().values())
+
+    def _given(self) -> dict[str, SourceFile]:
+        """What there is of the files that were listed: not the weights that the checkpoint does not use."""
+        held = self._card.small_paths().keys() | {file.name for file in self._card.checkpoint.files}
+        return {name: file for name, file in self._card.files.items() if name in held}
 
     def _described(self, file: SourceFile) -> SourceFile:
         return SourceFile(file.name, file.size_bytes, self._card.checkpoint.identity)
 
     async def read(self, file: SourceFile, offset: int, into: memoryview) -> None:
-        known = self._card.files.get(file.name)
+        known = self._given().get(file.name)
         if known is None:
             raise SourceMissing(f"it has no file {file.name}", param="source")
         if file != self._described(known):
@@ -54,7 +60,7 @@ class HeldCard:
         elif self._ssd is not None:
             await _read(self._ssd, file.name, offset, into)
         else:
-            self._copy(self._in_memory[file.name], offset, into)
+            await on_thread(self._copy, self._in_memory[file.name], offset, into)
 
     def _copy(self, chunks: tuple[int, ...], offset: int, into: memoryview) -> None:
         done = 0
@@ -89,8 +95,10 @@ class RegisteredModels:
 
     @asynccontextmanager
     async def hold(self, model: str) -> AsyncIterator[Held]:
+        # By its name, or by the id that others know it by.
+        names = self._registry.names_by_model_id().get(model, [model])
         try:
-            registered = self._registry.find(ModelName(model))
+            registered = self._registry.find(ModelName(names[0]))
         except ModelNotFound as wrong:
             raise SourceMissing(wrong.message, param="source") from None
         wanted = await self._registry.wanted(registered)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sllm_actor.config import Config
-from sllm_actor.errors import ConfigInvalid
+from sllm_actor.errors import ConfigInvalid, SourceInvalid
 from sllm_actor.loader.cards import Cards
 from sllm_actor.loader.device_profile import DeviceProfile, read_profile
 from sllm_actor.loader.loader import Loader
@@ -22,7 +22,7 @@ from sllm_actor.runtime import ActorSystem, Clock
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.sources.local import FolderSource
 from sllm_actor.sources.open import open_source
-from sllm_actor.sources.peer import PeerSource
+from sllm_actor.sources.peer import PeerSource, parse_peer_url
 from sllm_actor.sources.source import Source, SourceOptions
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,18 @@ async def open_storage(
     def open_one(url: str) -> Source:
         return open_source(url, options, BUILTIN, FolderSource, {"sllm": partial(PeerSource.from_url, system)})
 
+    peers = [peer for peer in map(str.strip, config.peers.split(",")) if peer]
+    for peer in peers:
+        try:
+            parse_peer_url(f"sllm://{peer}/model")
+        except SourceInvalid:
+            raise ConfigInvalid(f"peers: {peer!r} is not of the form NODE@HOST:PORT", param="peers") from None
+
+    def mirrors(model_id: str) -> list[str]:
+        return [f"sllm://{peer}/{model_id}" for peer in peers]
+
     chance = random.SystemRandom().random
-    tiers = Tiers(loader, ssd, Cards(folder / "cards"), open_one, clock, chance, gate.pressing)
+    tiers = Tiers(loader, ssd, Cards(folder / "cards"), open_one, clock, chance, gate.pressing, mirrors)
     stack.push_async_callback(tiers.close)
     return Storage(tiers, gate)
 
