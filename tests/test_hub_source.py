@@ -219,7 +219,8 @@ async def test_a_signed_address_that_ran_out_is_asked_for_anew(hub: HubServer) -
         before = descriptors()
         hub.signature = "signature=of-the-next-hour"
         assert await read(source, weights, 20, 10) == WEIGHTS[20:30]
-        await until(lambda: descriptors() == before)
+        # Fewer, where the server has closed a connection that nobody used.
+        await until(lambda: len(descriptors()) <= len(before))
         assert len(hub.hub.asked_for(path)) == 2
         parts = await asyncio.gather(*(read(source, weights, k, 9) for k in range(20)))
         assert parts == [WEIGHTS[k : k + 9] for k in range(20)]
