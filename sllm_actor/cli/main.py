@@ -229,7 +229,7 @@ def pull(
 ) -> None:  # fmt: skip
     """Register a model and bring it to the node's SSD before anybody asks for it. Can be interrupted and gone on with.
 
-    Example: sllm-node pull hf://facebook/opt-1.3b
+    Example: sllm-node pull hf://Qwen/Qwen2.5-0.5B-Instruct --name qwen
     """
     body = registration(source, name, keep_alive, replace=replace)
     ask(url, api_key, lambda client: pull_model(client, body, as_json=as_json), as_json=as_json)

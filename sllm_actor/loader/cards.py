@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from sllm_actor.checkpoint.bounded import read_bounded
 from sllm_actor.checkpoint.digests import digest
 from sllm_actor.checkpoint.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, Checkpoint, read_folder
 from sllm_actor.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_OTHER_FILES, parse_manifest
@@ -210,11 +211,9 @@ class Cards:
         path = self._folder / key
         checkpoint = read_folder(path)
         try:
-            raw = (path / RECORD_NAME).read_bytes()
-            if len(raw) > _MAX_RECORD_BYTES:
-                raise CheckpointInvalid(f"{path / RECORD_NAME} is longer than {_MAX_RECORD_BYTES} bytes")
+            raw = read_bounded(path / RECORD_NAME, _MAX_RECORD_BYTES, CheckpointInvalid)
             record = msgspec.json.decode(raw, type=_Record)
-        except (OSError, msgspec.DecodeError) as wrong:
+        except msgspec.DecodeError as wrong:
             raise CheckpointInvalid(f"{path / RECORD_NAME} can't be read: {wrong}") from None
         if record.key != key or record.format_version != _FORMAT_VERSION:
             raise CheckpointInvalid(f"{path / RECORD_NAME} is that of another card")

@@ -24,10 +24,10 @@ from sllm_actor.loader.order import OnPlaced
 from sllm_actor.loader.reservation import Reservation
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.ssd_tier import SsdTier
-from sllm_actor.loader.ssd_work import to_the_end
 from sllm_actor.loader.suppliers import Supplier, Suppliers
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.runtime.threads import to_the_end
 from sllm_actor.sources.source import Source
 
 log = logging.getLogger(__name__)

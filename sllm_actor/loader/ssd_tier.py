@@ -29,8 +29,9 @@ from sllm_actor.loader.ssd_record import (
     make_plan,
 )
 from sllm_actor.loader.ssd_uses import LastUses
-from sllm_actor.loader.ssd_work import DiskWork, to_the_end
+from sllm_actor.loader.ssd_work import DiskWork
 from sllm_actor.runtime.clock import Clock
+from sllm_actor.runtime.threads import to_the_end
 from sllm_actor.sources.source import SourceFile
 from sllm_actor.units import format_bytes
 

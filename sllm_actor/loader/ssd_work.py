@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from sllm_actor.errors import Draining
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.runtime.threads import to_the_end
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -78,21 +79,6 @@ class DiskWork:
         await self.idle()
         await self._scope.close()
         await to_the_end(self._loop.run_in_executor(None, self._pool.shutdown))
-
-
-async def to_the_end(future: asyncio.Future[Result]) -> Result:
-    """Wait until `future` is done, also when cancelled meanwhile, which takes effect afterwards."""
-    cancelled = False
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        if not future.cancelled():
-            future.exception()
-        raise asyncio.CancelledError
-    return future.result()
 
 
 def _told_to_the_caller(error: BaseException) -> None:

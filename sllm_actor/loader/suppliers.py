@@ -34,7 +34,6 @@ class Supplier:
         self.source = source
         self.files = files
         self.bytes_per_s = 0.0
-        self.read_bytes = 0
         self.under_way_bytes = 0
         self.reads = 0
         self.failures = 0
@@ -68,10 +67,6 @@ class Suppliers:
         self._suppliers.insert(0, supplier)
         self._changed.set()
 
-    def read_bytes(self) -> dict[str, int]:
-        """Tell what came from where, by URL."""
-        return {supplier.source.url: supplier.read_bytes for supplier in self._suppliers if supplier.read_bytes}
-
     async def read(self, name: str, offset: int, into: memoryview) -> Supplier:
         """Fill `into` from the first source that can, and say which it was.
 
@@ -95,7 +90,6 @@ class Suppliers:
                 supplier.under_way_bytes -= len(into)
                 self._changed.set()
             self._praise(supplier, len(into) * sharing, begun_s)
-            supplier.read_bytes += len(into)
             return supplier
 
     def blame(self, supplier: Supplier, wrong: SllmError) -> None:

@@ -95,12 +95,14 @@ class RegisteredModels:
 
     @asynccontextmanager
     async def hold(self, model: str) -> AsyncIterator[Held]:
-        # By its name, or by the id that others know it by.
-        names = self._registry.names_by_model_id().get(model, [model])
         try:
-            registered = self._registry.find(ModelName(names[0]))
+            registered = self._registry.find(ModelName(model))
         except ModelNotFound as wrong:
-            raise SourceMissing(wrong.message, param="source") from None
+            # Others ask by the id that they know it by.
+            names = self._registry.names_by_model_id().get(model)
+            if names is None:
+                raise SourceMissing(wrong.message, param="source") from None
+            registered = self._registry.find(ModelName(names[0]))
         wanted = await self._registry.wanted(registered)
         if not isinstance(wanted, Card):
             yield HeldFolder(Path(registered.path), _model_id)

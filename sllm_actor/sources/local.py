@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +27,7 @@ from sllm_actor.errors import (
     SourceRefused,
     SourceUnreachable,
 )
+from sllm_actor.runtime.threads import to_the_end
 from sllm_actor.sources.source import MAX_FILES, SourceFile, belongs
 from sllm_actor.sources.under_way import UnderWay
 from sllm_actor.units import MIB
@@ -164,11 +165,6 @@ async def _on_thread(work: Callable[[threading.Event], T]) -> T:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         stop.set()
-        while not running.done():
-            try:
-                await asyncio.wait([running])
-            except asyncio.CancelledError:
-                continue
-        # Nobody waits for what went wrong any more.
-        running.exception()
+        with suppress(Exception):  # Nobody waits for what went wrong any more.
+            await to_the_end(running)
         raise
