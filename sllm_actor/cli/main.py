@@ -49,6 +49,9 @@ SecretFile = Annotated[
 Source = Annotated[
     str, typer.Argument(help="A checkpoint folder, builtin:demo, or hf://, https://, s3:// or sllm:// and where it is.")
 ]
+Name = Annotated[str, typer.Option("--name", help="Its name; the last part of the source by default.")]
+KeepAlive = Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
 
 
@@ -89,12 +92,13 @@ def refusals(*, as_json: bool) -> Iterator[None]:
 def configure(
     file: Path | None,
     data_dir: str | None,
-    host: str | None,
-    port: int | None,
-    key_file: str | None,
-    listen: str | None,
-    secret_file: str | None,
     extra: list[str] | None,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    key_file: str | None = None,
+    listen: str | None = None,
+    secret_file: str | None = None,
 ) -> Resolved:
     """Put flags, variables and file together."""
     flags: dict[str, Any] = {}
@@ -125,11 +129,11 @@ def start(
     if log_level not in ("debug", "info", "warning", "error"):
         fail(f"--log-level {log_level}: use debug, info, warning or error", 2, as_json=as_json)
     try:
-        run(
-            configure(config, data_dir, host, port, api_key_file, listen, cluster_secret_file, set_).config,
-            as_json=as_json,
-            log_level=log_level,
-        )
+        resolved = configure(
+            config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
+            secret_file=cluster_secret_file,
+        )  # fmt: skip
+        run(resolved.config, as_json=as_json, log_level=log_level)
     except SllmError as error:
         fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
 
@@ -153,7 +157,10 @@ def doctor(
     from sllm_actor.cli.doctor import report
 
     try:
-        resolved = configure(config, data_dir, host, port, api_key_file, listen, cluster_secret_file, set_)
+        resolved = configure(
+            config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
+            secret_file=cluster_secret_file,
+        )  # fmt: skip
     except SllmError as error:
         fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
         raise
@@ -181,17 +188,12 @@ def calibrate(
     from sllm_actor.cli.calibrate import run
 
     with refusals(as_json=as_json):
-        run(
-            configure(config, data_dir, None, None, None, None, None, set_).config, size_bytes, seconds, as_json=as_json
-        )
+        run(configure(config, data_dir, set_).config, size_bytes, seconds, as_json=as_json)
 
 
 @app.command()
 def deploy(
-    source: Source,
-    name: Annotated[str, typer.Option("--name", help="Its name; the folder's name by default.")] = "",
-    keep_alive: Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")] = "",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")] = False,
+    source: Source, name: Name = "", keep_alive: KeepAlive = "", replace: Replace = False,
     url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check a checkpoint and register it; it is loaded when the first request for it comes.
@@ -221,10 +223,7 @@ def registration(source: str, name: str, keep_alive: str, *, replace: bool) -> d
 
 @app.command()
 def pull(
-    source: Source,
-    name: Annotated[str, typer.Option("--name", help="Its name; the last part of the source by default.")] = "",
-    keep_alive: Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")] = "",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")] = False,
+    source: Source, name: Name = "", keep_alive: KeepAlive = "", replace: Replace = False,
     url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Register a model and bring it to the node's SSD before anybody asks for it. Can be interrupted and gone on with.

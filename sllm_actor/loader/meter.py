@@ -1,7 +1,8 @@
-"""What goes one way, and for how long anything was on it: on the event loop, where several may be under way at once."""
+"""What goes one way, and for how long anything was on it, however many are under way at once. Thread-safe."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,33 +11,47 @@ from sllm_actor.runtime.clock import Clock
 
 
 class Meter:
-    """Counts bytes, and the time during which at least one was running."""
+    """Counts bytes, and the time during which at least one was under way."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._running = 0
+        self._lock = threading.Lock()
+        self._under_way = 0  # Guarded by _lock, as is the rest.
         self._since_s = 0.0
         self._busy_s = 0.0
         self._size_bytes = 0
 
+    def begin(self) -> None:
+        """Say that something is under way."""
+        with self._lock:
+            if self._under_way == 0:
+                self._since_s = self._clock.monotonic_s()
+            self._under_way += 1
+
+    def end(self, size_bytes: int) -> None:
+        """Say that it has ended, and what it has moved."""
+        with self._lock:
+            self._size_bytes += size_bytes
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._busy_s += self._clock.monotonic_s() - self._since_s
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Be running for as long as the block."""
-        if self._running == 0:
-            self._since_s = self._clock.monotonic_s()
-        self._running += 1
+        """Be under way for as long as the block; what it has moved is for `add`."""
+        self.begin()
         try:
             yield
         finally:
-            self._running -= 1
-            if self._running == 0:
-                self._busy_s += self._clock.monotonic_s() - self._since_s
+            self.end(0)
 
     def add(self, size_bytes: int) -> None:
         """Count bytes."""
-        self._size_bytes += size_bytes
+        with self._lock:
+            self._size_bytes += size_bytes
 
     def facts(self) -> PathFacts:
         """Tell what has been counted so far."""
-        running_s = self._clock.monotonic_s() - self._since_s if self._running else 0.0
-        return PathFacts(self._size_bytes, self._busy_s + running_s)
+        with self._lock:
+            running_s = self._clock.monotonic_s() - self._since_s if self._under_way else 0.0
+            return PathFacts(self._size_bytes, self._busy_s + running_s)

@@ -18,6 +18,7 @@ from sllm_actor.errors import CheckpointChanged, CheckpointCorrupt, ConfigInvali
 from sllm_actor.loader.described import check_unchanged, open_described
 from sllm_actor.loader.device import Device
 from sllm_actor.loader.libc import lock_memory
+from sllm_actor.loader.meter import Meter
 from sllm_actor.loader.mover import FilePlan, LoadPlan, LoadState, LoadStatus, MoverOptions, PathFacts, Paths, SlabFacts
 from sllm_actor.runtime.clock import Clock
 
@@ -27,40 +28,10 @@ _MADV_POPULATE_WRITE = 23
 _NO_DEVICES = "devices need the native library, and SLLM_NO_NATIVE does without it"
 
 
-class _Meter:
-    """What goes one way, and for how long anything was on it."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._under_way = 0  # Guarded by _lock, as is the rest.
-        self._since_s = 0.0
-        self._busy_s = 0.0
-        self._size_bytes = 0
-
-    def begin(self) -> None:
-        with self._lock:
-            if self._under_way == 0:
-                self._since_s = self._clock.monotonic_s()
-            self._under_way += 1
-
-    def end(self, size_bytes: int) -> None:
-        with self._lock:
-            self._size_bytes += size_bytes
-            self._under_way -= 1
-            if self._under_way == 0:
-                self._busy_s += self._clock.monotonic_s() - self._since_s
-
-    def facts(self) -> PathFacts:
-        with self._lock:
-            running_s = self._clock.monotonic_s() - self._since_s if self._under_way else 0.0
-            return PathFacts(self._size_bytes, self._busy_s + running_s)
-
-
 class _Meters:
     def __init__(self, clock: Clock) -> None:
-        self.cached = _Meter(clock)
-        self.storage = _Meter(clock)
+        self.cached = Meter(clock)
+        self.storage = Meter(clock)
 
 
 class _OpenFile:
