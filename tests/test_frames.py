@@ -89,6 +89,7 @@ def test_the_msgpack_package_alone_reads_a_frame_and_writes_one_that_is_read() -
         "reason": "stop",
         "prompt_tokens": 3,
         "generated_tokens": 5,
+        "cached_tokens": 0,
     }
     assert list(codec().feed(frame(msgpack.packb(plain)))) == [said]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain.generation import FinishReason, Sampling
+from sllm_actor.domain.generation import FinishReason, Resume, Sampling, TokenLogprobs
 from sllm_actor.domain.model import Model, ModelState
 from sllm_actor.domain.names import ModelName, NodeId, RequestId, check_model_name, check_node_id
 from sllm_actor.domain.timeline import Span, Timeline
@@ -14,9 +14,11 @@ __all__ = [
     "ModelState",
     "NodeId",
     "RequestId",
+    "Resume",
     "Sampling",
     "Span",
     "Timeline",
+    "TokenLogprobs",
     "check_model_name",
     "check_node_id",
 ]

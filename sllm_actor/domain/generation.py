@@ -14,15 +14,48 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
 
 
+class Resume(enum.StrEnum):
+    """How an engine takes up an answer that another one began.
+
+    FAST computes prompt and tokens together, EXACT replays the tokens one by one, in the shapes in which they were
+    computed first.
+    """
+
+    FAST = "fast"
+    EXACT = "exact"
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are drawn.
 
-    `temperature` 0 means greedy. The random number for a position depends on `seed` and that position
-    alone, so no sampler state exists that a migration would have to move.
+    `temperature` 0 means greedy. The random number for a position depends on `seed`, `choice` and that position
+    alone, so no sampler state exists that a migration would have to move. The defaults change nothing: `top_k` 0 keeps
+    all tokens, `min_p` is a share of the likeliest token's probability, penalties are those of OpenAI (presence,
+    frequency: what was generated) and of transformers (repetition: the prompt, too), `logit_bias` is added to the
+    logits of tokens, no end is drawn before `min_tokens`, `stop_token_ids` end an answer like the model's own ends,
+    which `ignore_eos` ignores. `top_logprobs` None asks for no log-probabilities, k for those of the drawn token and
+    of the k likeliest.
     """
 
     max_tokens: int
     temperature: float
     top_p: float
     seed: int
+    choice: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    top_logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Logarithms of probabilities before temperature, penalties and bias: the drawn token's, the likeliest's."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import FinishReason, ModelName, RequestId, Sampling, Span
+from sllm_actor.domain import FinishReason, ModelName, RequestId, Resume, Sampling, Span, TokenLogprobs
 from sllm_actor.messages.declare import message
 
 
@@ -11,7 +11,10 @@ class Generate:
     """Ask for tokens after `prompt` (token ids, little-endian uint32).
 
     A stream of `Tokens`, ended by one `Finished`. Fails with the typed error of whatever went wrong.
-    `spans` is what the caller measured before it asked, for the request's timeline.
+    `spans` is what the caller measured before it asked, for the request's timeline. One that goes on with an answer
+    has its tokens so far in `generated`, packed like the prompt; what is new comes behind them. `grammar` is a compiled
+    grammar as xgrammar writes it, `adapter` the name of a LoRA adapter; both may be empty. Of those who wait,
+    the one of the lowest `priority` is first.
     """
 
     request_id: RequestId
@@ -20,25 +23,38 @@ class Generate:
     sampling: Sampling
     arrived_s: float = 0.0
     spans: tuple[Span, ...] = ()
+    generated: bytes = b""
+    resume: Resume = Resume.FAST
+    grammar: str = ""
+    adapter: str = ""
+    priority: int = 0
 
 
 @message("generation.tokens")
 class Tokens:
-    """Newly generated tokens; `index` is the position of the first of them in the answer."""
+    """Newly generated tokens; `index` is the position of the first of them in the answer.
+
+    `logprobs` has one entry for each where the request asked for them, else none.
+    """
 
     request_id: RequestId
     index: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @message("generation.finished")
 class Finished:
-    """The last item of a stream; `reason` says why the generation ended."""
+    """The last item of a stream; `reason` says why the generation ended.
+
+    `cached_tokens` of the prompt had been computed already, for another request.
+    """
 
     request_id: RequestId
     reason: FinishReason
     prompt_tokens: int
     generated_tokens: int
+    cached_tokens: int = 0
 
 
 @message("generation.timeline")
