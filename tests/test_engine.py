@@ -167,7 +167,7 @@ def test_a_token_outside_the_vocabulary_fails_its_generation_alone(tmp_path: Pat
     runner = Runner(attach(save_model(tmp_path, "LlamaForCausalLM")), (), CONTEXT_TOKENS)
     with pytest.raises(GenerationFailed):
         runner.step(runner.begin([VOCABULARY_TOKENS], greedy(1)))
-    assert runner.step(runner.begin([VOCABULARY_TOKENS - 1], greedy(1))) < VOCABULARY_TOKENS
+    assert runner.step(runner.begin([VOCABULARY_TOKENS - 1], greedy(1))).token_id < VOCABULARY_TOKENS
 
 
 # Checkpoints.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm_actor.domain import Sampling
-from sllm_actor.engine.sampling import _mix, draw, uniform
+from sllm_actor.engine.sampling import Sampler, _mix, draw_rows, uniform
 from sllm_actor.errors import GenerationFailed
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -20,6 +20,14 @@ FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def wish(temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> Sampling:
     return Sampling(max_tokens=1, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """Draw from one row, for an answer that has come to `position`."""
+    (drawn,) = draw_rows(logits.unsqueeze(0), [Sampler(sampling, [0], (), [0] * position)])
+    if isinstance(drawn, GenerationFailed):
+        raise drawn
+    return drawn.token_id
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -60,6 +68,13 @@ def test_the_random_numbers_of_today_are_those_of_every_later_version() -> None:
     places = [(0, 0), (0, 1), (1, 0), (-1, 7), (2**63 - 1, 10**6)]
     numbers = [0.652448486374, 0.034011701304, 0.368189515652, 0.101349509252, 0.39273051041]
     assert [round(uniform(seed, position), 12) for seed, position in places] == numbers
+
+
+def test_each_choice_has_numbers_of_its_own() -> None:
+    numbers = [0.652448486374, 0.100326524025, 0.452285938692]
+    assert [round(uniform(0, 0, choice), 12) for choice in range(3)] == numbers
+    places = [(seed, choice, position) for seed in range(20) for choice in range(20) for position in range(20)]
+    assert len({uniform(seed, position, choice) for seed, choice, position in places}) == len(places)
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))

@@ -170,14 +170,18 @@ class EngineProcess:
         runner = self._runner
         assert runner is not None
         try:
-            token = runner.step(generation)
+            drawn = runner.step(generation)
         except SllmError as error:
             self._channel.send(GenerationError(request_id=request_id, code=error.code, text=error.message))
             return True
         if prefill is not None:
             self._channel.send(Prefilled(request_id=request_id, span=prefill()))
         if generation.finish is not FinishReason.STOP:
-            self._channel.send(Tokens(request_id=request_id, index=len(generation.tokens) - 1, token_ids=(token,)))
+            logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
+            index = len(generation.tokens) - 1
+            self._channel.send(
+                Tokens(request_id=request_id, index=index, token_ids=(drawn.token_id,), logprobs=logprobs)
+            )
         if generation.finish is None:
             return False
         self._channel.send(

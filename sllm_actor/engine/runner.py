@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from sllm_actor.domain import FinishReason, Sampling
 from sllm_actor.engine.kv_cache import new_cache
-from sllm_actor.engine.sampling import draw
+from sllm_actor.engine.sampling import Drawn, Sampler, draw_rows
 from sllm_actor.errors import GenerationFailed
 
 # What a forward pass raises: no memory, no such token, a number in the config that only now is used.
@@ -24,9 +24,9 @@ MODEL_FAULTS = (RuntimeError, LookupError, ArithmeticError, ValueError, TypeErro
 class Generation:
     """One running answer."""
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, cache: Cache) -> None:
+    def __init__(self, prompt: Sequence[int], sampler: Sampler, cache: Cache) -> None:
         self.prompt = prompt
-        self.sampling = sampling
+        self.sampler = sampler
         self.cache = cache
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
@@ -50,28 +50,30 @@ class Runner:
         room = self._context_tokens - len(prompt)
         limited = min(sampling.max_tokens, room)
         cache = new_cache(self._layers, len(prompt) + limited)
-        return Generation(prompt, sampling, cache)
+        return Generation(prompt, Sampler(sampling, prompt, self._eos), cache)
 
-    def step(self, generation: Generation) -> int:
+    def step(self, generation: Generation) -> Drawn:
         """Compute one more token and say in `generation.finish` whether it was the last.
 
-        The eos token is appended to `tokens` like any other; whoever shows text leaves it out.
+        A token that ends the answer is appended to `tokens` like any other; whoever shows text leaves it out.
 
         Raises:
             GenerationFailed: the model gave no finite numbers, has no such token, or found no memory.
         """
         try:
-            token = self._next(generation)
+            drawn = self._next(generation)
         except MODEL_FAULTS as error:
             raise GenerationFailed(f"token {len(generation.tokens)} can't be computed: {error}") from error
-        generation.tokens.append(token)
-        if token in self._eos and not generation.sampling.ignore_eos:
+        if isinstance(drawn, GenerationFailed):
+            raise drawn
+        generation.tokens.append(drawn.token_id)
+        if drawn.token_id in generation.sampler.ends:
             generation.finish = FinishReason.STOP
         elif self._is_full(generation):
             generation.finish = FinishReason.LENGTH
-        return token
+        return drawn
 
-    def _next(self, generation: Generation) -> int:
+    def _next(self, generation: Generation) -> Drawn | GenerationFailed:
         fresh = generation.tokens[-1:] or generation.prompt
         with torch.inference_mode():
             output = self._model(
@@ -81,8 +83,8 @@ class Runner:
                 return_dict=True,
                 logits_to_keep=1,
             )
-            return draw(output.logits[0, -1], generation.sampling, len(generation.tokens))
+            return draw_rows(output.logits[:, -1], [generation.sampler])[0]
 
     def _is_full(self, generation: Generation) -> bool:
         written = len(generation.prompt) + len(generation.tokens)
-        return len(generation.tokens) >= generation.sampling.max_tokens or written >= self._context_tokens
+        return len(generation.tokens) >= generation.sampler.sampling.max_tokens or written >= self._context_tokens
