@@ -248,10 +248,13 @@ def test_a_slot_that_stays_busy_gives_503_with_retry_after(start_node: StartNode
             node.deploy("builtin:demo", name)
         events = node.stream(CHAT, ask(LONG.prompt) | {"model": "a"})
         next(events)
-        reply = node.request("POST", CHAT, ask("What is 1 + 1?") | {"model": "b"})
+        asked = ask("What is 1 + 1?") | {"model": "b"}
+        # A stream that has not opened yet, too: its status is still to come.
+        replies = [node.request("POST", CHAT, asked | {"stream": stream}) for stream in (False, True)]
         events.close()
-        assert (reply.status, reply.json()["error"]["code"]) == (503, "no_capacity")
-        assert int(reply.headers["Retry-After"]) >= 1
+        for reply in replies:
+            assert (reply.status, reply.json()["error"]["code"]) == (503, "no_capacity")
+            assert int(reply.headers["Retry-After"]) >= 1
 
 
 def test_requests_for_one_cold_model_share_one_start(start_node: StartNode) -> None:

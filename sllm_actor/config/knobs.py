@@ -136,6 +136,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     body_timeout_s: Annotated[
         float, Meta(ge=0.1, le=600, title="s", description="longest arrival of an HTTP request body")
     ] = 30.0
+    stream_open_after_s: Annotated[
+        float,
+        Meta(ge=0, le=600, title="s", description="wait of a stream for its first token before its status goes out"),
+    ] = 2.0
+    heartbeat_interval_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="longest silence of an open stream before a comment")
+    ] = 4.0
+    send_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=3600, title="s", description="longest wait for a client to read before it is dropped")
+    ] = 30.0
     text_timeout_s: Annotated[
         float, Meta(ge=0.1, le=600, title="s", description="longest templating and tokenizing of one prompt")
     ] = 10.0

@@ -13,6 +13,7 @@ from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response
 from sllm_actor.frontend.http_errors import body_of
 from sllm_actor.frontend.schema import DeployRequest, MigrationRequest
+from sllm_actor.frontend.sse import write_in_time
 from sllm_actor.messages.generation import GetTimeline, ListRequests
 from sllm_actor.messages.instances import ListInstances, StopInstances
 from sllm_actor.messages.migration import MigrateRequest
@@ -73,21 +74,21 @@ async def pull(request: web.Request) -> web.StreamResponse:
     model = await _register(gateway, await gateway.read(request, DeployRequest))
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
     await response.prepare(request)
-    await _write_line(response, {"status": "registered", "model": model})
+
+    async def write_line(content: Any) -> None:
+        await write_in_time(request, response, encode_json(content) + b"\n", gateway.limits.send_timeout_s)
+
+    await write_line({"status": "registered", "model": model})
     try:
         async with aclosing(gateway.manager.stream(PullModel(name=model.name))) as progress:
             async for step in progress:
                 line = {"status": "pulling", "completed": step.done_bytes, "total": step.total_bytes}
-                await _write_line(response, line)
-        await _write_line(response, {"status": "success"})
+                await write_line(line)
+        await write_line({"status": "success"})
     except SllmError as error:
-        await _write_line(response, body_of(error))
+        await write_line(body_of(error))
     await response.write_eof()
     return response
-
-
-async def _write_line(response: web.StreamResponse, content: Any) -> None:
-    await response.write(encode_json(content) + b"\n")
 
 
 @routes.get("/admin/tiers")

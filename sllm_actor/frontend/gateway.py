@@ -14,10 +14,13 @@ from aiohttp import web
 from sllm_actor.domain import Model, RequestId, check_model_name
 from sllm_actor.domain.names import is_request_id
 from sllm_actor.errors import DeadlineExceeded, Draining, InvalidName, InvalidRequest, ModelNotFound
+from sllm_actor.frontend.progress import Progress
 from sllm_actor.frontend.schema import parse
+from sllm_actor.frontend.sse import EventStream
 from sllm_actor.frontend.text import TextService
 from sllm_actor.messages.models import GetModel
 from sllm_actor.runtime import ActorRef, Clock
+from sllm_actor.runtime.tasks import TaskScope
 
 T = TypeVar("T")
 
@@ -30,6 +33,9 @@ class Limits(NamedTuple):
     ask_timeout_s: float
     deploy_timeout_s: float
     drain_timeout_s: float
+    stream_open_after_s: float
+    heartbeat_interval_s: float
+    send_timeout_s: float
 
 
 class Gateway:
@@ -45,6 +51,7 @@ class Gateway:
         clock: Clock,
         limits: Limits,
         observe: Callable[[], Any],
+        tasks: TaskScope,
     ) -> None:
         self.router = router
         self.manager = manager
@@ -54,6 +61,8 @@ class Gateway:
         self.limits = limits
         # Gives the counts of the actors, the connections and the loop.
         self.observe = observe
+        self.tasks = tasks
+        self.progress = Progress(manager, clock, limits.ask_timeout_s)
         self.ready = False
         self.draining = False
         self._answering = 0
@@ -88,6 +97,19 @@ class Gateway:
             raise ModelNotFound(f"the model {name[:120]!r} does not exist", param="model") from None
         model: Model = await self.manager.ask(GetModel(name=checked), timeout_s=self.limits.ask_timeout_s)
         return model
+
+    def events(self, request: web.Request, model: Model) -> EventStream:
+        """Begin the events of an answer of `model`."""
+        return EventStream(
+            request,
+            {"X-Request-Id": request[REQUEST_ID]},
+            lambda: self.progress.of(model),
+            self.tasks,
+            self.clock,
+            open_after_s=self.limits.stream_open_after_s,
+            interval_s=self.limits.heartbeat_interval_s,
+            send_timeout_s=self.limits.send_timeout_s,
+        )
 
     def enter(self) -> None:
         """Count an answer that begins.

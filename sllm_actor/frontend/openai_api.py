@@ -7,15 +7,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from sllm_actor.domain import Model, RequestId, Sampling, Span
 from sllm_actor.errors import InvalidRequest, SllmError
-from sllm_actor.frontend import http_errors
 from sllm_actor.frontend.answer import Piece, Wish, answer, max_tokens
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
 from sllm_actor.frontend.schema import ChatRequest, CompletionRequest
+from sllm_actor.frontend.sse import EventStream
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.messages.text import ChatTurn
 from sllm_actor.runtime import tracing
@@ -174,7 +173,7 @@ async def _reply(
             async with aclosing(answer(wish, gateway.router, gateway.text)) as pieces:
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
-                    return await _stream(request, pieces, shape, usage)
+                    return await _stream(gateway.events(request, wish.model), pieces, shape, usage)
                 return await _gather(pieces, shape)
     finally:
         gateway.leave()
@@ -189,47 +188,24 @@ async def _gather(pieces: AsyncGenerator[Piece, None], shape: Shape) -> web.Resp
 
 
 async def _stream(
-    request: web.Request, pieces: AsyncGenerator[Piece, None], shape: Shape, include_usage: bool
+    events: EventStream, pieces: AsyncGenerator[Piece, None], shape: Shape, include_usage: bool
 ) -> web.StreamResponse:
-    """Send server-sent events. The status goes out with the first piece, so that a failed start is no 200."""
-    response: web.StreamResponse | None = None
-    try:
-        async for piece in pieces:
-            if response is None:
-                response = await _open_stream(request)
-                first = shape.first_chunk()
-                if first is not None:
-                    await _send(response, first)
-            if piece.text:
-                await _send(response, shape.chunk(piece.text, None))
-            if piece.finish is not None:
-                await _send(response, shape.chunk("", piece.finish))
-                if include_usage:
-                    await _send(response, shape.usage_chunk(_usage(piece)))
-    except SllmError as error:
-        if response is None:
-            raise
-        await _send(response, http_errors.body_of(error))
-        await response.write_eof()
-        return response
-    assert response is not None
-    await response.write(b"data: [DONE]\n\n")
-    await response.write_eof()
-    return response
-
-
-async def _open_stream(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",
-            "X-Request-Id": request[REQUEST_ID],
-        }
-    )
-    await response.prepare(request)
-    return response
-
-
-async def _send(response: web.StreamResponse, content: dict[str, Any]) -> None:
-    await response.write(b"data: " + msgspec.json.encode(content) + b"\n\n")
+    """Send the answer as events; an error before the first of them stays an error."""
+    begun = False
+    async with events:
+        try:
+            async for piece in pieces:
+                if not begun and (first := shape.first_chunk()) is not None:
+                    await events.send(first)
+                begun = True
+                if piece.text:
+                    await events.send(shape.chunk(piece.text, None))
+                if piece.finish is not None:
+                    await events.send(shape.chunk("", piece.finish))
+                    if include_usage:
+                        await events.send(shape.usage_chunk(_usage(piece)))
+        except SllmError as error:
+            if not events.opened:
+                raise
+            return await events.fail(error)
+        return await events.done()

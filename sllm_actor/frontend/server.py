@@ -46,6 +46,9 @@ def build_app(gateway: Gateway, api_key: str) -> web.Application:
                 status=http_errors.status_of(error),
                 headers=http_errors.headers_of(error),
             )
+        except ConnectionError:
+            # Whoever would read an answer has gone.
+            response = web.Response()
         except web.HTTPException as error:
             text = error.text or error.reason
             code = "body_too_large" if error.status == 413 else error.reason.lower().replace(" ", "_")

@@ -134,7 +134,7 @@ class Node:
         stack.push_async_callback(self.system.close)
 
         registry = Registry(store, self._examiner(engines, text, tiers), tiers, self.clock)
-        gateway = await self._spawn_actors(node_id, registry, tiers, engines, text)
+        gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, tasks)
         self._http = HttpServer(gateway, api_key)
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
@@ -182,6 +182,7 @@ class Node:
         tiers: Tiers,
         engines: EnginePool,
         text: TextService,
+        tasks: TaskScope,
     ) -> Gateway:
         config = self.config
         starter = InstanceStarter(
@@ -238,9 +239,12 @@ class Node:
             ask_timeout_s=config.ask_timeout_s,
             deploy_timeout_s=config.drain_timeout_s + config.engine_start_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
+            stream_open_after_s=config.stream_open_after_s,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+            send_timeout_s=config.send_timeout_s,
         )
         actors = {"router": router, "manager": manager, "coordinator": coordinator}
-        return Gateway(**actors, text=text, clock=self.clock, limits=limits, observe=self._observe)
+        return Gateway(**actors, text=text, clock=self.clock, limits=limits, observe=self._observe, tasks=tasks)
 
     def _observe(self) -> dict[str, Any]:
         lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}
