@@ -36,6 +36,7 @@ COMMON_WRONG: list[tuple[str, Any]] = [
     ("seed", 1.5), ("seed", "1"), ("seed", 2**63), ("seed", -(2**63) - 1), ("seed", 2**64), ("seed", True),
     ("stop", ""), ("stop", 5), ("stop", ["a"] * 5), ("stop", "x" * 257), ("stop", {"a": 1}),
     ("n", 0), ("n", -1), ("n", 129), ("n", "1"), ("n", 2),
+    ("priority", 2**31), ("priority", -(2**31) - 1), ("priority", "high"), ("priority", 0.5), ("priority", True),
     ("user", 5), ("ignore_eos", 1), ("ignore_eos", "yes"),
 ]  # fmt: skip
 WRONG: list[tuple[type[Any], str, Any]] = [

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from sllm_actor.actors.slots import Slots
+from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.engine.client import Engine
-from sllm_actor.errors import Draining, QueueFull
+from sllm_actor.errors import Draining
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.instances import InstanceActivity, InstanceDied, InstanceExpired, Retire
@@ -28,7 +30,7 @@ class InferenceWorker(Actor):
         *,
         keep_alive_s: float,
         max_requests: int,
-        max_waiting: int,
+        room: WaitingRoom,
         stop_timeout_s: float,
     ) -> None:
         self._engine = engine
@@ -36,8 +38,8 @@ class InferenceWorker(Actor):
         self._manager = manager
         self._clock = clock
         self._keep_alive_s = keep_alive_s
-        self._slots = asyncio.Semaphore(max_requests)
-        self._max_active = max_requests + max_waiting
+        self._slots = Slots(max_requests)
+        self._room = room
         self._stop_timeout_s = stop_timeout_s
         self._active = 0
         self._idle = asyncio.Event()
@@ -54,13 +56,17 @@ class InferenceWorker(Actor):
     async def generate(self, request: Generate) -> AsyncGenerator[Prefilled | Tokens | Finished, None]:
         if self._retiring or self._engine.died.done():
             raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
-        if self._active >= self._max_active:
-            raise QueueFull(f"{self._active} requests for {request.model} are waiting already", retry_after_s=1.0)
         self._count(+1)
         try:
-            async with self._slots, aclosing(self._engine.generate(request)) as items:
-                async for item in items:
-                    yield item
+            if not self._slots.take_now():
+                with self._room.place(request.model):
+                    await self._slots.take(request.priority)
+            try:
+                async with aclosing(self._engine.generate(request)) as items:
+                    async for item in items:
+                        yield item
+            finally:
+                self._slots.give()
         finally:
             self._count(-1)
 

@@ -13,6 +13,7 @@ from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.tiers_view import tiers_view
+from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, ModelState, NodeId
 from sllm_actor.errors import DeliveryFailed, ModelNotFound
 from sllm_actor.loader.cards import Card
@@ -53,7 +54,6 @@ class Limits(NamedTuple):
     max_instances: int
     host_pool_bytes: int
     max_requests_per_instance: int
-    max_waiting_requests: int
     drain_timeout_s: float
     engine_stop_timeout_s: float
 
@@ -82,6 +82,7 @@ class ModelManager(Actor):
         starter: InstanceStarter,
         clock: Clock,
         limits: Limits,
+        room: WaitingRoom,
     ) -> None:
         self._node = node
         self._registry = registry
@@ -89,6 +90,7 @@ class ModelManager(Actor):
         self._starter = starter
         self._clock = clock
         self._limits = limits
+        self._room = room
         self._instances: dict[str, _Instance] = {}
         self._starting: dict[str, ModelName] = {}
         self._changing: set[ModelName] = set()
@@ -194,7 +196,7 @@ class ModelManager(Actor):
             self._clock,
             keep_alive_s=model.keep_alive_s,
             max_requests=self._limits.max_requests_per_instance,
-            max_waiting=self._limits.max_waiting_requests,
+            room=self._room,
             stop_timeout_s=self._limits.engine_stop_timeout_s,
         )
         ref = await self.context.system.spawn(worker, f"worker/{instance_id}")

@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
+from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, Span, Timeline
-from sllm_actor.errors import ActorDied, Draining, NoCapacity, NoSuchActor, QueueFull, SllmError
+from sllm_actor.errors import ActorDied, Draining, NoCapacity, NoSuchActor, SllmError
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.generation import (
     Finished,
@@ -37,7 +38,7 @@ class Router(Actor):
         log: RequestLog,
         clock: Clock,
         *,
-        max_waiting: int,
+        room: WaitingRoom,
         ask_timeout_s: float,
         placement_timeout_s: float,
         start_timeout_s: float,
@@ -46,13 +47,12 @@ class Router(Actor):
         self._scheduler = scheduler
         self._log = log
         self._clock = clock
-        self._max_waiting = max_waiting
+        self._room = room
         self._ask_timeout_s = ask_timeout_s
         self._placement_timeout_s = placement_timeout_s
         self._start_timeout_s = start_timeout_s
         self._routes: dict[ModelName, InstanceStarted] = {}
         self._starts: dict[ModelName, asyncio.Task[tuple[InstanceStarted, tuple[Span, ...]]]] = {}
-        self._waiting = 0
 
     @handles(Generate)
     async def generate(self, request: Generate) -> AsyncGenerator[Tokens | Finished, None]:
@@ -96,20 +96,18 @@ class Router(Actor):
         if model in self._routes:
             return self._routes[model]
         record.cold = True
-        if self._waiting >= self._max_waiting:
-            raise QueueFull(f"{self._waiting} requests wait for a model to start already", retry_after_s=1.0)
-        if model not in self._starts:
-            start = self.context.tasks.spawn(self._start(request), f"start-{model}", on_failure=lambda _: None)
-            self._starts[model] = start
-            start.add_done_callback(lambda _: self._starts.pop(model, None))
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                instance, spans = await asyncio.shield(self._starts[model])
-        except TimeoutError:
-            raise NoCapacity(f"{model} was not running within {self._start_timeout_s:g} s", retry_after_s=5.0) from None
-        finally:
-            self._waiting -= 1
+        with self._room.place(model):
+            if model not in self._starts:
+                start = self.context.tasks.spawn(self._start(request), f"start-{model}", on_failure=lambda _: None)
+                self._starts[model] = start
+                start.add_done_callback(lambda _: self._starts.pop(model, None))
+            try:
+                async with asyncio.timeout(self._start_timeout_s):
+                    instance, spans = await asyncio.shield(self._starts[model])
+            except TimeoutError:
+                raise NoCapacity(
+                    f"{model} was not running within {self._start_timeout_s:g} s", retry_after_s=5.0
+                ) from None
         record.spans.extend(spans)
         return instance
 

@@ -128,8 +128,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 300.0
     max_waiting_requests: Annotated[
         int,
-        Meta(ge=1, le=100_000, title="requests", description="requests that may wait for an instance to start"),
+        Meta(ge=1, le=100_000, title="requests", description="requests that may wait for a start or for a slot"),
     ] = 256
+    max_waiting_per_model: Annotated[
+        int,
+        Meta(ge=1, le=100_000, title="requests", description="of these, those that may wait for one model"),
+    ] = 128
+    request_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=0.1, le=86400, title="s", description="longest time of a request, from its arrival to its answer's end"
+        ),
+    ] = 600.0
     max_body_bytes: Annotated[int, Meta(ge=KIB, le=GIB, title="bytes", description="largest HTTP request body")] = (
         4 * MIB
     )

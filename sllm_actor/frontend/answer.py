@@ -25,6 +25,7 @@ class Wish(NamedTuple):
     stops: Sequence[str]
     arrived_s: float
     spans: tuple[Span, ...]
+    priority: int = 0
 
 
 class Piece(NamedTuple):
@@ -74,6 +75,7 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
         sampling=wish.sampling,
         arrived_s=wish.arrived_s,
         spans=wish.spans,
+        priority=wish.priority,
     )
     prompt_tokens = len(wish.prompt)
     async with aclosing(router.stream(request)) as items:

@@ -36,6 +36,7 @@ class Limits(NamedTuple):
     stream_open_after_s: float
     heartbeat_interval_s: float
     send_timeout_s: float
+    request_timeout_s: float
 
 
 class Gateway:

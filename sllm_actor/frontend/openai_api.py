@@ -12,6 +12,7 @@ from aiohttp import web
 from sllm_actor.domain import Model, RequestId, Sampling, Span
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.answer import Piece, Wish, answer, max_tokens
+from sllm_actor.frontend.deadline import timeout_of, within
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
 from sllm_actor.frontend.schema import ChatRequest, CompletionRequest
 from sllm_actor.frontend.sse import EventStream
@@ -97,7 +98,7 @@ def _wish(
         ignore_eos=body.ignore_eos,
     )
     request_id = RequestId(request[REQUEST_ID])
-    return Wish(request_id, model, prompt, sampling, body.stops(), arrived_s, (text_span,))
+    return Wish(request_id, model, prompt, sampling, body.stops(), arrived_s, (text_span,), body.priority)
 
 
 class ChatShape:
@@ -167,10 +168,12 @@ def _usage(piece: Piece) -> dict[str, int]:
 async def _reply(
     request: web.Request, gateway: Gateway, wish: Wish, body: ChatRequest | CompletionRequest, shape: Shape
 ) -> web.StreamResponse:
+    timeout_s = timeout_of(request, gateway.limits.request_timeout_s)
     gateway.enter()
     try:
         with tracing(trace_of(request)):
-            async with aclosing(answer(wish, gateway.router, gateway.text)) as pieces:
+            answered = answer(wish, gateway.router, gateway.text)
+            async with aclosing(within(answered, timeout_s, wish.arrived_s, gateway.clock)) as pieces:
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
                     return await _stream(gateway.events(request, wish.model), pieces, shape, usage)

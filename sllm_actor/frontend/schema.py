@@ -59,6 +59,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     n: Annotated[int, Meta(ge=1, le=128)] = 1
     user: str | None = None
     ignore_eos: bool = False
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
 
     def stops(self) -> list[str]:
         """Give the stop strings as a list."""

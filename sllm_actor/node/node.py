@@ -17,6 +17,7 @@ from sllm_actor.actors.model_manager import Limits as ManagerLimits
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
 from sllm_actor.domain import check_node_id
 from sllm_actor.engine.client import Engine
@@ -46,6 +47,12 @@ from sllm_actor.sources.peer_messages import PEER_MESSAGES
 log = logging.getLogger(__name__)
 
 PRELOADED_TOKENIZERS = 64
+
+
+def gateway_limits(config: Config) -> GatewayLimits:
+    """Give the gateway its knobs, under their own names, and what follows from others."""
+    own = {name: getattr(config, name) for name in GatewayLimits._fields if name in Config.__struct_fields__}
+    return GatewayLimits(**own, deploy_timeout_s=config.drain_timeout_s + config.engine_start_timeout_s)
 
 
 class Node:
@@ -194,11 +201,11 @@ class Node:
             verify=config.verify_loads,
             stop_timeout_s=config.engine_stop_timeout_s,
         )
+        room = WaitingRoom(max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model)
         manager_limits = ManagerLimits(
             max_instances=config.max_instances,
             host_pool_bytes=tiers.loader.pool_bytes,
             max_requests_per_instance=config.max_requests_per_instance,
-            max_waiting_requests=config.max_waiting_requests,
             drain_timeout_s=config.drain_timeout_s,
             engine_stop_timeout_s=config.engine_stop_timeout_s,
         )
@@ -212,7 +219,7 @@ class Node:
             "scheduler",
         )
         manager = await self.system.spawn(
-            ModelManager(check_node_id(node_id), registry, tiers, starter, self.clock, manager_limits),
+            ModelManager(check_node_id(node_id), registry, tiers, starter, self.clock, manager_limits, room),
             "model-manager",
         )
         router = await self.system.spawn(
@@ -221,7 +228,7 @@ class Node:
                 scheduler,
                 RequestLog(self.clock, config.request_history),
                 self.clock,
-                max_waiting=config.max_waiting_requests,
+                room=room,
                 ask_timeout_s=config.ask_timeout_s,
                 placement_timeout_s=config.start_timeout_s,
                 start_timeout_s=config.engine_start_timeout_s,
@@ -233,18 +240,15 @@ class Node:
             MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s),
             "migration-coordinator",
         )
-        limits = GatewayLimits(
-            max_body_bytes=config.max_body_bytes,
-            body_timeout_s=config.body_timeout_s,
-            ask_timeout_s=config.ask_timeout_s,
-            deploy_timeout_s=config.drain_timeout_s + config.engine_start_timeout_s,
-            drain_timeout_s=config.drain_timeout_s,
-            stream_open_after_s=config.stream_open_after_s,
-            heartbeat_interval_s=config.heartbeat_interval_s,
-            send_timeout_s=config.send_timeout_s,
-        )
         actors = {"router": router, "manager": manager, "coordinator": coordinator}
-        return Gateway(**actors, text=text, clock=self.clock, limits=limits, observe=self._observe, tasks=tasks)
+        return Gateway(
+            **actors,
+            text=text,
+            clock=self.clock,
+            limits=gateway_limits(config),
+            observe=self._observe,
+            tasks=tasks,
+        )
 
     def _observe(self) -> dict[str, Any]:
         lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}

@@ -1,0 +1,47 @@
+"""The slots of one engine, given by priority: the lowest number first, and of equals who came first."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+
+
+class Slots:
+    """Owns the slots and the queue for them; whoever takes one gives it back. Belongs to one event loop."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = slots
+        self._arrivals = itertools.count()
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    def take_now(self) -> bool:
+        """Take a slot if one is free."""
+        if not self._free:
+            return False
+        self._free -= 1
+        return True
+
+    async def take(self, priority: int) -> None:
+        """Wait for a slot; who is cancelled meanwhile has none."""
+        turn = (priority, next(self._arrivals), asyncio.get_running_loop().create_future())
+        heapq.heappush(self._waiting, turn)
+        try:
+            await turn[2]
+        except asyncio.CancelledError:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+                heapq.heapify(self._waiting)
+            elif not turn[2].cancelled():
+                # A slot was given in the same turn of the loop.
+                self.give()
+            raise
+
+    def give(self) -> None:
+        """Give a slot back: it goes to the first of those who wait."""
+        while self._waiting:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
+        self._free += 1
