@@ -3,7 +3,8 @@
     SllmError
     ├── InvalidInput                 the caller must change something before trying again
     │   ├── InvalidRequest             a request field is wrong; `param` names it
-    │   │   └── UnsupportedField         known to others, not offered here
+    │   │   ├── UnsupportedField         known to others, not offered here
+    │   │   └── RequestTimeout           it did not arrive in time
     │   ├── InvalidName                a model or node name outside the alphabet
     │   ├── ConfigInvalid              a knob is unknown, of the wrong type or out of bounds
     │   ├── SourceInvalid              a source that names nothing that can be read
@@ -84,6 +85,10 @@ class InvalidRequest(InvalidInput):
 
 class UnsupportedField(InvalidRequest):
     code = "unsupported_field"
+
+
+class RequestTimeout(InvalidRequest):
+    code = "request_timeout"
 
 
 class InvalidName(InvalidInput):

@@ -347,19 +347,6 @@ def test_a_template_that_loops_is_cut_off_and_others_go_on(start_node: StartNode
         assert node.chat("looping", "What is 1 + 1?") == "1 + 1 = 2"
 
 
-def test_a_body_that_comes_byte_by_byte_is_cut_off(start_node: StartNode) -> None:
-    with start_node("body_timeout_s=0.2") as node:
-        slow = node.connect()
-        slow.putrequest("POST", CHAT)
-        slow.putheader("Content-Type", "application/json")
-        slow.putheader("Content-Length", "1000")
-        slow.endheaders()
-        slow.send(b"{")
-        answer = slow.getresponse()
-        assert answer.status == 504
-        slow.close()
-
-
 def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 

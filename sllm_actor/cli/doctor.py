@@ -117,10 +117,10 @@ def _io_uring(config: Config) -> Finding:
 
 
 def _open_files(_: Config) -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= MIN_OPEN_FILES:
-        return Finding("open files", "ok", f"limit {soft}")
-    return Finding("open files", "warning", f"limit {soft} of {hard}", f"ulimit -n {MIN_OPEN_FILES} or more")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard >= MIN_OPEN_FILES or hard == resource.RLIM_INFINITY:
+        return Finding("open files", "ok", f"limit {hard}")
+    return Finding("open files", "warning", f"limit {hard}", f"ulimit -Hn {MIN_OPEN_FILES} or more")
 
 
 def _port(config: Config) -> Finding:

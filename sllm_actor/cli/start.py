@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 
 import uvloop
@@ -49,4 +50,7 @@ async def _serve(config: Config, as_json: bool) -> None:
 def run(config: Config, *, as_json: bool, log_level: str) -> None:
     """Run a node in this process until a signal ends it."""
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    # Every client's connection is an open file.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     uvloop.run(_serve(config, as_json))

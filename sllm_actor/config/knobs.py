@@ -146,6 +146,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     body_timeout_s: Annotated[
         float, Meta(ge=0.1, le=600, title="s", description="longest arrival of an HTTP request body")
     ] = 30.0
+    max_connections: Annotated[
+        int, Meta(ge=16, le=1_000_000, title="connections", description="HTTP connections that may be open at once")
+    ] = 4096
+    idle_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=86400, title="s", description="longest wait of an HTTP connection for a request")
+    ] = 75.0
+    header_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="longest arrival of the head of an HTTP request")
+    ] = 10.0
+    send_buffer_bytes: Annotated[
+        int,
+        Meta(
+            ge=4 * KIB,
+            le=GIB,
+            title="bytes",
+            description="what a client may leave unread, here and in the kernel",
+        ),
+    ] = 256 * KIB
     stream_open_after_s: Annotated[
         float,
         Meta(ge=0, le=600, title="s", description="wait of a stream for its first token before its status goes out"),

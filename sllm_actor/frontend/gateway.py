@@ -13,7 +13,7 @@ from aiohttp import web
 
 from sllm_actor.domain import Model, RequestId, check_model_name
 from sllm_actor.domain.names import is_request_id
-from sllm_actor.errors import DeadlineExceeded, Draining, InvalidName, InvalidRequest, ModelNotFound
+from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, RequestTimeout
 from sllm_actor.frontend.progress import Progress
 from sllm_actor.frontend.schema import parse
 from sllm_actor.frontend.sse import EventStream
@@ -31,12 +31,17 @@ class Limits(NamedTuple):
     max_body_bytes: int
     body_timeout_s: float
     ask_timeout_s: float
-    deploy_timeout_s: float
+    engine_start_timeout_s: float
     drain_timeout_s: float
     stream_open_after_s: float
     heartbeat_interval_s: float
     send_timeout_s: float
     request_timeout_s: float
+
+    @property
+    def deploy_timeout_s(self) -> float:
+        """How long a registration may take, which may check a model in an engine and stop instances first."""
+        return self.drain_timeout_s + self.engine_start_timeout_s
 
 
 class Gateway:
@@ -75,15 +80,17 @@ class Gateway:
 
         Raises:
             InvalidRequest, UnsupportedField: what is wrong with it; `param` names the field.
-            DeadlineExceeded: it came too slowly.
+            RequestTimeout: it came too slowly.
         """
         if request.content_type != "application/json":
             raise InvalidRequest(f"the content type is {request.content_type}, it must be application/json")
+        if (request.content_length or 0) > self.limits.max_body_bytes:
+            raise web.HTTPRequestEntityTooLarge(self.limits.max_body_bytes, request.content_length or 0)
         try:
             async with asyncio.timeout(self.limits.body_timeout_s):
                 raw = await request.read()
         except TimeoutError:
-            raise DeadlineExceeded(f"the body did not arrive in {self.limits.body_timeout_s:g} s") from None
+            raise RequestTimeout(f"the body did not arrive in {self.limits.body_timeout_s:g} s") from None
         return parse(raw, kind)
 
     async def model(self, name: str) -> Model:

@@ -10,6 +10,7 @@ from sllm_actor.errors import SllmError
 
 _STATUS: dict[type[SllmError], int] = {
     errors.InvalidInput: 400,
+    errors.RequestTimeout: 408,
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.Overloaded: 503,

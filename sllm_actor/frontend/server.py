@@ -1,25 +1,81 @@
-"""The aiohttp server: middlewares, bind, stop."""
+"""The aiohttp server: bind, serve, drain, close."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
-import hmac
 import ipaddress
 import logging
+import resource
 import socket
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from sllm_actor.errors import AddressInUse, ConfigInvalid, InvalidRequest, SllmError
-from sllm_actor.frontend import admin_api, http_errors, openai_api
-from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, request_id_of
+from sllm_actor.errors import AddressInUse, ConfigInvalid
+from sllm_actor.frontend.app import build_app
+from sllm_actor.frontend.connections import ConnectionLimits, Connections
+from sllm_actor.frontend.gateway import Gateway
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 SHUTDOWN_TIMEOUT_S = 2.0
+BACKLOG = 1024
+# What a node may have open that is no client's connection: engines, sources, peers, files.
+OTHER_FILES = 256
+MIN_CONNECTIONS = 16
+
+
+class HttpServer:
+    """Owns the listening socket and the connections. Belongs to one event loop."""
+
+    def __init__(self, gateway: Gateway, api_key: str, limits: ConnectionLimits) -> None:
+        self._gateway = gateway
+        self._limits = limits
+        self._runner = web.AppRunner(
+            build_app(gateway, api_key, log),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        )
+        self._serving: asyncio.Server | None = None
+        self.url = ""
+
+    async def start(self, listening: socket.socket) -> None:
+        """Serve on a socket that `bind` gave."""
+        await self._runner.setup()
+        assert self._runner.server is not None
+        connections = Connections(self._runner.server, within_open_files(self._limits), self._gateway.clock)
+        self._gateway.tasks.spawn(connections.watch(), "connections")
+        # What is accepted from it has the same buffer.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._limits.send_buffer_bytes)
+        loop = asyncio.get_running_loop()
+        self._serving = await loop.create_server(connections, sock=listening, backlog=BACKLOG)
+        host, port = listening.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def drain(self) -> None:
+        """Take no new connections and begin no new answers; wait for those that run, within the drain time."""
+        self._gateway.draining = True
+        if self._serving is not None:
+            self._serving.close()
+        if not await self._gateway.drained():
+            log.warning("some answers were cut off: the drain time is over")
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._serving is not None:
+            self._serving.close()
+        await self._runner.cleanup()
+
+
+def within_open_files(limits: ConnectionLimits) -> ConnectionLimits:
+    """Lower the bound on connections to what this process may open beside everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = max(MIN_CONNECTIONS, soft - OTHER_FILES)
+    if soft == resource.RLIM_INFINITY or limits.max_connections <= possible:
+        return limits
+    log.warning("at most %d connections: this process may open %d files", possible, soft)
+    return limits._replace(max_connections=possible)
 
 
 def is_loopback(host: str) -> bool:
@@ -30,98 +86,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def build_app(gateway: Gateway, api_key: str) -> web.Application:
-    """Put the routes behind the middlewares."""
-
-    @web.middleware
-    async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request[REQUEST_ID] = request_id_of(request)
-        try:
-            response = await handler(request)
-        except SllmError as error:
-            response = json_response(
-                http_errors.body_of(error),
-                status=http_errors.status_of(error),
-                headers=http_errors.headers_of(error),
-            )
-        except ConnectionError:
-            # Whoever would read an answer has gone.
-            response = web.Response()
-        except web.HTTPException as error:
-            text = error.text or error.reason
-            code = "body_too_large" if error.status == 413 else error.reason.lower().replace(" ", "_")
-            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-            response = json_response(
-                http_errors.body(text, error.status, code=code), status=error.status, headers=headers
-            )
-        if not response.prepared:
-            response.headers["X-Request-Id"] = request[REQUEST_ID]
-        return response
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if api_key:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            known = hmac.compare_digest(given.encode(), api_key.encode())
-            if not known and request.path not in OPEN_PATHS:
-                text = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
-                return json_response(http_errors.body(text, 401, code="invalid_api_key"), status=401)
-        elif not _is_own_name(request.host):
-            # A page elsewhere whose name was pointed at loopback must not reach a node without a key.
-            raise InvalidRequest(f"the Host header {request.host!r} is not a name of this node")
-        return await handler(request)
-
-    app = web.Application(middlewares=[answer_errors, guard], client_max_size=gateway.limits.max_body_bytes, logger=log)
-    app[GATEWAY] = gateway
-    app.add_routes(openai_api.routes)
-    app.add_routes(admin_api.routes)
-    return app
-
-
-def _is_own_name(host: str) -> bool:
-    name = host.rsplit(":", 1)[0] if host.count(":") == 1 else host.partition("]")[0].lstrip("[")
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return name == "localhost"
-    return True
-
-
-class HttpServer:
-    """Owns the listening socket and the connections. Belongs to one event loop."""
-
-    def __init__(self, gateway: Gateway, api_key: str) -> None:
-        self._gateway = gateway
-        self._runner = web.AppRunner(
-            build_app(gateway, api_key),
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-        )
-        self._site: web.SockSite | None = None
-        self.url = ""
-
-    async def start(self, listening: socket.socket) -> None:
-        """Serve on a socket that `bind` gave."""
-        await self._runner.setup()
-        self._site = web.SockSite(self._runner, listening)
-        await self._site.start()
-        host, port = listening.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    async def drain(self) -> None:
-        """Take no new connections and begin no new answers; wait for those that run, within the drain time."""
-        self._gateway.draining = True
-        if self._site is not None:
-            await self._site.stop()
-        if not await self._gateway.drained():
-            log.warning("some answers were cut off: the drain time is over")
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._runner.cleanup()
 
 
 def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
@@ -141,7 +105,7 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(1024)
+        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:

@@ -36,6 +36,7 @@ async def write_in_time(request: web.Request, response: web.StreamResponse, data
     try:
         async with asyncio.timeout(timeout_s):
             await response.write(data)
+            await request.writer.drain()
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()

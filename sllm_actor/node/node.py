@@ -9,7 +9,7 @@ import logging
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from sllm_actor.actors import MigrationCoordinator, ModelManager, PeerServer, Router, Scheduler
 from sllm_actor.actors.instance_starter import InstanceStarter
@@ -23,6 +23,7 @@ from sllm_actor.domain import check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AddressInUse, ConfigInvalid, SllmError
+from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
 from sllm_actor.frontend.server import HttpServer, bind
@@ -49,10 +50,12 @@ log = logging.getLogger(__name__)
 PRELOADED_TOKENIZERS = 64
 
 
-def gateway_limits(config: Config) -> GatewayLimits:
-    """Give the gateway its knobs, under their own names, and what follows from others."""
-    own = {name: getattr(config, name) for name in GatewayLimits._fields if name in Config.__struct_fields__}
-    return GatewayLimits(**own, deploy_timeout_s=config.drain_timeout_s + config.engine_start_timeout_s)
+Knobs = TypeVar("Knobs", GatewayLimits, ConnectionLimits)
+
+
+def knobs_of(kind: type[Knobs], config: Config) -> Knobs:
+    """Give a room its knobs, which it calls by their own names."""
+    return kind(**{name: getattr(config, name) for name in kind._fields})
 
 
 class Node:
@@ -142,7 +145,7 @@ class Node:
 
         registry = Registry(store, self._examiner(engines, text, tiers), tiers, self.clock)
         gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, tasks)
-        self._http = HttpServer(gateway, api_key)
+        self._http = HttpServer(gateway, api_key, knobs_of(ConnectionLimits, config))
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
         self.url = self._http.url
@@ -245,7 +248,7 @@ class Node:
             **actors,
             text=text,
             clock=self.clock,
-            limits=gateway_limits(config),
+            limits=knobs_of(GatewayLimits, config),
             observe=self._observe,
             tasks=tasks,
         )
