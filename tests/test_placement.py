@@ -41,6 +41,7 @@ def node(
     name: str,
     *,
     instances: Sequence[InstanceView] = (),
+    pinned: dict[str, int] | None = None,
     slots: int = 4,
     pool_bytes: int = 16 * GIB,
     in_host_memory: bool = False,
@@ -56,6 +57,7 @@ def node(
         slots=slots,
         host_pool_bytes=pool_bytes,
         instances=tuple(instances),
+        pinned_host_bytes=pinned or {},
         ended_placements=(),
         host_fingerprints=("print",) if in_host_memory else ("other",),
         ssd_fingerprints=("print",) if on_ssd else (),
@@ -115,6 +117,17 @@ def test_memory_is_room_too() -> None:
     tight = node("a", pool_bytes=2 * GIB, instances=[instance("i", active=1)])
     assert started_on(decide(question(host_bytes=GIB), [tight], [], NOBODY)) == "a"
     assert isinstance(decide(question(host_bytes=GIB + 1), [tight], [], NOBODY), Wait)
+
+
+def test_what_is_pinned_in_memory_takes_its_room_from_all_but_itself() -> None:
+    tight = node("a", pool_bytes=2 * GIB, pinned={"another": GIB})
+    assert started_on(decide(question(host_bytes=GIB), [tight], [], NOBODY)) == "a"
+    assert isinstance(decide(question(host_bytes=GIB + 1), [tight], [], NOBODY), Wait)
+    # An idle instance of what is pinned would leave its memory where it is.
+    full = node("a", pool_bytes=2 * GIB, pinned={"another": 2 * GIB}, instances=[instance("i", host_bytes=0)])
+    assert isinstance(decide(question(), [full], [], NOBODY), Wait)
+    own = node("a", pool_bytes=2 * GIB, pinned={"print": 2 * GIB})
+    assert started_on(decide(question(host_bytes=2 * GIB), [own], [], NOBODY)) == "a"
 
 
 def test_grants_take_slots_and_memory_of_their_node_until_its_report_shows_them() -> None:

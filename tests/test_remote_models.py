@@ -119,7 +119,7 @@ def test_a_model_starts_from_a_web_server_and_later_without_it(
         until_stored(node)
         assert stored(node) == [True]
         (held,) = tiers(node)["host"]
-        assert (held["models"], held["held_by"], held["leases"]) == (["demo"], ["demo-1"], 1)
+        assert (held["models"], [holder["who"] for holder in held["held_by"]]) == (["demo"], ["demo-1"])
         node.call("POST", "/admin/models/demo/unload")
         assert node.call("GET", "/admin/models")["models"][0]["state"] == "host"
     shutil.rmtree(served)

@@ -69,6 +69,7 @@ def report(slots: int = 2, instances: list[InstanceView] | None = None, ended: t
         slots=slots,
         host_pool_bytes=100 * MIB,
         instances=tuple(instances or ()),
+        pinned_host_bytes={},
         ended_placements=ended,
         host_fingerprints=(),
         ssd_fingerprints=("new",),

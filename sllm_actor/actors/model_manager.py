@@ -16,6 +16,7 @@ from sllm_actor.actors.tiers_view import tiers_view
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, ModelState, NodeId
 from sllm_actor.errors import DeliveryFailed, ModelNotFound
+from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
 from sllm_actor.messages.instances import (
@@ -31,15 +32,19 @@ from sllm_actor.messages.instances import (
     StopInstances,
 )
 from sllm_actor.messages.models import (
+    EvictModel,
     GetModel,
     ListModels,
     ListTiers,
     ModelStatus,
+    PinModel,
     PullModel,
     PullProgress,
     RegisterModel,
     RemoveModel,
+    TiersChanged,
     TiersView,
+    UnpinModel,
 )
 from sllm_actor.messages.placement import InstanceView, NodeReport
 from sllm_actor.policy.bandwidth import ObservedWay
@@ -165,8 +170,25 @@ class ModelManager(Actor):
 
     @handles(ListTiers)
     async def list_tiers(self, _: ListTiers) -> TiersView:
-        instances = [(instance.instance_id, instance.model.fingerprint) for instance in self._instances.values()]
-        return tiers_view(self._tiers, self._registry, instances, self._clock)
+        return tiers_view(self._tiers, self._registry, self._clock)
+
+    @handles(PinModel, concurrent=True)
+    async def pin(self, message: PinModel) -> TiersChanged:
+        with self._registry.change(message.name):  # Who removes the name takes its pins with it.
+            return await self._changed(keeping.pin, message)
+
+    @handles(UnpinModel, concurrent=True)
+    async def unpin(self, message: UnpinModel) -> TiersChanged:
+        return await self._changed(keeping.unpin, message)
+
+    @handles(EvictModel, concurrent=True)
+    async def evict(self, message: EvictModel) -> TiersChanged:
+        return await self._changed(keeping.evict, message)
+
+    async def _changed(self, change: keeping.Change, message: PinModel | UnpinModel | EvictModel) -> TiersChanged:
+        changed = await change(self._tiers, await self._registry.kept(message.name), message.tier)
+        self._report()
+        return TiersChanged(tiers=tuple(changed))
 
     # Instances.
 
@@ -201,6 +223,7 @@ class ModelManager(Actor):
         )
         ref = await self.context.system.spawn(worker, f"worker/{instance_id}")
         self._instances[instance_id] = _Instance(instance_id, model, started, ref, self._clock.monotonic_s())
+        started.lease.is_of(instance_id)
         self._learn_bandwidth()
         return InstanceStarted(
             instance_id=instance_id, model=model.name, node=self._node, worker=ref.name, spans=started.spans
@@ -312,13 +335,15 @@ class ModelManager(Actor):
 
     def _report(self, ended: str = "") -> None:
         """Tell the Scheduler what this node has, once it is up and after every change."""
+        residents = self._tiers.loader.residents()
+        pinned = {resident.fingerprint for resident in residents if resident.pinned}
         views = tuple(
             InstanceView(
                 instance_id=instance.instance_id,
                 model=instance.model.name,
                 active=instance.active,
                 idle_since_s=instance.idle_since_s,
-                host_bytes=instance.model.host_bytes,
+                host_bytes=0 if instance.model.fingerprint in pinned else instance.model.host_bytes,
             )
             for instance in self._instances.values()
         )
@@ -330,8 +355,13 @@ class ModelManager(Actor):
                 slots=self._limits.max_instances,
                 host_pool_bytes=self._limits.host_pool_bytes,
                 instances=views,
+                pinned_host_bytes={
+                    model.fingerprint: model.host_bytes
+                    for model in self._registry.models()
+                    if model.fingerprint in pinned
+                },
                 ended_placements=(ended,) if ended else (),
-                host_fingerprints=tuple(resident.fingerprint for resident in self._tiers.loader.residents()),
+                host_fingerprints=tuple(resident.fingerprint for resident in residents),
                 ssd_fingerprints=self._registry.fingerprints_on_disk(),
                 ssd_bytes_per_s=self._ssd.bytes_per_s,
                 load_queue_s=queues.ssd_s,

@@ -11,9 +11,13 @@ import msgspec
 
 from sllm_actor.actors.registration import Examiner, read_off_loop
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.domain import Model, ModelName
+from sllm_actor.domain import Model, ModelName, TierChoice
 from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, Conflict, ModelExists, ModelNotFound
+from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
+from sllm_actor.loader.host_memory import Key
+from sllm_actor.loader.keeping import Kept, kept
+from sllm_actor.loader.order import key_of
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.metadata import Store
@@ -109,18 +113,22 @@ class Registry:
                 f"{model.name} is registered already, from {_source(known)}; replace it or remove it first",
                 param="name",
             )
+        if known is not None and known.fingerprint != model.fingerprint:
+            await self._let_go(model.name)
         await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
         self._models[model.name] = model
         self._wanted[model.name] = wanted
         return model, True
 
     async def remove(self, name: ModelName) -> Model:
-        """Forget a registration. Within `change`.
+        """Forget a registration, and the pins of what no other name has. Within `change`.
 
         Raises:
             ModelNotFound: there is none of this name.
+            WriteFailed: the disk refused.
         """
         model = self.find(name)
+        await self._let_go(name)
         await self._store.delete(MODELS + name)
         del self._models[name]
         self._wanted.pop(name, None)
@@ -142,12 +150,35 @@ class Registry:
         return self._tiers.arriving(wanted) if isinstance(wanted, Card) else None
 
     def names_by_model_id(self) -> dict[str, list[str]]:
-        """List the names under which each model id is registered, as far as ids are known."""
+        """List the names under which each model id is registered, as far as ids are known.
+
+        What is on its way to the SSD has the identity of its card in an id's place.
+        """
         names: dict[str, list[str]] = {}
         for name, wanted in sorted(self._wanted.items()):
-            if model_id := _model_id(wanted):
+            identity = wanted.checkpoint.identity if isinstance(wanted, Card) else ""
+            for model_id in {_model_id(wanted), identity} - {""}:
                 names.setdefault(model_id, []).append(name)
         return names
+
+    async def kept(self, name: ModelName) -> Kept:
+        """Say what the tiers know a model by: one that is registered, or one of which the SSD alone still has bytes.
+
+        Raises:
+            ModelNotFound: there is neither.
+            SllmError: as `wanted` does.
+        """
+        if name not in self._models and any(entry.model_id == name for entry in self._tiers.ssd.entries()):
+            return Kept(name, None, frozenset({name}))
+        return kept(name, await self.wanted(self.find(name)))
+
+    async def _let_go(self, name: ModelName) -> None:
+        """Take the pins from what only this name has: without one, nobody would think of them."""
+        wanted = self._wanted.get(name)
+        if wanted is not None and not any(
+            _identity(other) == _identity(wanted) for known, other in self._wanted.items() if known != name
+        ):
+            await keeping.unpin(self._tiers, kept(name, wanted), TierChoice.ALL)
 
     async def _sweep(self) -> None:
         """Drop the cards that no model has; while something is being examined, any may be about to be needed."""
@@ -186,6 +217,10 @@ def _model_id(wanted: Wanted) -> str:
     if isinstance(wanted, Card):
         return wanted.model_id
     return wanted.manifest.model_id if wanted.manifest is not None else ""
+
+
+def _identity(wanted: Wanted) -> Key:
+    return key_of(wanted.checkpoint if isinstance(wanted, Card) else wanted)
 
 
 def _source(known: Model) -> str:

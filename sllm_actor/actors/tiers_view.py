@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sllm_actor.actors.registry import Registry
+from sllm_actor.loader.holder import Holder
 from sllm_actor.loader.tiers import Tiers
-from sllm_actor.messages.models import TierEntry, TiersView, WayView
+from sllm_actor.messages.models import HolderView, TierEntry, TiersView, WayView
 from sllm_actor.runtime import Clock
 
 
-def tiers_view(tiers: Tiers, registry: Registry, instances: Sequence[tuple[str, str]], clock: Clock) -> TiersView:
-    """Describe host memory and the SSD; `instances` are ids with the fingerprint of what each has loaded."""
+def tiers_view(tiers: Tiers, registry: Registry, clock: Clock) -> TiersView:
+    """Describe host memory and the SSD."""
     now_s, now_wall_s = clock.monotonic_s(), clock.wall_s()
     by_fingerprint: dict[str, list[str]] = {}
     for model in registry.models():
@@ -20,11 +21,12 @@ def tiers_view(tiers: Tiers, registry: Registry, instances: Sequence[tuple[str, 
     host = tuple(
         TierEntry(
             models=tuple(by_fingerprint.get(resident.fingerprint, ())),
+            model_id="",
             size_bytes=resident.size_bytes,
             done_bytes=resident.size_bytes,
             leases=resident.leases,
-            held_by=tuple(known for known, fingerprint in instances if fingerprint == resident.fingerprint),
-            pinned=False,
+            held_by=_holders(resident.holders, now_s),
+            pinned=resident.pinned,
             idle_s=0.0 if resident.leases else max(0.0, now_s - resident.last_used_s),
         )
         for resident in tiers.loader.residents()
@@ -32,10 +34,11 @@ def tiers_view(tiers: Tiers, registry: Registry, instances: Sequence[tuple[str, 
     ssd = tuple(
         TierEntry(
             models=tuple(by_id.get(entry.model_id, ())),
+            model_id=entry.model_id,
             size_bytes=entry.size_bytes,
             done_bytes=entry.done_bytes,
             leases=entry.leases,
-            held_by=(),
+            held_by=_holders(entry.holders, now_s),
             pinned=entry.pinned,
             idle_s=0.0 if entry.leases else max(0.0, now_wall_s - entry.last_used_wall_s),
         )
@@ -57,3 +60,7 @@ def tiers_view(tiers: Tiers, registry: Registry, instances: Sequence[tuple[str, 
             for name, way in ways.items()
         },
     )
+
+
+def _holders(holders: Sequence[Holder], now_s: float) -> tuple[HolderView, ...]:
+    return tuple(HolderView(who=holder.who, held_s=max(0.0, now_s - holder.since_s)) for holder in holders)

@@ -5,23 +5,20 @@ Exit codes: 0 done; 1 the node, or what was asked of it, refused; 2 wrong usage;
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.markup import escape
 
-from sllm_actor.cli import checkpoints
-from sllm_actor.cli.client import DEFAULT_URL, NodeClient, NodeRefused, NodeUnreachable
+from sllm_actor.cli import checkpoints, keep
+from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
+from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.pull import default_name, pull_model
 from sllm_actor.cli.run import run_model
-from sllm_actor.cli.show import duration, err, out, print_json, print_tiers, table
+from sllm_actor.cli.show import duration, out, print_json, print_tiers, table
 from sllm_actor.config import Resolved, resolve
 from sllm_actor.errors import SllmError
 from sllm_actor.units import format_bytes, parse_bytes
@@ -32,9 +29,6 @@ app = typer.Typer(
     help="Serve many large language models from few machines: start a node, deploy models, ask them.",
 )  # fmt: skip
 
-Url = Annotated[str, typer.Option("--url", envvar="SLLM_URL", help="The node to ask.")]
-Key = Annotated[str, typer.Option("--api-key", envvar="SLLM_API_KEY", help="Its API key, where it wants one.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="SLLM_CONFIG", help="A TOML file of knobs.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder of the node's own state.")]
 Host = Annotated[str | None, typer.Option("--host", help="Address to bind; off loopback needs --api-key-file.")]
@@ -53,40 +47,6 @@ Name = Annotated[str, typer.Option("--name", help="Its name; the last part of th
 KeepAlive = Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
-
-
-def fail(message: str, exit_code: int = 1, *, as_json: bool = False, code: str = "", param: str | None = None) -> None:
-    """Say what went wrong and end with the exit code."""
-    if as_json:
-        print_json({"error": {"message": message, "code": code, "param": param}})
-    else:
-        err.print(f"[bold red]error:[/bold red] {escape(message)}", markup=True)
-    raise typer.Exit(exit_code)
-
-
-def ask(url: str, key: str, work: Callable[[NodeClient], Awaitable[T]], *, as_json: bool) -> T:
-    """Run `work` with a client; errors become messages and exit codes."""
-
-    async def connected() -> T:
-        async with NodeClient(url, key) as client:
-            return await work(client)
-
-    try:
-        return asyncio.run(connected())
-    except NodeUnreachable as error:
-        fail(str(error), 3, as_json=as_json, code="node_unreachable")
-    except NodeRefused as error:
-        fail(str(error), 1, as_json=as_json, code=error.code, param=error.param)
-    raise AssertionError("unreachable")
-
-
-@contextmanager
-def refusals(*, as_json: bool) -> Iterator[None]:
-    """Turn typed errors into a message and exit code 1."""
-    try:
-        yield
-    except SllmError as error:
-        fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
 
 
 def configure(
@@ -350,6 +310,10 @@ def verify(
     """
     with refusals(as_json=as_json):
         checkpoints.run_verify(folder, as_json=as_json)
+
+
+for verb in (keep.pin, keep.unpin, keep.evict):
+    app.command()(verb)
 
 
 def main() -> None:

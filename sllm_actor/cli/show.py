@@ -46,21 +46,22 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_tiers(tiers: Mapping[str, Any]) -> None:
-    """Print what each tier holds: of which model, who has it, since when nobody has."""
+    """Print what each tier holds: of which model, who has it and for how long, since when nobody has."""
     rows = []
     for tier, used_bytes, size_bytes in (
         ("host", tiers["host_bytes"] - tiers["host_free_bytes"], tiers["host_bytes"]),
         ("ssd", tiers["ssd_used_bytes"], tiers["ssd_quota_bytes"]),
     ):
-        rows.append((tier, f"{format_bytes(used_bytes)} of {format_bytes(size_bytes)}", "", "", ""))
+        rows.append((tier, f"{format_bytes(used_bytes)} of {format_bytes(size_bytes)}", "", "", "", ""))
         rows += [
             (
-                "", ", ".join(entry["models"]) or "(not registered)", _held(entry), _holders(entry),
+                "", ", ".join(entry["models"]) or f"(not registered) {entry['model_id']}".rstrip(), _held(entry),
+                "pinned" if entry["pinned"] else "", _holders(entry),
                 "" if entry["leases"] else duration(entry["idle_s"]),
             )
             for entry in tiers[tier]
         ]  # fmt: skip
-    table(("TIER", "MODEL", "SIZE", "HELD BY", "IDLE"), rows)
+    table(("TIER", "MODEL", "SIZE", "PINNED", "HELD BY", "IDLE"), rows)
 
 
 def _held(entry: Mapping[str, Any]) -> str:
@@ -70,10 +71,7 @@ def _held(entry: Mapping[str, Any]) -> str:
 
 
 def _holders(entry: Mapping[str, Any]) -> str:
-    held_by = list(entry["held_by"]) + (["pinned"] if entry["pinned"] else [])
-    if entry["leases"] > len(entry["held_by"]):
-        held_by.append(f"{entry['leases'] - len(entry['held_by'])} load(s)")
-    return ", ".join(held_by)
+    return ", ".join(f"{holder['who']} for {format_seconds(holder['held_s'])}" for holder in entry["held_by"])
 
 
 def duration(value: float | str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sllm_actor.domain.generation import FinishReason, Resume, Sampling, TokenLogprobs
-from sllm_actor.domain.model import Model, ModelState
+from sllm_actor.domain.model import Model, ModelState, TierChoice
 from sllm_actor.domain.names import ModelName, NodeId, RequestId, check_model_name, check_node_id
 from sllm_actor.domain.timeline import Span, Timeline
 
@@ -17,6 +17,7 @@ __all__ = [
     "Resume",
     "Sampling",
     "Span",
+    "TierChoice",
     "Timeline",
     "TokenLogprobs",
     "check_model_name",

@@ -19,6 +19,14 @@ class ModelState(enum.StrEnum):
     RUNNING = "running"
 
 
+class TierChoice(enum.StrEnum):
+    """Which tiers of a node an operator means."""
+
+    HOST = "host"
+    SSD = "ssd"
+    ALL = "all"
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A registration.
 

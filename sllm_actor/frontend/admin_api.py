@@ -10,14 +10,24 @@ from aiohttp import web
 
 from sllm_actor.domain import Model, RequestId, check_model_name, check_node_id
 from sllm_actor.errors import InvalidRequest, SllmError
-from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response
+from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response, known_name
 from sllm_actor.frontend.http_errors import body_of
-from sllm_actor.frontend.schema import DeployRequest, MigrationRequest
+from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest
 from sllm_actor.frontend.sse import write_in_time
 from sllm_actor.messages.generation import GetTimeline, ListRequests
 from sllm_actor.messages.instances import ListInstances, StopInstances
 from sllm_actor.messages.migration import MigrateRequest
-from sllm_actor.messages.models import ListModels, ListTiers, PullModel, RegisterModel, RemoveModel
+from sllm_actor.messages.models import (
+    EvictModel,
+    ListModels,
+    ListTiers,
+    PinModel,
+    PullModel,
+    RegisterModel,
+    RemoveModel,
+    TiersChanged,
+    UnpinModel,
+)
 from sllm_actor.units import parse_duration_s
 
 routes = web.RouteTableDef()
@@ -122,6 +132,31 @@ async def unload(request: web.Request) -> web.Response:
     model = await gateway.model(request.match_info["name"])
     stopped = await gateway.manager.ask(StopInstances(model=model.name), timeout_s=gateway.limits.deploy_timeout_s)
     return json_response({"stopped": stopped})
+
+
+@routes.post("/admin/models/{name:.+}/pin")
+async def pin(request: web.Request) -> web.Response:
+    return json_response({"pinned": request.match_info["name"], "tiers": await _change(request, PinModel)})
+
+
+@routes.post("/admin/models/{name:.+}/unpin")
+async def unpin(request: web.Request) -> web.Response:
+    return json_response({"unpinned": request.match_info["name"], "tiers": await _change(request, UnpinModel)})
+
+
+@routes.post("/admin/models/{name:.+}/evict")
+async def evict(request: web.Request) -> web.Response:
+    return json_response({"evicted": request.match_info["name"], "tiers": await _change(request, EvictModel)})
+
+
+async def _change(request: web.Request, kind: type[PinModel | UnpinModel | EvictModel]) -> tuple[str, ...]:
+    """Ask for a change in the tiers that the body names, in all where there is no body; tell in which there was one."""
+    gateway, name = request.app[GATEWAY], known_name(request.match_info["name"])
+    body = await gateway.read(request, TierRequest) if request.can_read_body else TierRequest()
+    changed: TiersChanged = await gateway.manager.ask(
+        kind(name=name, tier=body.tier), timeout_s=gateway.limits.deploy_timeout_s
+    )
+    return changed.tiers
 
 
 @routes.get("/admin/runtime")

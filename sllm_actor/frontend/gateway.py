@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from aiohttp import web
 
-from sllm_actor.domain import Model, RequestId, check_model_name
+from sllm_actor.domain import Model, ModelName, RequestId, check_model_name
 from sllm_actor.domain.names import is_request_id
 from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, RequestTimeout
 from sllm_actor.frontend.progress import Progress
@@ -99,11 +99,8 @@ class Gateway:
         Raises:
             ModelNotFound: there is none of that name, or there can't be.
         """
-        try:
-            checked = check_model_name(name)
-        except InvalidName:
-            raise ModelNotFound(f"the model {name[:120]!r} does not exist", param="model") from None
-        model: Model = await self.manager.ask(GetModel(name=checked), timeout_s=self.limits.ask_timeout_s)
+        question = GetModel(name=known_name(name))
+        model: Model = await self.manager.ask(question, timeout_s=self.limits.ask_timeout_s)
         return model
 
     def events(self, request: web.Request, model: Model) -> EventStream:
@@ -144,6 +141,18 @@ class Gateway:
         except TimeoutError:
             return False
         return True
+
+
+def known_name(text: str) -> ModelName:
+    """Give a name that a model may have.
+
+    Raises:
+        ModelNotFound: there can be none of that name.
+    """
+    try:
+        return check_model_name(text)
+    except InvalidName:
+        raise ModelNotFound(f"the model {text[:120]!r} does not exist", param="model") from None
 
 
 GATEWAY = web.AppKey("gateway", Gateway)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import msgspec
 from msgspec import Meta
 
+from sllm_actor.domain import TierChoice
 from sllm_actor.errors import InvalidRequest, UnsupportedField
 
 MAX_STOPS = 4
@@ -90,6 +91,10 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     source: str
     keep_alive: str | Annotated[float, Meta(ge=0)] | None = None
     replace: bool = False
+
+
+class TierRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    tier: TierChoice = TierChoice.ALL
 
 
 class MigrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

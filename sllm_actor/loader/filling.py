@@ -11,6 +11,7 @@ from typing import NoReturn
 import msgspec
 
 from sllm_actor.errors import AlreadyThere, CheckpointCorrupt, DeviceError, Draining, ModelTooLarge, NoCapacity
+from sllm_actor.loader.holder import LOAD
 from sllm_actor.loader.host_memory import Held, HostMemory, Key, chunk_count
 from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.loads import Grant, Load, Loads
@@ -49,7 +50,7 @@ class Filling:
             if held is not None:
                 order.placed(held.files)
                 report = LoadReport(pool_bytes=held.size_bytes, total_bytes=held.size_bytes)
-                return await self._finish(order, held, self._memory.grant(held, report))
+                return await self._finish(order, held, self._memory.grant(held, report, LOAD))
             load = self._shared.get(order.key)
             if load is not None and not load.abandoned:
                 # What joins a load is then held, and copied or checked from there.
@@ -89,7 +90,7 @@ class Filling:
             held.verified = held.verified or order.checks
             moved = {"device_bytes": status.device_bytes, "duration_s": lease.report.duration_s + status.duration_s}
             report = msgspec.structs.replace(lease.report, **moved)
-            return lambda: HostLease(lease.files, report, lease.release)
+            return lambda: HostLease(lease.files, report, lease.release, lease.holder)
 
         load = self._loads.begin(lambda: order.plan(files, resident=True), files=(), chunks=0, whole=whole, undo=undo)
         return await self._loads.wait(load, order.on_progress)
@@ -102,7 +103,7 @@ class Filling:
             self._shared.pop(order.key, None)
             held = self._memory.hold(order.key, files, order.checkpoint.size_bytes)
             held.verified = order.checks
-            return partial(self._memory.grant, held, order.report(status))
+            return partial(self._memory.grant, held, order.report(status), LOAD)
 
         def undo(_: LoadStatus | None) -> None:
             self._memory.give_back(files)
@@ -160,7 +161,7 @@ class Filling:
         def commit(report: LoadReport) -> HostLease:
             held = self._memory.hold(order.key, files, order.checkpoint.size_bytes)
             held.verified = order.checks
-            return self._memory.grant(held, report)
+            return self._memory.grant(held, report, LOAD)
 
         give_back = partial(self._memory.give_back, files)
         reserved = Reservation(order, files, memory, self._pool.chunk_bytes, self._loads, commit, give_back)

@@ -1,4 +1,4 @@
-"""What the host pool holds: whole checkpoints, leased or kept until their room is needed, the oldest use first.
+"""What the host pool holds: whole checkpoints, leased or pinned, or kept until room is needed, the oldest use first.
 
 Bookkeeping only: it sees no byte, no file and no load. Belongs to one event loop.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sllm_actor.errors import Conflict
+from sllm_actor.loader.holder import Holder
 from sllm_actor.loader.lease import HostLease, LoadReport, Resident
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.pool import HostPool
@@ -31,11 +33,22 @@ class Held:
         self.key = key
         self.files = files
         self.size_bytes = size_bytes
-        self.leases = 0
+        self.holders: list[Holder] = []
+        self.pinned = False
         self.last_used_s = now_s
         # Whether the bytes in the pool were compared with the checkpoint's digests; whether they are of no use.
         self.verified = False
         self.forgotten = False
+
+    @property
+    def free(self) -> bool:
+        """Whether it may be evicted."""
+        return not self.pinned and not self.holders
+
+    def describe(self) -> Resident:
+        return Resident(
+            self.key.fingerprint, self.key.path, self.size_bytes, tuple(self.holders), self.pinned, self.last_used_s
+        )
 
 
 class HostMemory:
@@ -48,7 +61,7 @@ class HostMemory:
 
     @property
     def obtainable_chunks(self) -> int:
-        """Chunks that hold nothing, and those that nobody leases."""
+        """Chunks that hold nothing, and those that nobody leases and nobody has pinned."""
         return self._pool.free_chunks + sum(chunk_count(held.files) for held in self._idle())
 
     def find(self, key: Key) -> Held | None:
@@ -57,10 +70,7 @@ class HostMemory:
 
     def residents(self) -> list[Resident]:
         """List what is held, the least recently used first."""
-        return [
-            Resident(held.key.fingerprint, held.key.path, held.size_bytes, held.leases, held.last_used_s)
-            for held in sorted(self._held.values(), key=lambda held: held.last_used_s)
-        ]
+        return [held.describe() for held in sorted(self._held.values(), key=lambda held: held.last_used_s)]
 
     def make_room(self, chunks: int) -> None:
         """Evict until so many chunks are free; the caller has seen that they can be had."""
@@ -90,24 +100,35 @@ class HostMemory:
         if not held.forgotten:
             held.forgotten = True
             del self._held[held.key]
-            if held.leases == 0:
+            if not held.holders:
                 self.give_back(held.files)
 
-    def grant(self, held: Held, report: LoadReport) -> HostLease:
-        """Lease what is held."""
-        held.leases += 1
-        held.last_used_s = self._clock.monotonic_s()
-        return HostLease(held.files, report, lambda: self._release(held))
+    def evict(self, held: Held) -> None:
+        """Free its chunks.
 
-    def _release(self, held: Held) -> None:
-        assert held.leases > 0, "a lease is released once"
-        held.leases -= 1
+        Raises:
+            Conflict: it is leased or pinned.
+        """
+        if not held.free:
+            who = "pinned" if held.pinned else f"held by {', '.join(holder.who for holder in held.holders)}"
+            raise Conflict(f"{held.key.path} is {who} and can't be evicted from the host pool")
+        self.forget(held)
+
+    def grant(self, held: Held, report: LoadReport, who: str) -> HostLease:
+        """Lease what is held."""
         held.last_used_s = self._clock.monotonic_s()
-        if held.forgotten and held.leases == 0:
+        holder = Holder(who, held.last_used_s)
+        held.holders.append(holder)
+        return HostLease(held.files, report, lambda: self._release(held, holder), holder)
+
+    def _release(self, held: Held, holder: Holder) -> None:
+        held.holders.remove(holder)
+        held.last_used_s = self._clock.monotonic_s()
+        if held.forgotten and not held.holders:
             self.give_back(held.files)
 
     def _idle(self) -> list[Held]:
-        return sorted((held for held in self._held.values() if held.leases == 0), key=lambda held: held.last_used_s)
+        return sorted((held for held in self._held.values() if held.free), key=lambda held: held.last_used_s)
 
 
 def chunk_count(files: tuple[HostFile, ...]) -> int:

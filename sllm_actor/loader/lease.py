@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from sllm_actor.loader.device import DeviceBuffer
+from sllm_actor.loader.holder import Holder
 from sllm_actor.loader.mapping import HostFile
 
 
@@ -33,8 +34,14 @@ class Resident(msgspec.Struct, frozen=True):
     fingerprint: str
     path: str
     size_bytes: int
-    leases: int
+    holders: tuple[Holder, ...]
+    pinned: bool
     last_used_s: float
+
+    @property
+    def leases(self) -> int:
+        """How many leases there are."""
+        return len(self.holders)
 
 
 class DeviceTarget(NamedTuple):
@@ -47,10 +54,22 @@ class DeviceTarget(NamedTuple):
 class HostLease:
     """The right to use a checkpoint's host memory: it stays what it is until `release`."""
 
-    def __init__(self, files: tuple[HostFile, ...], report: LoadReport, give_back: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        files: tuple[HostFile, ...],
+        report: LoadReport,
+        give_back: Callable[[], None],
+        holder: Holder | None = None,
+    ) -> None:
         self.files = files
         self.report = report
+        self.holder = holder
         self._give_back: Callable[[], None] | None = give_back
+
+    def is_of(self, who: str) -> None:
+        """Say who has it now, for those who ask what a tier is held by."""
+        if self.holder is not None:
+            self.holder.who = who
 
     def release(self) -> None:
         """Give the memory back to the loader's judgement; doing it twice does nothing."""

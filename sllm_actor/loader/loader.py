@@ -18,16 +18,18 @@ from sllm_actor.errors import (
     ConfigInvalid,
     Draining,
     InvalidInput,
+    ModelNotFound,
 )
 from sllm_actor.loader.choice import use_native
 from sllm_actor.loader.device import Device
 from sllm_actor.loader.filling import Filling
-from sllm_actor.loader.host_memory import HostMemory
+from sllm_actor.loader.holder import LOAD
+from sllm_actor.loader.host_memory import Held, HostMemory
 from sllm_actor.loader.lease import DeviceTarget, HostLease, LoadReport, Resident
 from sllm_actor.loader.loads import Loads, OnProgress, OnReading
 from sllm_actor.loader.mover import ByteMover, MoverOptions, Paths, SlabFacts
 from sllm_actor.loader.native import NativeMover
-from sllm_actor.loader.order import OnPlaced, Order, bytes_in_page_cache, files_in_place
+from sllm_actor.loader.order import OnPlaced, Order, bytes_in_page_cache, files_in_place, key_of
 from sllm_actor.loader.pool import HostPool
 from sllm_actor.loader.portable import PortableMover
 from sllm_actor.loader.reservation import PoolMemory, Reservation
@@ -231,14 +233,42 @@ class Loader:
 
     def holds(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is whole in the pool."""
-        return self._memory.find(Order(checkpoint, {}, 0, False, None, None).key) is not None
+        return self._memory.find(key_of(checkpoint)) is not None
 
-    def lease_resident(self, checkpoint: Checkpoint) -> HostLease | None:
-        """Lease a checkpoint if it is whole in the pool; None where it is not."""
-        held = self._memory.find(Order(checkpoint, {}, 0, False, None, None).key)
+    def resident(self, checkpoint: Checkpoint) -> Resident | None:
+        """Describe a checkpoint that is whole in the pool; None where it is not."""
+        held = self._memory.find(key_of(checkpoint))
+        return None if held is None else held.describe()
+
+    def pin(self, checkpoint: Checkpoint, pinned: bool = True) -> None:
+        """Keep a checkpoint in the pool until it is unpinned, or the loader closed; or let it go again.
+
+        Raises:
+            ModelNotFound: it is not whole in the pool.
+        """
+        self._held(checkpoint).pinned = pinned
+
+    def evict(self, checkpoint: Checkpoint) -> None:
+        """Free the chunks of a checkpoint.
+
+        Raises:
+            ModelNotFound: it is not whole in the pool.
+            Conflict: it is leased or pinned.
+        """
+        self._memory.evict(self._held(checkpoint))
+
+    def _held(self, checkpoint: Checkpoint) -> Held:
+        held = self._memory.find(key_of(checkpoint))
+        if held is None:
+            raise ModelNotFound(f"{checkpoint.path} is not in the host pool")
+        return held
+
+    def lease_resident(self, checkpoint: Checkpoint, who: str = LOAD) -> HostLease | None:
+        """Lease a checkpoint, for `who`, if it is whole in the pool; None where it is not."""
+        held = self._memory.find(key_of(checkpoint))
         if held is None or self._loads.closing:
             return None
-        return self._memory.grant(held, LoadReport(pool_bytes=held.size_bytes, total_bytes=held.size_bytes))
+        return self._memory.grant(held, LoadReport(pool_bytes=held.size_bytes, total_bytes=held.size_bytes), who)
 
     async def reserve(
         self, checkpoint: Checkpoint, targets: Mapping[str, DeviceTarget], *, on_placed: OnPlaced | None = None

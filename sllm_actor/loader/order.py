@@ -28,10 +28,7 @@ class Order(NamedTuple):
 
     @property
     def key(self) -> Key:
-        checkpoint = self.checkpoint
-        if checkpoint.identity:
-            return Key(checkpoint.fingerprint, checkpoint.identity, ())
-        return Key(checkpoint.fingerprint, str(checkpoint.path), tuple(file.inode for file in checkpoint.files))
+        return key_of(self.checkpoint)
 
     @property
     def checks(self) -> bool:
@@ -78,6 +75,13 @@ class Order(NamedTuple):
             duration_s=status.duration_s,
             device_bytes=status.device_bytes,
         )
+
+
+def key_of(checkpoint: Checkpoint) -> Key:
+    """Give the key under which the pool holds a checkpoint."""
+    if checkpoint.identity:
+        return Key(checkpoint.fingerprint, checkpoint.identity, ())
+    return Key(checkpoint.fingerprint, str(checkpoint.path), tuple(file.inode for file in checkpoint.files))
 
 
 def bytes_in_page_cache(checkpoint: Checkpoint) -> int:

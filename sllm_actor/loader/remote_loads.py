@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from sllm_actor.errors import Draining, SllmError
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.fetch import Fetch, Storing
+from sllm_actor.loader.holder import COPY
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.load_queue import LoadQueue, Turn
 from sllm_actor.loader.loader import Loader
@@ -151,7 +152,9 @@ class RemoteLoads:
             running.watch(on_placed, on_progress)
             lease = await asyncio.shield(running.task)
             mine = self._loader.lease_resident(card.checkpoint) if lease is not None else None
-            return None if lease is None or mine is None else HostLease(mine.files, lease.report, mine.release)
+            if lease is None or mine is None:
+                return None
+            return HostLease(mine.files, lease.report, mine.release, mine.holder)
         except asyncio.CancelledError:
             if running.task.cancelled() and not is_cancelled():
                 raise Draining("the loader is closing") from None
@@ -247,7 +250,7 @@ class RemoteLoads:
 
     def _keep(self, card: Card, storing: Storing, writing: asyncio.Task[None], reserved: Reservation) -> None:
         """Finish the SSD's copy from the pool, which holds the bytes until then."""
-        held = self._loader.lease_resident(card.checkpoint)
+        held = self._loader.lease_resident(card.checkpoint, COPY)
         assert held is not None, "it has just been committed"
         identity = card.checkpoint.identity
         copy = self._scope.spawn(self._finish(card, storing, writing), f"copy-{identity[:12]}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from sllm_actor.errors import ModelTooLarge, NoCapacity, SllmError
+from sllm_actor.loader.holder import DOWNLOAD, Holder
 from sllm_actor.units import format_bytes
 
 
@@ -23,11 +24,16 @@ class SsdEntry(msgspec.Struct, frozen=True):
     model_id: str
     path: Path
     size_bytes: int
-    leases: int
     pinned: bool
     last_used_wall_s: float
     partial: bool
     done_bytes: int
+    holders: tuple[Holder, ...]
+
+    @property
+    def leases(self) -> int:
+        """How many leases there are."""
+        return len(self.holders)
 
 
 class HeldModel:
@@ -39,24 +45,26 @@ class HeldModel:
         self.size_bytes = size_bytes
         self.last_used_s = last_used_s
         self.pinned = pinned
-        self.leases = 0
+        self.holders: list[Holder] = []
 
     @property
     def free(self) -> bool:
         """Whether it may be evicted."""
-        return not self.pinned and self.leases == 0
+        return not self.pinned and not self.holders
 
     def describe(self) -> SsdEntry:
         return SsdEntry(
-            self.model_id, self.path, self.size_bytes, self.leases, self.pinned, self.last_used_s,
-            partial=False, done_bytes=self.size_bytes,
+            self.model_id, self.path, self.size_bytes, self.pinned, self.last_used_s,
+            partial=False, done_bytes=self.size_bytes, holders=tuple(self.holders),
         )  # fmt: skip
 
 
 class SsdLease:
     """The right to a model's files: they stay while it is held."""
 
-    def __init__(self, held: HeldModel) -> None:
+    def __init__(self, held: HeldModel, holder: Holder) -> None:
+        held.holders.append(holder)
+        self.holder = holder
         self.model_id = held.model_id
         self.path = held.path
         self.size_bytes = held.size_bytes
@@ -65,7 +73,7 @@ class SsdLease:
     def release(self) -> None:
         """Give it back. Twice is once."""
         if self._held is not None:
-            self._held.leases -= 1
+            self._held.holders.remove(self.holder)
         self._held = None
 
 
@@ -79,6 +87,7 @@ class HeldPartial:
         self.last_used_s = last_used_s
         self.done_bytes = done_bytes
         self.busy = False
+        self.busy_since_s = 0.0
 
     @property
     def free(self) -> bool:
@@ -87,8 +96,8 @@ class HeldPartial:
 
     def describe(self) -> SsdEntry:
         return SsdEntry(
-            self.key, self.path, self.size_bytes, int(self.busy), False, self.last_used_s,
-            partial=True, done_bytes=self.done_bytes,
+            self.key, self.path, self.size_bytes, False, self.last_used_s, partial=True, done_bytes=self.done_bytes,
+            holders=(Holder(DOWNLOAD, self.busy_since_s),) if self.busy else (),
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from sllm_actor.checkpoint.manifest import Manifest
 from sllm_actor.errors import Conflict, Draining, ModelNotFound, TargetBusy, WriteFailed
 from sllm_actor.loader import ssd_files, ssd_layout
+from sllm_actor.loader.holder import LOAD, Holder
 from sllm_actor.loader.ssd_layout import MODELS, PARTIAL, TRASH, Trash
 from sllm_actor.loader.ssd_partial import Gate, SsdPartial, expected_digests, take_up
 from sllm_actor.loader.ssd_quota import Held, HeldModel, HeldPartial, Quota, SsdEntry, SsdLease
@@ -46,7 +47,7 @@ class SsdTier:
     def __init__(self, folder: Path, quota: Quota, clock: Clock, gate: Gate | None, work: DiskWork, lock: int) -> None:
         self.folder = folder
         self._quota = quota
-        self._gate = gate
+        self._gate, self._clock = gate, clock
         self._work = work
         self._lock = lock
         self._trash = Trash(folder / TRASH)
@@ -130,8 +131,8 @@ class SsdTier:
         """Tell whether a whole model of this id is here; none is of an empty one."""
         return model_id in self._quota.models
 
-    def lease(self, model_id: str) -> SsdLease | None:
-        """Keep a whole model from being evicted; None where there is none.
+    def lease(self, model_id: str, who: str = LOAD) -> SsdLease | None:
+        """Keep a whole model from being evicted, for `who`; None where there is none.
 
         Raises:
             InvalidName: that is no model id.
@@ -142,9 +143,8 @@ class SsdTier:
             raise Draining("the SSD tier is closing")
         if held is None:
             return None
-        held.leases += 1
         self._uses.touch(held)
-        return SsdLease(held)
+        return SsdLease(held, Holder(who, self._clock.monotonic_s()))
 
     async def pin(self, model_id: str) -> None:
         """Keep a model until it is unpinned, over restarts.
@@ -187,7 +187,7 @@ class SsdTier:
     async def _evict(self, model_id: str) -> None:
         held = self._model(model_id)
         if not held.free:
-            why = f"is leased {held.leases} times" if held.leases else "is pinned"
+            why = f"is leased {len(held.holders)} times" if held.holders else "is pinned"
             raise Conflict(f"{model_id} {why} and can't be evicted", param="model_id")
         self._quota.remove(held)
         await self._clear([held])
@@ -270,7 +270,7 @@ class SsdTier:
         path = self.folder / PARTIAL / folder_name(plan.key)
         resumes = old is not None and await self._resumes(old, plan, manifest)
         new = HeldPartial(plan.key, path, plan.size_bytes, self._uses.now_s(), 0)
-        new.busy = True
+        new.busy, new.busy_since_s = True, self._clock.monotonic_s()
         victims = self._quota.exchange(old, new)
         try:
             await self._clear(victims)

@@ -196,7 +196,7 @@ class Tiers:
             lease.release()
             held.release()
 
-        return HostLease(lease.files, lease.report, give_back)
+        return HostLease(lease.files, lease.report, give_back, held.holder)
 
     async def _give_up(self, model_id: str) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import Model, ModelName, ModelState
+from sllm_actor.domain import Model, ModelName, ModelState, TierChoice
 from sllm_actor.messages.declare import message
 
 
@@ -68,23 +68,71 @@ class PullProgress:
     total_bytes: int
 
 
+@message("models.pin")
+class PinModel:
+    """Keep a model in the tiers that have it: nothing makes room at its expense. Answered by `TiersChanged`.
+
+    Here and in the next two, `name` may also be the id of what the SSD has of a model that is not registered. Fails
+    with `ModelNotFound`, or with `Conflict` where no such tier has it.
+    """
+
+    name: ModelName
+    tier: TierChoice
+
+
+@message("models.unpin")
+class UnpinModel:
+    """Let a model make room again. Answered by `TiersChanged`, or fails with `ModelNotFound`."""
+
+    name: ModelName
+    tier: TierChoice
+
+
+@message("models.evict")
+class EvictModel:
+    """Give up what tiers have of a model. Answered by `TiersChanged`.
+
+    Fails with `ModelNotFound`, or with `Conflict` where it is held, pinned or on its way: then all of it is there.
+    """
+
+    name: ModelName
+    tier: TierChoice
+
+
+@message("models.tiers_changed")
+class TiersChanged:
+    """In which tiers there was something to be changed: `host`, `ssd`."""
+
+    tiers: tuple[str, ...]
+
+
 @message("models.tiers")
 class ListTiers:
     """Answered by `TiersView`."""
 
 
+@message("models.holder")
+class HolderView:
+    """Who has a lease: an instance, or what it is for; and for how long by now."""
+
+    who: str
+    held_s: float
+
+
 @message("models.tier_entry")
 class TierEntry:
-    """One checkpoint in one tier. `held_by` are instances; it is `idle_s` since the last of its leases ended.
+    """One checkpoint in one tier; it is `idle_s` since the last of its leases ended.
 
-    Less than `size_bytes` is there of one that is on its way (`done_bytes`).
+    Less than `size_bytes` is there of one that is on its way (`done_bytes`). `model_id` is that of the SSD's copy, or
+    what its download goes by; empty in host memory.
     """
 
     models: tuple[str, ...]
+    model_id: str
     size_bytes: int
     done_bytes: int
     leases: int
-    held_by: tuple[str, ...]
+    held_by: tuple[HolderView, ...]
     pinned: bool
     idle_s: float
 

@@ -48,9 +48,10 @@ class InstanceView:
 class NodeReport:
     """What a ModelManager tells the Scheduler once it is up and after every change.
 
-    `slots` and `host_pool_bytes` bound what may run at once. `ended_placements` are the placements whose
-    start has succeeded or failed since the last report; `host_fingerprints` the checkpoints in host
-    memory, `ssd_fingerprints` those on its disk; bandwidths are observed ones, and each way up has its queue.
+    `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
+    fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
+    the placements whose start has succeeded or failed since the last report; `host_fingerprints` the checkpoints in
+    host memory, `ssd_fingerprints` those on its disk; bandwidths are observed ones, and each way up has its queue.
     """
 
     node: NodeId
@@ -58,6 +59,7 @@ class NodeReport:
     slots: int
     host_pool_bytes: int
     instances: tuple[InstanceView, ...]
+    pinned_host_bytes: dict[str, int]
     ended_placements: tuple[str, ...]
     host_fingerprints: tuple[str, ...]
     ssd_fingerprints: tuple[str, ...]

@@ -16,6 +16,7 @@ from sllm_actor.checkpoint.manifest import read_manifest
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import CheckpointInvalid, ModelNotFound, SourceChanged, SourceMissing
 from sllm_actor.loader.cards import Card
+from sllm_actor.loader.holder import OTHER_NODE
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.runtime.threads import on_thread
@@ -107,8 +108,8 @@ class RegisteredModels:
         if not isinstance(wanted, Card):
             yield HeldFolder(Path(registered.path), _model_id)
             return
-        ssd = self._tiers.ssd.lease(wanted.model_id) if self._tiers.is_on_ssd(wanted) else None
-        lease = None if ssd is not None else self._tiers.loader.lease_resident(wanted.checkpoint)
+        ssd = self._tiers.ssd.lease(wanted.model_id, OTHER_NODE) if self._tiers.is_on_ssd(wanted) else None
+        lease = None if ssd is not None else self._tiers.loader.lease_resident(wanted.checkpoint, OTHER_NODE)
         if ssd is None and lease is None:
             raise SourceMissing(f"this node does not have the bytes of {model} at the moment", param="source")
         try:

@@ -78,11 +78,11 @@ def decide(
         key=lambda report: (startup_s(report, question.fingerprint, question.size_bytes), report.node),
     )
     for report in ranked:
-        if _has_room(report, report.instances, open_grants, question.host_bytes):
+        if _has_room(report, report.instances, open_grants, question):
             estimate_s = startup_s(report, question.fingerprint, question.size_bytes)
             return Start(report, estimate_s, _reason(report, question, estimate_s))
     for report in ranked:
-        if not _could_have_room(report, open_grants, question.host_bytes):
+        if not _could_have_room(report, open_grants, question):
             continue
         if any(instance.instance_id in leaving for instance in report.instances):
             return Wait(f"an instance is leaving {report.node}")
@@ -93,17 +93,20 @@ def decide(
     return Wait("no node would have room, whichever idle instances were given up")
 
 
-def _could_have_room(report: NodeReport, grants: Sequence[Grant], host_bytes: int) -> bool:
+def _could_have_room(report: NodeReport, grants: Sequence[Grant], question: PlaceModel) -> bool:
     """Tell whether there would be room once every instance that does not generate had left."""
     kept = [instance for instance in report.instances if instance.active]
-    return _has_room(report, kept, grants, host_bytes)
+    return _has_room(report, kept, grants, question)
 
 
-def _has_room(report: NodeReport, instances: Sequence[InstanceView], grants: Sequence[Grant], host_bytes: int) -> bool:
-    """Tell whether a slot and the host memory for one more are free beside `instances` and the open grants."""
+def _has_room(
+    report: NodeReport, instances: Sequence[InstanceView], grants: Sequence[Grant], question: PlaceModel
+) -> bool:
+    """Tell whether a slot and the host memory for one more are free beside `instances`, open grants and pins."""
     here = [grant for grant in grants if grant.node == report.node]
     taken_bytes = sum(instance.host_bytes for instance in instances) + sum(grant.host_bytes for grant in here)
-    return len(instances) + len(here) < report.slots and taken_bytes + host_bytes <= report.host_pool_bytes
+    taken_bytes += sum(report.pinned_host_bytes.values()) - report.pinned_host_bytes.get(question.fingerprint, 0)
+    return len(instances) + len(here) < report.slots and taken_bytes + question.host_bytes <= report.host_pool_bytes
 
 
 def _reason(report: NodeReport, question: PlaceModel, estimate_s: float) -> str:
