@@ -13,7 +13,7 @@ STORM = "sllm_actor.testing.kill_storm"
 
 
 def storm(folder: Path, *, points: int, seed: int, spoil: str = "") -> subprocess.CompletedProcess[str]:
-    """Run it in a process without threads, which is what may fork; `spoil` is code that breaks the tier first."""
+    """Run it in a process without threads, which is what may fork; `spoil` is code that breaks the node first."""
     program = f"{spoil}\nfrom {STORM} import main\nmain()"
     arguments = [f"--points={points}", f"--seed={seed}", f"--folder={folder}"]
     return subprocess.run(
@@ -67,10 +67,43 @@ def refuse(path):
     raise CheckpointInvalid("not good enough")
 ssd_layout._find_model = refuse
 """, "lost: "),
+        # A card whose record is written where it lies.
+        ("""
+import os
+import msgspec
+from sllm_actor.loader.cards import RECORD_NAME, Card
+def in_place(self, model_id):
+    self._record = msgspec.structs.replace(self._record, model_id=model_id)
+    raw = msgspec.json.encode(self._record)
+    with open(self.checkpoint.path / RECORD_NAME, "wb") as file:
+        file.write(raw[:20])
+        file.flush()
+        os.fsync(file.fileno())
+        file.write(raw[20:])
+Card._learn = in_place
+""", "is not to be asked"),
+        # A card that goes before its registration does.
+        ("""
+from sllm_actor.actors.registry import MODELS, Registry
+async def remove(self, name):
+    model = self._models.pop(name)
+    await self._sweep()
+    await self._store.delete(MODELS + name)
+    self._wanted.pop(name, None)
+    return model
+Registry.remove = remove
+""", "is not to be asked"),
+        # Registrations that only this process knows.
+        ("""
+from sllm_actor.metadata import SqliteStore
+async def put(self, key, value):
+    return
+SqliteStore.put = put
+""", ": None, and should be "),
     ],
-    ids=["torn", "unverified", "unpinned", "picky"],
+    ids=["torn", "unverified", "unpinned", "picky", "card-in-place", "card-first", "unstored"],
 )  # fmt: skip
-def test_the_storm_notices_a_tier_that_is_not_crash_safe(tmp_path: Path, spoil: str, noticed: str) -> None:
+def test_the_storm_notices_a_node_that_is_not_crash_safe(tmp_path: Path, spoil: str, noticed: str) -> None:
     # It ends with the first thing that it notices; threads decide when that is.
     ran = storm(tmp_path, points=200, seed=3, spoil=spoil)
     assert ran.returncode == 1, ran.stdout

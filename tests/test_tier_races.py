@@ -23,6 +23,8 @@ from sllm_actor.errors import NoCapacity, SourceInvalid, WriteFailed
 from sllm_actor.loader import cards
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.ssd_partial import SsdPartial
+from sllm_actor.loader.ssd_quota import SsdEntry
+from sllm_actor.loader.ssd_record import Record
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.sources.source import SourceFile
 
@@ -270,3 +272,27 @@ async def test_a_pool_too_full_says_so(origin: Path) -> None:
         reserved.abandon()
         (await node.lease()).release()
         await node.stored()
+
+
+async def test_a_card_knows_its_copy_before_it_is_visible(stock: Path) -> None:
+    async with house(stock) as node:
+        seen = []
+        settle = node.tiers.ssd.settle
+
+        async def settled(partial: SsdPartial, record: Record) -> SsdEntry:
+            seen.append((node.card.model_id, node.tiers.is_on_ssd(node.card)))
+            return await settle(partial, record)
+
+        node.tiers.ssd.settle = settled  # type: ignore[method-assign]
+        await node.tiers.pull(node.card)
+        assert seen == [(node.card.model_id, False)]
+        assert node.tiers.is_on_ssd(node.card)
+
+
+async def test_half_a_note_that_a_killed_process_left_in_a_card_is_removed(origin: Path) -> None:
+    async with house(origin) as node:
+        left = node.card.checkpoint.path / f"{cards.RECORD_NAME}.new"
+        left.write_bytes(b"{")
+        await node.tiers.recover()
+        assert not left.exists()
+        assert (await node.tiers.card(node.card.key)).model_id == node.card.model_id

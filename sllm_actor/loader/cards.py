@@ -13,7 +13,8 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -43,6 +44,7 @@ from sllm_actor.units import format_bytes
 log = logging.getLogger(__name__)
 
 RECORD_NAME = ".sllm-card.json"
+_NEW_RECORD_NAME = f"{RECORD_NAME}.new"
 # The SSD tier's own bound.
 MAX_SMALL_BYTES = 256_000_000
 _MAX_RECORD_BYTES = 16_000_000
@@ -121,9 +123,9 @@ class Card:
 
     def _learn(self, model_id: str) -> None:
         record = msgspec.structs.replace(self._record, model_id=model_id)
-        path = self.checkpoint.path / RECORD_NAME
-        _write_whole(path.with_name(f"{RECORD_NAME}.new"), msgspec.json.encode(record))
-        os.replace(path.with_name(f"{RECORD_NAME}.new"), path)
+        path = self.checkpoint.path / _NEW_RECORD_NAME
+        _write_whole(path, msgspec.json.encode(record))
+        os.replace(path, path.with_name(RECORD_NAME))
         self._record = record
 
     async def learn(self, model_id: str) -> None:
@@ -160,7 +162,7 @@ class Cards:
         """
         listed = await list_files(source, clock, chance)
         _check_listing(source.url, listed)
-        key = _key(source.url, listed)
+        key = card_key(source.url, listed)
         async with self._lock(key):
             with contextlib.suppress(CheckpointInvalid):
                 return await self.open(key)
@@ -242,6 +244,8 @@ class Cards:
     def _recover(self) -> None:
         for left in self._folder.glob(".*.sllm-*"):
             shutil.rmtree(left, ignore_errors=True)
+        for left in self._folder.glob(f"*/{_NEW_RECORD_NAME}"):
+            left.unlink(missing_ok=True)
 
 
 def _check_listing(url: str, listed: tuple[SourceFile, ...]) -> None:
@@ -289,9 +293,13 @@ async def _fetch(
     return smalls, headers
 
 
-def _key(url: str, files: tuple[SourceFile, ...]) -> str:
+def card_key(url: str, files: Iterable[SourceFile]) -> str:
+    """Give the key of the card of what was listed at a URL, in the order of names."""
     digest = hashlib.sha256()
-    for part in (url, *(f"{file.name}\0{file.size_bytes}\0{file.validator}" for file in files)):
+    for part in (
+        url,
+        *(f"{file.name}\0{file.size_bytes}\0{file.validator}" for file in sorted(files, key=attrgetter("name"))),
+    ):
         raw = part.encode()
         digest.update(b"%d:" % len(raw))
         digest.update(raw)

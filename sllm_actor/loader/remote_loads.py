@@ -281,11 +281,11 @@ class RemoteLoads:
         """Make a complete partial the SSD's copy; raises what `SsdPartial.publish` does."""
 
         async def both() -> None:
-            entry = await partial.publish(card.model_id or None)
-            if entry.model_id != card.model_id:
-                await card.learn(entry.model_id)
+            # Before it is visible, and whoever stops waiting: a copy whose id nobody knows would be of no use.
+            if not card.model_id:
+                await card.learn(await partial.identify())
+            await partial.publish(card.model_id)
 
-        # Whoever stops waiting: a copy whose id nobody knows would be of no use.
         await to_the_end(self._writers.spawn(both(), "publish", on_failure=lambda _: None))
 
     @asynccontextmanager

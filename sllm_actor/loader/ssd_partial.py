@@ -201,17 +201,30 @@ class SsdPartial:
             if self._state is _State.ENDING:
                 self._state = _State.OPEN
 
+    async def identify(self) -> str:
+        """Tell which id a complete partial will have as a model.
+
+        Raises:
+            CheckpointTruncated, CheckpointCorrupt: as `publish` does.
+            TargetBusy, Draining: the partial has ended, or the tier is closing.
+        """
+        self._check_open()
+        return (await self._work.whole(self._record(), "identify")).model_id
+
     async def _check_and_settle(self, model_id: str | None) -> SsdEntry:
+        record = await self._record()
+        if model_id is not None and model_id != record.model_id:
+            raise CheckpointCorrupt(f"{self.key} is the model {record.model_id} and should be {model_id[:80]}")
+        return await self._home.settle(self, record)
+
+    async def _record(self) -> Record:
         await self._quiet()
         missing_bytes = sum(file.size_bytes for file in self.plan.files) - self._done_bytes
         if missing_bytes:
             raise CheckpointTruncated(f"{missing_bytes} bytes of {self.key} are missing")
         if self._manifest is not None and self._manifest.chunk_bytes > self.plan.digest_bytes:
             await self._compare_larger_chunks(self._manifest)
-        record = await self._work.aside(make_record, self.plan, self._manifest, self._done)
-        if model_id is not None and model_id != record.model_id:
-            raise CheckpointCorrupt(f"{self.key} is the model {record.model_id} and should be {model_id[:80]}")
-        return await self._home.settle(self, record)
+        return await self._work.aside(make_record, self.plan, self._manifest, self._done)
 
     async def _compare_larger_chunks(self, manifest: Manifest) -> None:
         """Read again what is digested in larger chunks by the manifest than by the partial."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -24,10 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sllm_actor.testing.tier_storm import KnownModel, known_models, storm, witness
+from sllm_actor.loader.ssd_tier import SsdTier
+from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.testing.register_storm import NAMES, operate, witness_registrations
+from sllm_actor.testing.tier_storm import KnownModel, Tell, known_models, quota_of, same, use, witness
 
 # What changes the file system; of `open`, only what makes a file.
-_CALLS = ("open", "pwrite", "fsync", "rename", "mkdir", "rmdir", "unlink", "posix_fallocate", "utime")
+_CALLS = ("open", "pwrite", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "posix_fallocate", "utime")
 _MOST_CALLS = 1000
 _LONGEST_S = 0.12
 
@@ -85,6 +89,8 @@ class Told:
         self.present: set[str] = set()
         self.absent: set[str] = set()
         self.pinned: set[str] = set()
+        # For each name the number of its model, or None for none, as long as it is certain.
+        self.registered: dict[str, int | None] = dict.fromkeys(NAMES)
 
     def take(self, lines: list[str]) -> None:
         """Follow the reports of one process, from its start to its end."""
@@ -111,6 +117,13 @@ class Told:
             elif what == "unpinning":
                 self.pinned.discard(model_id)
                 self.present.discard(model_id)
+            elif what == "registering":
+                self.registered.pop(model_id, None)
+            elif what == "registered":
+                name, _, number = model_id.rpartition(":")
+                self.registered[name] = int(number)
+            elif what == "removed":
+                self.registered[model_id] = None
 
 
 def _in_a_process(work: Callable[[Callable[[str], None]], str]) -> tuple[int, list[str]]:
@@ -148,7 +161,7 @@ def run(points: int, seed: int, folder: Path) -> str:
 
         def act(tell: Callable[[str], None], killer: Killer = killer, acting: random.Random = acting) -> str:
             killer.arm()
-            asyncio.run(storm(folder, models, acting, tell))
+            asyncio.run(_storm(folder, models, acting, tell))
             return ""
 
         status, lines = _in_a_process(act)
@@ -159,27 +172,48 @@ def run(points: int, seed: int, folder: Path) -> str:
     kinds = ", ".join(f"{seen[kind]} {kind}" for kind in ("before", "after", "torn", "clock", "ended before"))
     return (
         f"{points} points of seed {seed} ({kinds}): {seen['whole']} times a model was whole, {seen['partial']} times "
-        f"one could be resumed, {seen['resumed']} were completed with {seen['kept']} chunks of before; "
+        f"one could be resumed, {seen['resumed']} were completed with {seen['kept']} chunks of before, "
+        f"{seen['registered']} times a name was registered; "
         "nothing torn or lost"
     )
+
+
+async def _storm(folder: Path, models: list[KnownModel], draw: random.Random, tell: Tell) -> None:
+    tier = await SsdTier.open(folder / "ssd", quota_of(models), SystemClock())
+    drawn = random.Random(draw.random()), random.Random(draw.random())
+    used, registered = models[: 2 * len(models) // 3], models[2 * len(models) // 3 :]
+    await asyncio.gather(use(tier, used, drawn[0], tell), operate(folder, tier, registered, drawn[1], tell))
+    await tier.close()
+
+
+async def _witness(folder: Path, models: list[KnownModel], draw: random.Random, tell: Tell, told: Told) -> str:
+    open_before = len(os.listdir("/proc/self/fd"))
+    tier = await SsdTier.open(folder / "ssd", quota_of(models), SystemClock())
+    seen = await witness(tier, models, draw, tell, told.present, told.absent, told.pinned)
+    registered = await witness_registrations(folder, tier, models, told.registered)
+    await tier.close()
+    gc.collect()
+    same(len(os.listdir("/proc/self/fd")), open_before, "open descriptors")
+    same(set(os.listdir(folder)) - {"cards"}, {"ssd", "metadata.db"}, "the node's folder")
+    return f"{seen} {registered}"
 
 
 def _look(
     folder: Path, models: list[KnownModel], told: Told, draw: random.Random, seen: Counter[str], where: str
 ) -> None:
     def look(tell: Callable[[str], None]) -> str:
-        return asyncio.run(witness(folder, models, draw, tell, told.present, told.absent, told.pinned))
+        return asyncio.run(_witness(folder, models, draw, tell, told))
 
     status, lines = _in_a_process(look)
     assert status == 0, f"{where}: what it left is wrong"
     told.take([line for line in lines if not line.startswith("=")])
-    for kind, count in zip(("whole", "partial", "resumed", "kept"), lines[-1].split()[1:], strict=True):
+    for kind, count in zip(("whole", "partial", "resumed", "kept", "registered"), lines[-1].split()[1:], strict=True):
         seen[kind] += int(count)
 
 
 def main() -> None:
     """Run from the command line; the exit code says whether all held."""
-    parser = argparse.ArgumentParser(description="Kill a process that uses an SSD tier at many moments.")
+    parser = argparse.ArgumentParser(description="Kill a process that registers, pulls and evicts models.")
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work; by default in memory, which is as good for kills")
@@ -188,7 +222,7 @@ def main() -> None:
     parent = arguments.folder or (memory if os.access(memory, os.W_OK) else None)
     folder = Path(tempfile.mkdtemp(prefix="sllm-kill-storm-", dir=parent))
     try:
-        print(run(arguments.points, arguments.seed, folder / "tier"))
+        print(run(arguments.points, arguments.seed, folder / "node"))
     except AssertionError as wrong:
         sys.exit(f"{wrong}; what is there is kept in {folder}")
     except BaseException:

@@ -30,15 +30,16 @@ from sllm_actor.checkpoint.manifest import (
     make_manifest,
 )
 from sllm_actor.errors import Conflict, ModelNotFound, NoCapacity
+from sllm_actor.loader.cards import card_key
 from sllm_actor.loader.ssd_journal import ChunkPlace
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.ssd_record import PlannedFile, make_plan, make_record
 from sllm_actor.loader.ssd_tier import SsdTier
-from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.sources.source import SourceFile
 
 CHUNK_BYTES = 8192
-MODELS = 8
-_CONFIG = b'{"model_type": "opt", "architectures": ["OPTForCausalLM"]}'
+MODELS = 12
+_CONFIG = b'{"model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 8, "max_position_embeddings": 8}'
 _OURS = {".sllm-tier.json", ".sllm-pinned"}
 # Told to whoever watches, before and after each thing that is done.
 Tell = Callable[[str], None]
@@ -61,6 +62,19 @@ class KnownModel(msgspec.Struct, frozen=True):
     def planned(self) -> list[PlannedFile]:
         """Its weight files as a source would list them."""
         return [PlannedFile(name, len(raw), f"v-{digest(raw).hex()}") for name, raw in self.files.items()]
+
+    @property
+    def keys(self) -> list[str]:
+        """What a download of it may go by: two that are made up, and the identity that its card would have."""
+        listed = [SourceFile(file.name, file.size_bytes, file.validator) for file in self.planned]
+        listed += [SourceFile(name, len(raw), "v") for name, raw in self.smalls.items()]
+        identity = self.model_id if MANIFEST_NAME in self.smalls else card_key(self.url, listed)
+        return [f"near:{self.number}", f"far:{self.number}", identity]
+
+    @property
+    def url(self) -> str:
+        """The place that it is registered from."""
+        return f"known://{self.number}"
 
     def chunk(self, place: ChunkPlace) -> bytes:
         """Return the bytes of one chunk."""
@@ -122,13 +136,11 @@ def quota_of(models: list[KnownModel]) -> int:
     return sum(sizes) // 2 + sizes[-1]
 
 
-async def storm(folder: Path, models: list[KnownModel], draw: random.Random, tell: Tell) -> None:
-    """Open the tier and use it, until somebody puts an end to it."""
-    tier = await SsdTier.open(folder, quota_of(models), SystemClock())
+async def use(tier: SsdTier, models: list[KnownModel], draw: random.Random, tell: Tell) -> None:
+    """Use the tier, until somebody puts an end to it."""
     # Each has models of its own, so that what becomes of one is told in order; the quota is for both.
     users = [_User(tier, models[k::2], random.Random(draw.random()), tell).act(steps=40) for k in range(2)]
     await asyncio.gather(*users)
-    await tier.close()
 
 
 class _User:
@@ -152,7 +164,7 @@ class _User:
                 await act(self._draw.choice(self._models))
 
     async def _pull(self, model: KnownModel) -> None:
-        key = f"{self._draw.choice(('near', 'far'))}:{model.number}"
+        key = self._draw.choice(model.keys[:2])
         self._tell(f"beginning {model.model_id}")
         try:
             partial = await self._tier.begin(key, model.planned, model.smalls, CHUNK_BYTES)
@@ -198,20 +210,19 @@ async def fill(partial: SsdPartial, model: KnownModel, draw: random.Random, *, w
 
 
 async def witness(
-    folder: Path, models: list[KnownModel], draw: random.Random, tell: Tell,
+    tier: SsdTier, models: list[KnownModel], draw: random.Random, tell: Tell,
     present: set[str], absent: set[str], pinned: set[str],
 ) -> str:  # fmt: skip
-    """Open what a killed process has left, compare all of it with what may be, and complete some of the partials."""
-    open_before = len(os.listdir("/proc/self/fd"))
-    tier = await SsdTier.open(folder, quota_of(models), SystemClock())
+    """Look at what a killed process has left, compare all of it with what may be, and complete some of the partials."""
+    folder = tier.folder
     known = {model.model_id: model for model in models}
     entries = tier.entries()
     whole = {entry.model_id for entry in entries if not entry.partial}
     partials = [entry for entry in entries if entry.partial]
-    _same(set(os.listdir(folder)), {"tier.lock", "models", "partial", "trash"}, "the tier's folder")
-    _same(set(os.listdir(folder / "trash")), set(), "the trash")
-    _same(set(os.listdir(folder / "models")), whole, "models")
-    _same(set(os.listdir(folder / "partial")), {entry.path.name for entry in partials}, "partials")
+    same(set(os.listdir(folder)), {"tier.lock", "models", "partial", "trash"}, "the tier's folder")
+    same(set(os.listdir(folder / "trash")), set(), "the trash")
+    same(set(os.listdir(folder / "models")), whole, "models")
+    same(set(os.listdir(folder / "partial")), {entry.path.name for entry in partials}, "partials")
     assert present <= whole, f"lost: {present - whole}"
     assert not absent & whole, f"evicted, and there again: {absent & whole}"
     kept = {entry.model_id for entry in entries if entry.pinned}
@@ -219,17 +230,16 @@ async def witness(
     for model_id in whole:
         check_model(folder / "models" / model_id, known[model_id])
     sizes = [known[model_id].size_bytes for model_id in whole]
-    sizes += [models[int(entry.model_id.split(":")[1])].size_bytes for entry in partials]
-    _same(tier.used_bytes, sum(sizes), "used bytes")
+    by_key = {key: model for model in models for key in model.keys}
+    sizes += [by_key[entry.model_id].size_bytes for entry in partials]
+    same(tier.used_bytes, sum(sizes), "used bytes")
     assert tier.used_bytes <= tier.quota_bytes
     resumed = kept_chunks = 0
     for entry in partials:
-        _same(set(os.listdir(entry.path)), {"model", "plan.json", "journal"}, str(entry.path))
+        same(set(os.listdir(entry.path)), {"model", "plan.json", "journal"}, str(entry.path))
         if draw.random() < 0.5:
-            kept_chunks += await _complete(tier, entry.model_id, models[int(entry.model_id.split(":")[1])], draw, tell)
+            kept_chunks += await _complete(tier, entry.model_id, by_key[entry.model_id], draw, tell)
             resumed += 1
-    await tier.close()
-    _same(len(os.listdir("/proc/self/fd")), open_before, "open descriptors")
     return f"{len(whole)} {len(partials)} {resumed} {kept_chunks}"
 
 
@@ -245,11 +255,11 @@ async def _complete(tier: SsdTier, key: str, model: KnownModel, draw: random.Ran
         if place not in missing:
             into = bytearray(len(model.chunk(place)))
             await partial.read(*place, memoryview(into))
-            _same(bytes(into), model.chunk(place), f"{key} {place}")
+            same(bytes(into), model.chunk(place), f"{key} {place}")
     await fill(partial, model, draw, whole=True)
     tell(f"publishing {model.model_id}")
     entry = await partial.publish()
-    _same(entry.model_id, model.model_id, "the model id")
+    same(entry.model_id, model.model_id, "the model id")
     tell(f"published {model.model_id}")
     check_model(entry.path, model)
     return len(places) - len(missing)
@@ -264,5 +274,6 @@ def check_model(path: Path, model: KnownModel) -> None:
     read_folder(path)
 
 
-def _same(found: object, expected: object, what: str) -> None:
+def same(found: object, expected: object, what: str) -> None:
+    """Fail, saying what differs, unless both are equal."""
     assert found == expected, f"{what}: {found!r}, and should be {expected!r}"
