@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import msgspec
 from sllm_actor.actors.registration import Examiner, read_off_loop
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import Model, ModelName, TierChoice
-from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, Conflict, ModelExists, ModelNotFound
+from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, Conflict, Draining, ModelExists, ModelNotFound
 from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.host_memory import Key
@@ -22,6 +23,7 @@ from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.metadata import Store
 from sllm_actor.runtime import Clock
+from sllm_actor.runtime.tasks import TaskScope
 
 MODELS = "models/"
 
@@ -41,6 +43,8 @@ class Registry:
         self._wanted: dict[ModelName, Wanted] = {}
         self._changing: set[ModelName] = set()
         self._examining = 0
+        self._scope = TaskScope("registry")
+        self._reading: dict[tuple[str, str], asyncio.Task[Wanted]] = {}
 
     async def open(self) -> None:
         """Read what was registered before, and drop the cards that no model has."""
@@ -190,19 +194,49 @@ class Registry:
     async def wanted(self, model: Model) -> Wanted:
         """Give what the tiers are to be asked for, read anew after a restart of the node.
 
+        A card that was lost is fetched anew, once for all who want it.
+
         Raises:
             CheckpointChanged: it is no longer what was registered.
             SllmError: it can't be read, or its source can't be asked.
+            Draining: the node is closing.
         """
         known = self._wanted.get(model.name)
-        if known is not None and _describes(known, model):
+        if known is not None and _describes(known, model) and not (isinstance(known, Card) and await _is_lost(known)):
             return known
-        wanted = await self._read(model)
+        wanted = await self._read_once(model)
         if not _describes(wanted, model):
             raise CheckpointChanged(f"{model.source} has changed since {model.name} was registered; deploy it again")
         if self.is_current(model):  # It may have been registered anew meanwhile, from elsewhere.
             self._wanted[model.name] = wanted
         return wanted
+
+    async def _read_once(self, model: Model) -> Wanted:
+        """Read it for all who ask meanwhile; who stops waiting ends it for nobody."""
+        key = model.path, model.source
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = self._reading[key] = self._scope.spawn(self._read(model), "read", on_failure=lambda _: None)
+            reading.add_done_callback(lambda _: self._reading.pop(key, None))
+        await asyncio.wait([reading])
+        if reading.cancelled():
+            raise Draining("the node is closing")
+        return reading.result()
+
+    async def restore(self, path: str) -> bool:
+        """See to it that a card is whole whose folder is at `path`; false where no model has its card there.
+
+        Raises:
+            SllmError: as `wanted` does.
+        """
+        model = next((model for model in self._models.values() if model.card and model.path == path), None)
+        if model is not None:
+            await self.wanted(model)
+        return model is not None
+
+    async def close(self) -> None:
+        """End what is being read."""
+        await self._scope.close()
 
     async def _read(self, model: Model) -> Wanted:
         if not model.card:
@@ -217,6 +251,10 @@ def _model_id(wanted: Wanted) -> str:
     if isinstance(wanted, Card):
         return wanted.model_id
     return wanted.manifest.model_id if wanted.manifest is not None else ""
+
+
+async def _is_lost(card: Card) -> bool:
+    return not await card.is_whole()
 
 
 def _identity(wanted: Wanted) -> Key:

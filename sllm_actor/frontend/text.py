@@ -9,11 +9,12 @@ import asyncio
 import itertools
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
-from sllm_actor.errors import ActorDied, DeadlineExceeded, ProtocolViolation, QueueFull, from_code
+from sllm_actor.errors import ActorDied, DeadlineExceeded, ProtocolViolation, QueueFull, TokenizerInvalid, from_code
 from sllm_actor.messages.text import (
     FROM_TEXT,
     TO_TEXT,
@@ -132,6 +133,8 @@ class TextService:
     def __init__(self, forks: ForkServer, *, timeout_s: float, max_frame_bytes: int) -> None:
         self._reader = _TextClient(forks, timeout_s, max_frame_bytes)
         self._writer = _TextClient(forks, timeout_s, max_frame_bytes)
+        # Brings back the files of a path that were lost; tells whether trying again may help.
+        self.restore: Callable[[str], Awaitable[bool]] | None = None
 
     async def start(self) -> None:
         """Start both processes, so that no request waits for a fork."""
@@ -154,17 +157,29 @@ class TextService:
         Raises:
             InvalidRequest: the template refuses the turns.
         """
-        encoded: Encoded = await self._reader.ask(lambda call: RenderChat(call=call, path=path, turns=tuple(turns)))
+        encoded: Encoded = await self._ask(
+            self._reader, path, lambda call: RenderChat(call=call, path=path, turns=tuple(turns))
+        )
         return unpack_uint32(encoded.token_ids)
 
     async def encode(self, path: str, text: str) -> Sequence[int]:
         """Tokenize a bare prompt."""
-        encoded: Encoded = await self._reader.ask(lambda call: EncodeText(call=call, path=path, text=text))
+        encoded: Encoded = await self._ask(self._reader, path, lambda call: EncodeText(call=call, path=path, text=text))
         return unpack_uint32(encoded.token_ids)
+
+    async def _ask(self, client: _TextClient, path: str, make: Any) -> Any:
+        """Ask; once more where a path's files had been lost, and are there again."""
+        try:
+            return await client.ask(make)
+        except TokenizerInvalid:
+            if self.restore is None or not await self.restore(path):
+                raise
+            return await client.ask(make)
 
     def detokenizer(self, path: str, prompt: Sequence[int]) -> Detokenizer:
         """Begin to write the answer to `prompt`."""
-        return Detokenizer(self._writer, path, list(prompt[-CONTEXT_TOKENS:]))
+        ask = partial(self._ask, self._writer, path)
+        return Detokenizer(ask, path, list(prompt[-CONTEXT_TOKENS:]))
 
     async def close(self) -> None:
         """End both processes."""
@@ -178,8 +193,8 @@ class Detokenizer:
     The text process keeps nothing of it, so losing that process loses no answer.
     """
 
-    def __init__(self, writer: _TextClient, path: str, context: list[int]) -> None:
-        self._writer = writer
+    def __init__(self, ask: Callable[[Any], Awaitable[Any]], path: str, context: list[int]) -> None:
+        self._ask = ask
         self._path = path
         self._window = context
         self._read = len(context)
@@ -190,7 +205,7 @@ class Detokenizer:
         if len(self._window) == self._read:
             return ""
         window = pack_uint32(self._window)
-        decoded: Detokenized = await self._writer.ask(
+        decoded: Detokenized = await self._ask(
             lambda call: Detokenize(call=call, path=self._path, token_ids=window, read=self._read, final=final)
         )
         if decoded.complete:

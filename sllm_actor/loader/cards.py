@@ -104,6 +104,10 @@ class Card:
         """Where the files are that the card has whole, by name."""
         return {name: self.checkpoint.path / name for name in self.files if not name.endswith(_WEIGHTS)}
 
+    async def is_whole(self) -> bool:
+        """Tell whether all of it is still in its folder."""
+        return await on_thread(_lacks, self.checkpoint.path, self._record) is None
+
     def on_ssd(self, folder: Path) -> Checkpoint:
         """Describe the same checkpoint with its weights in a folder of the SSD tier. Blocks for a moment.
 
@@ -168,8 +172,11 @@ class Cards:
                 return await self.open(key)
             suppliers = Suppliers([Supplier(source, {file.name: file for file in listed})], clock, chance)
             smalls, headers = await _fetch(source.url, suppliers, listed)
-            model_id = await on_thread(_model_id, smalls, source.url)
-            record = _Record(_FORMAT_VERSION, key, model_id or key, source.url, listed, model_id)
+            # What was lost may still be known here: of a stock checkpoint nothing else tells the SSD's copy.
+            lost = self._known.get(key)
+            model_id = await on_thread(_model_id, smalls, source.url) or (lost.model_id if lost else "")
+            identity = model_id if MANIFEST_NAME in smalls else key
+            record = _Record(_FORMAT_VERSION, key, identity, source.url, listed, model_id)
             await on_thread(self._write, record, smalls, headers)
             try:
                 return await self.open(key)
@@ -219,6 +226,8 @@ class Cards:
             raise CheckpointInvalid(f"{path / RECORD_NAME} can't be read: {wrong}") from None
         if record.key != key or record.format_version != _FORMAT_VERSION:
             raise CheckpointInvalid(f"{path / RECORD_NAME} is that of another card")
+        if lacks := _lacks(path, record):
+            raise CheckpointInvalid(f"{path} has no {lacks} of the size that was listed")
         return Card(record, msgspec.structs.replace(checkpoint, identity=record.identity))
 
     async def keep(self, is_wanted: Callable[[str], bool]) -> None:
@@ -330,6 +339,18 @@ async def _read(suppliers: Suppliers, file: SourceFile, length: int, wanted: str
     if content:
         await read_and_settle(suppliers, file.name, 0, memoryview(content), settle)
     return bytes(content)
+
+
+def _lacks(path: Path, record: _Record) -> str | None:
+    """Name a file of a card that is not there, or not of its size."""
+    for file in record.files:
+        try:
+            size_bytes = (path / file.name).stat().st_size
+        except OSError:
+            return file.name
+        if size_bytes != file.size_bytes:
+            return file.name
+    return None if (path / RECORD_NAME).is_file() else RECORD_NAME
 
 
 def _model_id(smalls: dict[str, bytes], url: str) -> str:

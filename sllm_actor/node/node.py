@@ -140,10 +140,12 @@ class Node:
         stack.push_async_callback(engines.close, config.engine_stop_timeout_s)
         text = TextService(forks, timeout_s=config.text_timeout_s, max_frame_bytes=config.max_frame_bytes)
         stack.push_async_callback(text.close)
+        registry = Registry(store, self._examiner(engines, text, tiers), tiers, self.clock)
+        stack.push_async_callback(registry.close)
+        text.restore = registry.restore
         # Once more, because actors stop before what they use.
         stack.push_async_callback(self.system.close)
 
-        registry = Registry(store, self._examiner(engines, text, tiers), tiers, self.clock)
         gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, tasks)
         self._http = HttpServer(gateway, api_key, knobs_of(ConnectionLimits, config))
         stack.push_async_callback(self._http.close)

@@ -105,6 +105,7 @@ async def _opened(folder: Path, ssd: SsdTier, sources: Mapping[str, KnownModel])
             pool_bytes=1 << 40, chunk_bytes=CHUNK_BYTES, keep_alive_s=_KEEP_ALIVE_S, stop_timeout_s=1.0,
         )  # fmt: skip
         registry = Registry(store, examiner, tiers, clock)
+        stack.push_async_callback(registry.close)
         await registry.open()
         yield _Rooms(registry, tiers, store)
 
