@@ -11,8 +11,12 @@ from web_server import WebServer, running_nginx
 
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
-# Small, so that many nodes start quickly; engines with one thread, so that the tests fit two cores.
-SMALL = ("host_pool_bytes=64MiB", "chunk_bytes=1MiB", "engine_threads=1")
+# Small, so that many nodes start quickly; engines with one thread, so that the tests fit two cores. What a slow machine
+# takes long for is no fault.
+SMALL = (
+    "host_pool_bytes=64MiB", "chunk_bytes=1MiB", "engine_threads=1",
+    "drain_timeout_s=300", "ask_timeout_s=60", "text_timeout_s=120",
+)  # fmt: skip
 StartNode = Callable[..., AbstractContextManager[NodeProcess]]
 
 

@@ -460,7 +460,8 @@ async def test_a_mirror_of_other_bytes_does_no_harm(origin: Path) -> None:
         with_mirror(node, mirror)
         lease = await node.lease()
         assert node.bytes_of(lease) == node.expected()
-        assert len(mirror.reads) <= 3 + mirror.parallel
+        # Each of those who fetch may have had a chunk of its in hand when the third wrong one was found out; of 17.
+        assert len(mirror.reads) <= 2 + mirror.parallel + node.source.parallel
         lease.release()
         await node.stored()
 

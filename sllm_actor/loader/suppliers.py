@@ -125,8 +125,9 @@ class Suppliers:
         log.info("%s is left alone for %.1f s: %s", supplier.source.url, pause_s, wrong)
 
     def _give_up(self, supplier: Supplier, wrong: SllmError) -> None:
+        if supplier.given_up is None:  # Reads that were under way then may fail, too.
+            log.warning("%s is given up: %s", supplier.source.url, wrong)
         supplier.given_up = wrong
-        log.warning("%s is given up: %s", supplier.source.url, wrong)
 
     async def _choose(self, size_bytes: int) -> Supplier:
         while True:

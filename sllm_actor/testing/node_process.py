@@ -16,8 +16,8 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 CLI = Path(sys.executable).with_name("sllm-node")
-ANSWER_TIMEOUT_S = 120
-STOP_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 400
 
 
 class Reply(NamedTuple):
