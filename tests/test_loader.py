@@ -224,6 +224,19 @@ async def test_more_loads_than_allowed_are_no_capacity_and_take_no_chunk(tmp_pat
         (await loader.lease(b)).release()
 
 
+async def test_a_load_that_too_many_others_keep_from_beginning_evicts_nothing(tmp_path: Path) -> None:
+    kept, a, b = (checkpoint_of(tmp_path / f"{seed}", chunks=3, seed=seed) for seed in range(3))
+    async with opened(chunks=6, max_loads=1) as loader:
+        (await loader.lease(kept)).release()
+        first, second = await asyncio.gather(loader.lease(a), loader.lease(b), return_exceptions=True)
+        assert isinstance(first, HostLease)
+        assert isinstance(second, NoCapacity)
+        assert len(loader.residents()) == 2, "what is in the pool is still of use"
+        assert second.message == "1 loads run, which is as many as may"
+        (await loader.lease(b)).release()
+        assert len(loader.residents()) == 2
+
+
 async def test_release_counts_once(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
     async with opened() as loader:

@@ -66,6 +66,7 @@ class Filling:
                 lease.release()  # Found to be damaged, in this very turn of the loop.
                 continue
             if self._memory.obtainable_chunks >= needed:
+                self._loads.check_room()
                 self._memory.make_room(needed)
                 return await self._loads.wait(self._begin(order), order.on_progress)
             if self._memory.obtainable_chunks + self._loads.abandoned_chunks() < needed:
@@ -124,6 +125,7 @@ class Filling:
 
     def _begin_window(self, order: Order) -> Load:
         """Load through a few chunks that are free again after."""
+        self._loads.check_room()
         count = min(self._window_chunks, self._memory.obtainable_chunks)
         self._memory.make_room(count)
         window = self._pool.take(count)

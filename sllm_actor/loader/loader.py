@@ -54,12 +54,18 @@ class Loader:
     """
 
     def __init__(
-        self, mover: ByteMover, pool: HostPool, threads: int, clock: Clock, on_reading: OnReading | None
+        self,
+        mover: ByteMover,
+        pool: HostPool,
+        threads: int,
+        max_loads: int,
+        clock: Clock,
+        on_reading: OnReading | None,
     ) -> None:
         self._mover = mover
         self._pool = pool
         self._memory = HostMemory(pool, clock)
-        self._loads = Loads(mover, on_reading)
+        self._loads = Loads(mover, max_loads, on_reading)
         self._pool_memory = PoolMemory(mover.pool_fd, pool.chunk_bytes)
         self._paths_at_close: Paths | None = None
         self._filling = Filling(pool, self._memory, self._loads, _WINDOW_CHUNKS_PER_THREAD * threads)
@@ -97,7 +103,7 @@ class Loader:
         except asyncio.CancelledError:
             made.add_done_callback(_close_late)
             raise
-        return cls(mover, HostPool(chunk_bytes, chunks), reading_threads, clock, on_reading)
+        return cls(mover, HostPool(chunk_bytes, chunks), reading_threads, max_loads, clock, on_reading)
 
     @property
     def pool_fd(self) -> int:

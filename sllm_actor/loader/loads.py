@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable
 
-from sllm_actor.errors import Draining
+from sllm_actor.errors import Draining, NoCapacity
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.mover import ByteMover, LoadPlan, LoadState, LoadStatus
@@ -46,8 +46,9 @@ class Load:
 class Loads:
     """Begins loads, follows them by the mover's event, and ends them."""
 
-    def __init__(self, mover: ByteMover, on_reading: OnReading | None = None) -> None:
+    def __init__(self, mover: ByteMover, max_loads: int, on_reading: OnReading | None = None) -> None:
         self._mover = mover
+        self._max_loads = max_loads
         self._on_reading = on_reading
         self._told_reading = False
         self._running: list[Load] = []
@@ -60,6 +61,15 @@ class Loads:
     def closing(self) -> bool:
         """Whether no load begins any more."""
         return self._closing is not None
+
+    def check_room(self) -> None:
+        """See that one more load may begin, before anything is given up for it.
+
+        Raises:
+            NoCapacity: too many run.
+        """
+        if len(self._running) >= self._max_loads:
+            raise NoCapacity(f"{len(self._running)} loads run, which is as many as may")
 
     def begin(
         self,
