@@ -141,7 +141,7 @@ class Asked:
     def __init__(self) -> None:
         self.starts: list[tuple[str, Path]] = []
 
-    async def start(self, model: Model, checkpoint: Checkpoint) -> None:
+    async def start(self, model: Model, checkpoint: Checkpoint, on_progress: object) -> None:
         self.starts.append((model.path, checkpoint.path))
         raise Conflict("that was all")
 
@@ -174,7 +174,7 @@ async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weig
 
         async def start() -> None:
             with pytest.raises(Conflict):
-                await ref.ask(StartInstance(placement_id="1", model=ModelName("m")), timeout_s=60)
+                await anext(ref.stream(StartInstance(placement_id="1", model=ModelName("m"))))
 
         first = scope.spawn(start(), "start")
         await reading.wait()

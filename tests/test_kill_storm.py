@@ -76,12 +76,12 @@ def in_place(self, model_id):
     self._record = msgspec.structs.replace(self._record, model_id=model_id)
     raw = msgspec.json.encode(self._record)
     with open(self.checkpoint.path / RECORD_NAME, "wb") as file:
-        file.write(raw[:20])
-        file.flush()
-        os.fsync(file.fileno())
-        file.write(raw[20:])
+        for at in range(0, len(raw), 8):
+            file.write(raw[at : at + 8])
+            file.flush()
+            os.fsync(file.fileno())
 Card._learn = in_place
-""", "is not to be asked"),
+""", "torn: the card of "),
         # A card that goes before its registration does.
         ("""
 from sllm_actor.actors.registry import MODELS, Registry
@@ -92,7 +92,7 @@ async def remove(self, name):
     self._wanted.pop(name, None)
     return model
 Registry.remove = remove
-""", "is not to be asked"),
+""", "torn: the card of "),
         # Registrations that only this process knows.
         ("""
 from sllm_actor.metadata import SqliteStore

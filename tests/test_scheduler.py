@@ -62,7 +62,12 @@ def view(name: str, active: int = 0, idle_since_s: float = 0.0) -> InstanceView:
     )
 
 
-def report(slots: int = 2, instances: list[InstanceView] | None = None, ended: tuple[str, ...] = ()) -> NodeReport:
+def report(
+    slots: int = 2,
+    instances: list[InstanceView] | None = None,
+    ended: tuple[str, ...] = (),
+    starting: tuple[str, ...] = (),
+) -> NodeReport:
     return NodeReport(
         node=NodeId("node-1"),
         manager="manager",
@@ -71,6 +76,7 @@ def report(slots: int = 2, instances: list[InstanceView] | None = None, ended: t
         instances=tuple(instances or ()),
         pinned_host_bytes={},
         ended_placements=ended,
+        starting_placements=starting,
         host_fingerprints=(),
         ssd_fingerprints=("new",),
         ssd_bytes_per_s=1e9,

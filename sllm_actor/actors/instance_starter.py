@@ -11,6 +11,7 @@ from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.lease import HostLease, LoadReport
+from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.engine import PooledFile, PrepareModel
@@ -48,8 +49,10 @@ class InstanceStarter:
         self._verify = verify
         self._stop_timeout_s = stop_timeout_s
 
-    async def start(self, model: Model, wanted: Checkpoint | Card) -> Started:
+    async def start(self, model: Model, wanted: Checkpoint | Card, on_progress: OnProgress | None = None) -> Started:
         """Bring the model up. On any failure the engine has left and the lease is given back.
+
+        `on_progress` is told what has arrived in host memory, also whenever it is for others whose turn is first.
 
         Raises:
             SllmError: whatever went wrong, by its type.
@@ -74,6 +77,7 @@ class InstanceStarter:
                 verify=self._verify,
                 # Others may be written to where they lie; what `convert` or the SSD tier wrote is only ever replaced.
                 in_place=self._map_in_place and (checkpoint.manifest is not None or checkpoint.identity != ""),
+                on_progress=on_progress,
                 on_placed=lambda files: engine.place(self._chunk_bytes, [_pooled(file) for file in files]),
             )
             loaded = self._load_spans(lease.report, taken.end_s)

@@ -18,6 +18,7 @@ from sllm_actor.domain import Model, ModelName, ModelState, NodeId
 from sllm_actor.errors import DeliveryFailed, ModelNotFound
 from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
+from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
 from sllm_actor.messages.instances import (
     InstanceActivity,
@@ -29,6 +30,7 @@ from sllm_actor.messages.instances import (
     ListInstances,
     Retire,
     StartInstance,
+    StartProgress,
     StopInstances,
 )
 from sllm_actor.messages.models import (
@@ -49,8 +51,12 @@ from sllm_actor.messages.models import (
 from sllm_actor.messages.placement import InstanceView, NodeReport
 from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
+from sllm_actor.runtime.progress import Step, followed
 
 log = logging.getLogger(__name__)
+
+# While a start goes on.
+REPORT_EVERY_S = 1.0
 
 
 class Limits(NamedTuple):
@@ -105,6 +111,7 @@ class ModelManager(Actor):
 
     async def started(self) -> None:
         await self._registry.open()
+        self._tiers.when_stored(self._report)
         self._report()
 
     # Registrations.
@@ -192,12 +199,25 @@ class ModelManager(Actor):
 
     # Instances.
 
-    @handles(StartInstance, concurrent=True)
-    async def start(self, message: StartInstance) -> InstanceStarted:
+    @handles(StartInstance)
+    async def start(self, message: StartInstance) -> AsyncIterator[StartProgress | InstanceStarted]:
+        reported_s = self._clock.monotonic_s()
+        async with aclosing(followed(lambda told: self._start(message, told))) as steps:
+            async for step in steps:
+                if not isinstance(step, Step):
+                    yield step
+                    continue
+                yield StartProgress(done_bytes=step.done, total_bytes=step.total)
+                # So that the Scheduler keeps its room, and knows how long the queues are.
+                if self._clock.monotonic_s() >= reported_s + REPORT_EVERY_S:
+                    reported_s = self._clock.monotonic_s()
+                    self._report()
+
+    async def _start(self, message: StartInstance, on_progress: OnProgress) -> InstanceStarted:
         self._starting[message.placement_id] = message.model
         try:
             model = self._registry.find(message.model)
-            started = await self._starter.start(model, await self._registry.wanted(model))
+            started = await self._starter.start(model, await self._registry.wanted(model), on_progress)
             try:
                 return await self._install(model, started)
             except BaseException:
@@ -361,6 +381,7 @@ class ModelManager(Actor):
                     if model.fingerprint in pinned
                 },
                 ended_placements=(ended,) if ended else (),
+                starting_placements=tuple(self._starting),
                 host_fingerprints=tuple(resident.fingerprint for resident in residents),
                 ssd_fingerprints=self._registry.fingerprints_on_disk(),
                 ssd_bytes_per_s=self._ssd.bytes_per_s,

@@ -101,13 +101,7 @@ class Router(Actor):
                 start = self.context.tasks.spawn(self._start(request), f"start-{model}", on_failure=lambda _: None)
                 self._starts[model] = start
                 start.add_done_callback(lambda _: self._starts.pop(model, None))
-            try:
-                async with asyncio.timeout(self._start_timeout_s):
-                    instance, spans = await asyncio.shield(self._starts[model])
-            except TimeoutError:
-                raise NoCapacity(
-                    f"{model} was not running within {self._start_timeout_s:g} s", retry_after_s=5.0
-                ) from None
+            instance, spans = await asyncio.shield(self._starts[model])
         record.spans.extend(spans)
         return instance
 
@@ -127,12 +121,24 @@ class Router(Actor):
         )
         placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
         manager = self.context.system.ref(placement.manager)
-        instance: InstanceStarted = await manager.ask(
-            StartInstance(placement_id=placement.placement_id, model=model.name),
-            timeout_s=self._start_timeout_s,
-        )
+        instance = await self._started(manager, StartInstance(placement_id=placement.placement_id, model=model.name))
         self._routes[model.name] = instance
         return instance, (placed, *instance.spans)
+
+    async def _started(self, manager: ActorRef, message: StartInstance) -> InstanceStarted:
+        """Wait for a start as long as it goes on: its time counts from the last bytes that came."""
+        try:
+            async with aclosing(manager.stream(message)) as steps:
+                while True:
+                    async with asyncio.timeout(self._start_timeout_s):
+                        step = await anext(steps)
+                    if isinstance(step, InstanceStarted):
+                        return step
+        except TimeoutError:
+            raise NoCapacity(
+                f"{message.model} was not running, and nothing of it came, for {self._start_timeout_s:g} s",
+                retry_after_s=5.0,
+            ) from None
 
     @handles(InstanceGone)
     async def gone(self, message: InstanceGone) -> None:

@@ -42,6 +42,10 @@ class Scheduler(Actor):
         self._reports[report.node] = report
         for placement_id in report.ended_placements:
             self._grants.pop(placement_id, None)
+        for placement_id in report.starting_placements:
+            if placement_id in self._grants:  # A start that goes on keeps its room.
+                expires_s = self._clock.monotonic_s() + self._lease_s
+                self._grants[placement_id] = self._grants[placement_id]._replace(expires_s=expires_s)
         living = {view.instance_id for known in self._reports.values() for view in known.instances}
         self._leaving &= living
         self._serve()

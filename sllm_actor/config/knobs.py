@@ -112,7 +112,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.5
     engine_start_timeout_s: Annotated[
         float,
-        Meta(ge=1, le=3600, title="s", description="longest start of an engine, its model's load included"),
+        Meta(ge=1, le=3600, title="s", description="longest time of a start in which nothing of its model comes"),
     ] = 300.0
     engine_stop_timeout_s: Annotated[
         float, Meta(ge=0.1, le=600, title="s", description="wait for an engine to leave before it is killed")

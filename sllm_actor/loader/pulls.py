@@ -104,7 +104,7 @@ class Pulls:
             pulling.done_bytes = turn.arrived_bytes = partial.done_bytes
 
             def arrived(size_bytes: int) -> None:
-                turn.arrived_bytes += size_bytes
+                turn.arrive(turn.arrived_bytes + size_bytes)
                 pulling.arrived(size_bytes)
 
             try:

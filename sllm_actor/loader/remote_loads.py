@@ -107,6 +107,8 @@ class RemoteLoads:
         self._closed = False
         # Ends a pull of an identity, for a load that goes on with what it has stored.
         self.take_over: Callable[[str], Awaitable[None]] | None = None
+        # Called when the SSD has a checkpoint more.
+        self.on_stored: Callable[[], None] = lambda: None
         self.meter = Meter(clock)
         self._copies: dict[str, asyncio.Task[None]] = {}
 
@@ -183,7 +185,7 @@ class RemoteLoads:
         lease: HostLease | None = None
         try:
             async with (
-                self._queue.turn(card.checkpoint.size_bytes, priority) as turn,
+                self._queue.turn(card.checkpoint.size_bytes, priority, lambda: running.arrived(0)) as turn,
                 self.suppliers(card) as suppliers,
             ):
                 await self._end_others(card)
@@ -285,6 +287,7 @@ class RemoteLoads:
             if not card.model_id:
                 await card.learn(await partial.identify())
             await partial.publish(card.model_id)
+            self.on_stored()
 
         await to_the_end(self._writers.spawn(both(), "publish", on_failure=lambda _: None))
 
@@ -326,7 +329,7 @@ async def _add_mirror(suppliers: Suppliers, mirror: Source, card: Card) -> None:
 
 def _both(arrived: Callable[[int], None], turn: Turn) -> Callable[[int], None]:
     def tell(size_bytes: int) -> None:
-        turn.arrived_bytes += size_bytes
+        turn.arrive(turn.arrived_bytes + size_bytes)
         arrived(size_bytes)
 
     return tell

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from functools import partial
 
 import msgspec
 
@@ -26,7 +27,7 @@ from sllm_actor.loader.pulls import Pulls
 from sllm_actor.loader.remote_loads import Mirrors, OpenSource, RemoteLoads
 from sllm_actor.loader.ssd_tier import SsdTier
 from sllm_actor.runtime.clock import Clock
-from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.runtime.progress import followed
 from sllm_actor.runtime.threads import on_thread
 
 log = logging.getLogger(__name__)
@@ -148,10 +149,11 @@ class Tiers:
             )
 
         async def read(found: Checkpoint) -> HostLease:
-            async with self._ssd_queue.turn(found.size_bytes, priority) as turn:
+            waits = None if on_progress is None else partial(on_progress, 0, found.size_bytes)
+            async with self._ssd_queue.turn(found.size_bytes, priority, waits) as turn:
 
                 def progress(arrived_bytes: int, total_bytes: int) -> None:
-                    turn.arrived_bytes = arrived_bytes
+                    turn.arrive(arrived_bytes)
                     if on_progress is not None:
                         on_progress(arrived_bytes, total_bytes)
 
@@ -214,29 +216,19 @@ class Tiers:
 
     async def pulled(self, card: Card) -> AsyncGenerator[tuple[int, int], None]:
         """Pull, and give how much has arrived and of how much, in bytes, as that changes; the last is the whole."""
-        latest, changed = (0, card.checkpoint.size_bytes), asyncio.Event()
-
-        def progress(done_bytes: int, total_bytes: int) -> None:
-            nonlocal latest
-            latest = done_bytes, total_bytes
-            changed.set()
-
-        scope = TaskScope("pulled")
-        pulling = scope.spawn(self.pull(card, progress), "pull", on_failure=lambda _: None)
-        pulling.add_done_callback(lambda _: changed.set())
-        try:
-            while not pulling.done():
-                yield latest
-                await changed.wait()
-                changed.clear()
-            await pulling
-            yield card.checkpoint.size_bytes, card.checkpoint.size_bytes
-        finally:
-            await scope.close()
+        size_bytes = card.checkpoint.size_bytes
+        yield 0, size_bytes
+        async with aclosing(followed(lambda told: self.pull(card, told))) as steps:
+            async for step in steps:
+                yield step or (size_bytes, size_bytes)
 
     def arriving(self, card: Card) -> tuple[int, int] | None:
         """Tell how much of a checkpoint has arrived from its sources, and of how much, in bytes."""
         return self._remote.progress(card.checkpoint.identity)
+
+    def when_stored(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called whenever the SSD has a checkpoint more."""
+        self._remote.on_stored = tell
 
     def remote_path(self) -> PathFacts:
         """Tell what has come from sources so far, and in which time."""

@@ -10,11 +10,20 @@ from sllm_actor.messages.declare import message
 class StartInstance:
     """Load the model and give it an engine, under a placement.
 
-    Answered by `InstanceStarted`; fails with the typed error of whatever went wrong, everything given back.
+    Answered by a stream of `StartProgress` that ends with `InstanceStarted`; fails with the typed error of whatever
+    went wrong, everything given back.
     """
 
     placement_id: str
     model: ModelName
+
+
+@message("instances.start_progress")
+class StartProgress:
+    """A start goes on: so much of the model is in host memory, or something came for those whose turn is first."""
+
+    done_bytes: int
+    total_bytes: int
 
 
 @message("instances.started")

@@ -50,8 +50,9 @@ class NodeReport:
 
     `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
     fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
-    the placements whose start has succeeded or failed since the last report; `host_fingerprints` the checkpoints in
-    host memory, `ssd_fingerprints` those on its disk; bandwidths are observed ones, and each way up has its queue.
+    the placements whose start has succeeded or failed since the last report, `starting_placements` those under way;
+    `host_fingerprints` the checkpoints in host memory, `ssd_fingerprints` those on its disk; bandwidths are observed
+    ones, and each way up has its queue.
     """
 
     node: NodeId
@@ -61,6 +62,7 @@ class NodeReport:
     instances: tuple[InstanceView, ...]
     pinned_host_bytes: dict[str, int]
     ended_placements: tuple[str, ...]
+    starting_placements: tuple[str, ...]
     host_fingerprints: tuple[str, ...]
     ssd_fingerprints: tuple[str, ...]
     ssd_bytes_per_s: float
