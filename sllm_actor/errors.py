@@ -24,13 +24,15 @@
     │   │   └── UnsupportedArchitecture  a model class that the engine can't serve correctly
     │   ├── TargetInvalid              a folder that nothing may be written to
     │   └── ModelTooLarge              larger than the memory that could ever be free for it
+    ├── AccessDenied                 not for who asks
+    │   └── KeyInvalid                 no API key, or none that is known
     ├── NotFound
     │   ├── ModelNotFound · NodeNotFound · RequestNotFound
     ├── Conflict                     true of the world now; another state would allow it
     │   ├── ModelExists · DataFolderInUse · AddressInUse · AlreadyThere
     │   ├── TargetExists · TargetBusy  something is there, and is not to be replaced; another process writes it
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
-    │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining
+    │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining · RateLimited
     ├── DeliveryFailed               a message that brought no answer
     │   ├── NoSuchActor                not run: nobody of that name, or nobody who handles it
     │   ├── ActorDied · DeadlineExceeded · NodeUnreachable   may have run
@@ -167,6 +169,14 @@ class ModelTooLarge(InvalidInput):
     code = "model_too_large"
 
 
+class AccessDenied(SllmError):
+    code = "access_denied"
+
+
+class KeyInvalid(AccessDenied):
+    code = "invalid_api_key"
+
+
 class NotFound(SllmError):
     code = "not_found"
 
@@ -233,6 +243,10 @@ class NoCapacity(Overloaded):
 
 class Draining(Overloaded):
     code = "draining"
+
+
+class RateLimited(Overloaded):
+    code = "rate_limit_exceeded"
 
 
 class DeliveryFailed(SllmError):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sllm_actor.cli import checkpoints, keep
+from sllm_actor.cli import checkpoints, keep, key_commands
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.pull import default_name, pull_model
@@ -28,12 +28,13 @@ app = typer.Typer(
     name="sllm-node", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
     help="Serve many large language models from few machines: start a node, deploy models, ask them.",
 )  # fmt: skip
+app.add_typer(key_commands.app, name="keys")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="SLLM_CONFIG", help="A TOML file of knobs.")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder of the node's own state.")]
 Host = Annotated[str | None, typer.Option("--host", help="Address to bind; off loopback needs --api-key-file.")]
 Port = Annotated[int | None, typer.Option("--port", help="Port to bind; 0 takes a free one.")]
-KeyFile = Annotated[str | None, typer.Option("--api-key-file", help="File with the API key to ask of clients.")]
+KeyFile = Annotated[str | None, typer.Option("--api-key-file", help="File with the API keys to ask of clients.")]
 Listen = Annotated[
     str | None, typer.Option("--listen", help="Where other nodes connect, such as tcp://127.0.0.1:8401.")
 ]

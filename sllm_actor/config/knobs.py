@@ -26,7 +26,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Annotated[Text, Meta(title="address", description="address the HTTP endpoint binds")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, title="port", description="HTTP port; 0 takes a free one")] = 8400
     api_key_file: Annotated[
-        Text, Meta(title="path", description="file with the API key; needed to bind off loopback")
+        Text, Meta(title="path", description="file of API keys, or with one key; needed to bind off loopback")
     ] = ""
     listen: Annotated[
         Text,

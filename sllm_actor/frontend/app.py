@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
@@ -13,6 +12,7 @@ from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend import admin_api, http_errors, openai_api
 from sllm_actor.frontend.connections import Connection
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, request_id_of
+from sllm_actor.frontend.visit import VISIT, Visit
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
@@ -22,20 +22,31 @@ CLOSING = frozenset({408, 413})
 
 @web.middleware
 async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Keep the connection busy meanwhile, and give the request its id."""
+    """Keep the connection busy meanwhile, and give the request its id and its visit."""
+    gateway = request.app[GATEWAY]
     connection = request.protocol
     assert isinstance(connection, Connection)
-    request[REQUEST_ID] = request_id_of(request)
+    request_id = request_id_of(request)
+    request[REQUEST_ID] = request_id
+    visit = Visit(request_id, request.method, _route_of(request), gateway.clock)
+    VISIT.set(visit)
     connection.begin()
     try:
         response = await handler(request)
     finally:
         connection.end(request)
     if not response.prepared:
-        response.headers["X-Request-Id"] = request[REQUEST_ID]
+        response.headers["X-Request-Id"] = request_id
+        response.headers.update(visit.limits)
         if response.status in CLOSING:
             response.force_close()
     return response
+
+
+def _route_of(request: web.Request) -> str:
+    """Give the pattern that the path has matched: of these there are few, of paths any number."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "none"
 
 
 @web.middleware
@@ -59,22 +70,29 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return web.Response()
 
 
-def build_app(gateway: Gateway, api_key: str, log: logging.Logger) -> web.Application:
-    """Put the routes behind the middlewares."""
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if api_key:
-            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            known = hmac.compare_digest(given.encode(), api_key.encode())
-            if not known and request.path not in OPEN_PATHS:
-                text = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
-                return json_response(http_errors.body(text, 401, code="invalid_api_key"), status=401)
-        elif not _is_own_name(request.host):
-            # A page elsewhere whose name was pointed at loopback must not reach a node without a key.
-            raise InvalidRequest(f"the Host header {request.host!r} is not a name of this node")
+@web.middleware
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn away who has no key, or has used it up."""
+    gateway = request.app[GATEWAY]
+    if not gateway.access.needs_key and not _is_own_name(request.host):
+        # A page elsewhere whose name was pointed at loopback must not reach a node without a key.
+        raise InvalidRequest(f"the Host header {request.host!r} is not a name of this node")
+    if request.path in OPEN_PATHS:
         return await handler(request)
+    visit = VISIT.get()
+    key = visit.key = gateway.access.admit(request.headers.get("Authorization", ""), request.path)
+    if key is None or request.method != "POST" or not request.path.startswith("/v1/"):
+        return await handler(request)
+    limits = gateway.access.limits
+    visit.limits = limits.enter(key, gateway.clock.monotonic_s())
+    try:
+        return await handler(request)
+    finally:
+        limits.leave(key, visit.prompt_tokens + visit.generated_tokens, gateway.clock.monotonic_s())
 
+
+def build_app(gateway: Gateway, log: logging.Logger) -> web.Application:
+    """Put the routes behind the middlewares."""
     middlewares = [attend, answer_errors, guard]
     app = web.Application(middlewares=middlewares, client_max_size=gateway.limits.max_body_bytes, logger=log)
     app[GATEWAY] = gateway

@@ -14,10 +14,12 @@ from aiohttp import web
 from sllm_actor.domain import Model, ModelName, RequestId, check_model_name
 from sllm_actor.domain.names import is_request_id
 from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, RequestTimeout
+from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.progress import Progress
 from sllm_actor.frontend.schema import parse
 from sllm_actor.frontend.sse import EventStream
 from sllm_actor.frontend.text import TextService
+from sllm_actor.frontend.visit import VISIT
 from sllm_actor.messages.models import GetModel
 from sllm_actor.runtime import ActorRef, Clock
 from sllm_actor.runtime.tasks import TaskScope
@@ -58,6 +60,7 @@ class Gateway:
         limits: Limits,
         observe: Callable[[], Any],
         tasks: TaskScope,
+        access: Access,
     ) -> None:
         self.router = router
         self.manager = manager
@@ -68,6 +71,7 @@ class Gateway:
         # Gives the counts of the actors, the connections and the loop.
         self.observe = observe
         self.tasks = tasks
+        self.access = access
         self.progress = Progress(manager, clock, limits.ask_timeout_s)
         self.ready = False
         self.draining = False
@@ -98,16 +102,18 @@ class Gateway:
 
         Raises:
             ModelNotFound: there is none of that name, or there can't be.
+            AccessDenied: it is not for the key of this request.
         """
         question = GetModel(name=known_name(name))
         model: Model = await self.manager.ask(question, timeout_s=self.limits.ask_timeout_s)
+        VISIT.get().check(model)
         return model
 
     def events(self, request: web.Request, model: Model) -> EventStream:
         """Begin the events of an answer of `model`."""
         return EventStream(
             request,
-            {"X-Request-Id": request[REQUEST_ID]},
+            {"X-Request-Id": request[REQUEST_ID], **VISIT.get().limits},
             lambda: self.progress.of(model),
             self.tasks,
             self.clock,

@@ -16,6 +16,7 @@ from sllm_actor.frontend.deadline import timeout_of, within
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
 from sllm_actor.frontend.schema import ChatRequest, CompletionRequest
 from sllm_actor.frontend.sse import EventStream
+from sllm_actor.frontend.visit import VISIT
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.messages.text import ChatTurn
 from sllm_actor.runtime import tracing
@@ -64,7 +65,12 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def list_models(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     statuses: tuple[ModelStatus, ...] = await gateway.manager.ask(ListModels(), timeout_s=gateway.limits.ask_timeout_s)
-    return json_response({"object": "list", "data": [_model_card(status.model) for status in statuses]})
+    return json_response(
+        {
+            "object": "list",
+            "data": [_model_card(status.model) for status in statuses if VISIT.get().may_use(status.model)],
+        }
+    )
 
 
 @routes.get("/v1/models/{name:.+}")
@@ -172,7 +178,7 @@ async def _reply(
     gateway.enter()
     try:
         with tracing(trace_of(request)):
-            answered = answer(wish, gateway.router, gateway.text)
+            answered = VISIT.get().noting(wish, answer(wish, gateway.router, gateway.text))
             async with aclosing(within(answered, timeout_s, wish.arrived_s, gateway.clock)) as pieces:
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage

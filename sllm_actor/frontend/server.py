@@ -28,11 +28,11 @@ MIN_CONNECTIONS = 16
 class HttpServer:
     """Owns the listening socket and the connections. Belongs to one event loop."""
 
-    def __init__(self, gateway: Gateway, api_key: str, limits: ConnectionLimits) -> None:
+    def __init__(self, gateway: Gateway, limits: ConnectionLimits) -> None:
         self._gateway = gateway
         self._limits = limits
         self._runner = web.AppRunner(
-            build_app(gateway, api_key, log),
+            build_app(gateway, log),
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
@@ -46,6 +46,7 @@ class HttpServer:
         assert self._runner.server is not None
         connections = Connections(self._runner.server, within_open_files(self._limits), self._gateway.clock)
         self._gateway.tasks.spawn(connections.watch(), "connections")
+        self._gateway.tasks.spawn(self._gateway.access.watch(), "keys")
         # What is accepted from it has the same buffer.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._limits.send_buffer_bytes)
         loop = asyncio.get_running_loop()

@@ -23,6 +23,7 @@ from sllm_actor.domain import check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AddressInUse, ConfigInvalid, SllmError
+from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
@@ -34,7 +35,7 @@ from sllm_actor.metadata import SqliteStore
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
-from sllm_actor.node.secret_files import read_cluster_secret, read_secret_file
+from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.node.storage import open_storage
 from sllm_actor.runtime import ActorSystem, Clock, Limits, SystemClock
 from sllm_actor.runtime.forking import ForkServer
@@ -106,9 +107,9 @@ class Node:
     async def _start(self) -> None:
         config, stack = self.config, self._stack
         node_id = check_node_id(config.node_id)
-        api_key = read_secret_file(config.api_key_file, "api_key_file")
+        self._access = Access(config.api_key_file, self.clock)
         # What fails often and costs nothing comes first: the ports and the folder.
-        listening = bind(config.host, config.port, has_key=bool(api_key))
+        listening = bind(config.host, config.port, has_key=self._access.needs_key)
         stack.callback(listening.close)
         stack.push_async_callback(self.system.close)
         await self._listen()
@@ -147,7 +148,7 @@ class Node:
         stack.push_async_callback(self.system.close)
 
         gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, tasks)
-        self._http = HttpServer(gateway, api_key, knobs_of(ConnectionLimits, config))
+        self._http = HttpServer(gateway, knobs_of(ConnectionLimits, config))
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
         self.url = self._http.url
@@ -253,6 +254,7 @@ class Node:
             limits=knobs_of(GatewayLimits, config),
             observe=self._observe,
             tasks=tasks,
+            access=self._access,
         )
 
     def _observe(self) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""One HTTP request from its head to its end: what its access line, the metrics and its key's limits are made of.
+
+It has names, numbers and codes: nothing of what was asked or answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+
+from sllm_actor.domain import Model, RequestId
+from sllm_actor.errors import AccessDenied
+from sllm_actor.frontend.answer import Piece, Wish
+from sllm_actor.frontend.keys import Key
+from sllm_actor.runtime import Clock
+
+
+class Visit:
+    """Filled in by whoever learns something; moments are monotonic, and 0.0 until they have come."""
+
+    def __init__(self, request_id: RequestId, method: str, route: str, clock: Clock) -> None:
+        self.request_id = request_id
+        self.method = method
+        self.route = route
+        self.begin_s = clock.monotonic_s()
+        self.key: Key | None = None
+        self.limits: Mapping[str, str] = {}
+        self.model = ""
+        self.stream = False
+        self.status = 0
+        self.code = ""
+        self.finish = ""
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.first_token_s = 0.0
+        self.last_token_s = 0.0
+        self.end_s = 0.0
+        self._clock = clock
+
+    def check(self, model: Model) -> None:
+        """Note the model.
+
+        Raises:
+            AccessDenied: the key is not for it.
+        """
+        if not self.may_use(model):
+            assert self.key is not None
+            raise AccessDenied(f"the key {self.key.name} may not use {model.name}", param="model")
+        self.model = model.name
+
+    def may_use(self, model: Model) -> bool:
+        """Tell whether the key is for this model."""
+        return self.key is None or self.key.models is None or model.name in self.key.models
+
+    async def noting(self, wish: Wish, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+        """Pass the pieces of an answer on and note how many tokens they bring, and when."""
+        self.prompt_tokens += len(wish.prompt)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                self.last_token_s = self._clock.monotonic_s()
+                if not self.first_token_s:
+                    self.first_token_s = self.last_token_s
+                self.generated_tokens = piece.generated_tokens
+                if piece.finish is not None:
+                    self.finish = piece.finish
+                yield piece
+
+
+# Of the request that the running task is for.
+VISIT: ContextVar[Visit] = ContextVar("visit")
