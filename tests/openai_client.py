@@ -46,7 +46,7 @@ def main() -> None:
     except openai.NotFoundError as error:
         seen["absent"] = error.code
     try:
-        client.chat.completions.create(model=model, messages=messages, logit_bias={"5": 1})
+        client.chat.completions.create(model=model, messages=messages, service_tier="flex")
     except openai.BadRequestError as error:
         seen["unsupported"] = error.param
     print(json.dumps(seen))

@@ -35,7 +35,16 @@ COMMON_WRONG: list[tuple[str, Any]] = [
     ("top_p", 0), ("top_p", 1.1), ("top_p", -1), ("top_p", {}),
     ("seed", 1.5), ("seed", "1"), ("seed", 2**63), ("seed", -(2**63) - 1), ("seed", 2**64), ("seed", True),
     ("stop", ""), ("stop", 5), ("stop", ["a"] * 5), ("stop", "x" * 257), ("stop", {"a": 1}),
-    ("n", 0), ("n", -1), ("n", 129), ("n", "1"), ("n", 2),
+    ("n", 0), ("n", -1), ("n", 129), ("n", "1"), ("n", True),
+    ("top_k", -2), ("top_k", 1.5), ("top_k", "5"), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.1), ("min_p", "x"),
+    ("repetition_penalty", 0), ("repetition_penalty", -1), ("repetition_penalty", 101), ("repetition_penalty", "1"),
+    ("presence_penalty", 2.1), ("presence_penalty", -2.1), ("presence_penalty", "1"),
+    ("frequency_penalty", 2.1), ("frequency_penalty", -2.1), ("frequency_penalty", [1]),
+    ("logit_bias", []), ("logit_bias", 5), ("logit_bias", {"x": 1}), ("logit_bias", {"": 1}), ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"1" * 11: 1}), ("logit_bias", {"1\n": 1}), ("logit_bias", {str(k): 1 for k in range(1025)}),
+    ("stop_token_ids", 5), ("stop_token_ids", [0] * 129), ("stop_token_ids", "x"),
+    ("min_tokens", -1), ("min_tokens", 1.5), ("min_tokens", 2**31),
+    ("stream_options", {}), ("stream_options", {"include_usage": True}),
     ("priority", 2**31), ("priority", -(2**31) - 1), ("priority", "high"), ("priority", 0.5), ("priority", True),
     ("user", 5), ("ignore_eos", 1), ("ignore_eos", "yes"),
 ]  # fmt: skip
@@ -45,7 +54,13 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (ChatRequest, "messages", 5),
     (ChatRequest, "max_completion_tokens", 0), (ChatRequest, "max_completion_tokens", "5"),
     (CompletionRequest, "prompt", 5), (CompletionRequest, "prompt", []), (CompletionRequest, "prompt", {}),
-    (CompletionRequest, "prompt", True),
+    (CompletionRequest, "prompt", True), (CompletionRequest, "prompt", ["x"] * 129),
+    (ChatRequest, "logprobs", 1), (ChatRequest, "logprobs", "true"), (ChatRequest, "top_logprobs", 21),
+    (ChatRequest, "top_logprobs", -1), (ChatRequest, "top_logprobs", True), (ChatRequest, "top_logprobs", 3),
+    (ChatRequest, "metadata", []), (ChatRequest, "metadata", {str(k): "x" for k in range(17)}),
+    (ChatRequest, "metadata", {"x" * 65: "x"}), (ChatRequest, "store", 1), (ChatRequest, "store", True),
+    (CompletionRequest, "logprobs", -1), (CompletionRequest, "logprobs", 21), (CompletionRequest, "logprobs", True),
+    (CompletionRequest, "echo", 1), (CompletionRequest, "best_of", 0), (CompletionRequest, "best_of", 2),
 ]  # fmt: skip
 NESTED_WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (ChatRequest, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
@@ -61,16 +76,30 @@ NESTED_WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (ChatRequest, {"stream_options": {"other": True}}, "stream_options.other"),
     (ChatRequest, {"stop": ["a", 5]}, "stop[1]"),
     (CompletionRequest, {"prompt": [1, "x"]}, "prompt[1]"),
-    (CompletionRequest, {"prompt": ["x"]}, "prompt[0]"),
+    (CompletionRequest, {"prompt": ["x", 1]}, "prompt[1]"),
+    (CompletionRequest, {"prompt": [[1], 2]}, "prompt[1]"),
+    (CompletionRequest, {"prompt": [[]]}, "prompt[0]"),
+    (CompletionRequest, {"prompt": ["x", [-1]]}, "prompt[1][0]"),
+    (CompletionRequest, {"prompt": [True]}, "prompt[0]"),
+    (CompletionRequest, {"prompt": ["x"] * 3, "n": 43}, "n"),
+    (CompletionRequest, {"echo": True, "logprobs": 0}, "echo"),
+    (ChatRequest, {"logit_bias": {"1": 101}}, "logit_bias[...]"),
+    (ChatRequest, {"logit_bias": {"1": "x"}}, "logit_bias[...]"),
+    (ChatRequest, {"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    (ChatRequest, {"metadata": {"a": 5}}, "metadata[...]"),
+    (
+        ChatRequest,
+        {"stream": True, "stream_options": {"continuous_usage_stats": 1}},
+        "stream_options.continuous_usage_stats",
+    ),
     (CompletionRequest, {"prompt": [-1]}, "prompt[0]"),
     (CompletionRequest, {"prompt": [2**31]}, "prompt[0]"),
 ]
 UNSUPPORTED = [
-    "tools",
-    "logit_bias",
-    "response_format",
-    "echo",
-    "best_of",
+    "suffix",
+    "functions",
+    "service_tier",
+    "include_stop_str_in_output",
     "Model",
     "",
     "x" * 10_000,
@@ -142,6 +171,42 @@ def test_every_field_is_read() -> None:
     assert asked.stops() == ["a", "b"]
     assert asked.ignore_eos
     assert parse(body(CompletionRequest, stop="x", prompt=[1, 2]), CompletionRequest).stops() == ["x"]
+    for kind in MINIMAL:
+        drawn = parse(
+            body(
+                kind, top_k=-1, min_p=0.5, repetition_penalty=1, presence_penalty=-2, frequency_penalty=2,
+                logit_bias={"7": -100, "0008": 100}, stop_token_ids=[0, 2**31 - 1], min_tokens=3, n=128,
+            ),
+            kind,
+        )  # fmt: skip
+        assert (drawn.top_k, drawn.min_p, drawn.repetition_penalty, drawn.min_tokens, drawn.n) == (-1, 0.5, 1.0, 3, 128)
+        assert (drawn.presence_penalty, drawn.frequency_penalty) == (-2.0, 2.0)
+        assert (drawn.logit_bias, drawn.stop_token_ids) == ({"7": -100.0, "0008": 100.0}, [0, 2**31 - 1])
+
+
+def test_logprobs_are_asked_for_as_each_of_the_two_has_it() -> None:
+    for asked, wanted in (({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0)):
+        assert parse(body(ChatRequest, **asked), ChatRequest).wanted_logprobs() == wanted
+    assert parse(body(ChatRequest, logprobs=True, top_logprobs=20), ChatRequest).wanted_logprobs() == 20
+    for number in (None, 0, 5, 20):
+        assert parse(body(CompletionRequest, logprobs=number), CompletionRequest).wanted_logprobs() == number
+
+
+def test_a_prompt_may_be_a_text_tokens_or_a_list_of_either() -> None:
+    for prompt, prompts in (
+        ("x", ["x"]),
+        ([1, 2], [[1, 2]]),
+        (["x", "y"], ["x", "y"]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        (["x", [2]], ["x", [2]]),
+    ):
+        assert parse(body(CompletionRequest, prompt=prompt), CompletionRequest).prompts() == prompts
+
+
+def test_what_changes_nothing_is_accepted() -> None:
+    for changes in ({"store": False}, {"metadata": {"a": "b"}}, {"stream": True, "stream_options": {}}):
+        parse(body(ChatRequest, **changes), ChatRequest)
+    assert parse(body(CompletionRequest, n=3, best_of=3), CompletionRequest).n == 3
 
 
 def test_a_message_is_one_text_however_it_is_written() -> None:

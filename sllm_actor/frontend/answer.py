@@ -9,8 +9,8 @@ from typing import NamedTuple
 from sllm_actor.domain import FinishReason, Model, RequestId, Sampling, Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import InvalidRequest
-from sllm_actor.frontend.stop_strings import StopScanner
 from sllm_actor.frontend.text import TextService
+from sllm_actor.frontend.written import Entry, Writer
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.runtime import ActorRef
 
@@ -35,6 +35,8 @@ class Piece(NamedTuple):
     finish: FinishReason | None
     prompt_tokens: int
     generated_tokens: int
+    cached_tokens: int = 0
+    entries: tuple[Entry, ...] = ()
 
 
 def max_tokens(model: Model, prompt_tokens: int, asked: int | None) -> int:
@@ -65,9 +67,7 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
     Raises:
         SllmError: whatever went wrong, by its type.
     """
-    scanner = StopScanner(wish.stops)
-    detokenizer = text.detokenizer(wish.model.path, wish.prompt)
-    generated = 0
+    writer = Writer(text, wish.model.path, wish.prompt, wish.stops)
     request = Generate(
         request_id=wish.request_id,
         model=wish.model.name,
@@ -80,17 +80,16 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
     prompt_tokens = len(wish.prompt)
     async with aclosing(router.stream(request)) as items:
         async for item in items:
-            if isinstance(item, Tokens):
-                generated += len(item.token_ids)
-                shown = scanner.push(await detokenizer.push(item.token_ids))
-            else:
-                assert isinstance(item, Finished)
-                shown = scanner.push(await detokenizer.push((), final=True)) + scanner.flush()
-                reason = FinishReason.STOP if scanner.stopped else item.reason
-                yield Piece(shown, reason, prompt_tokens, item.generated_tokens)
+            if isinstance(item, Finished):
+                shown = await writer.end()
+                reason = FinishReason.STOP if writer.stopped else item.reason
+                counts = prompt_tokens, item.generated_tokens, item.cached_tokens
+                yield Piece(shown.text, reason, *counts, shown.entries)
                 return
-            if scanner.stopped:
-                yield Piece(shown, FinishReason.STOP, prompt_tokens, generated)
+            assert isinstance(item, Tokens)
+            shown = await writer.push(item.token_ids, item.logprobs)
+            if writer.stopped:
+                yield Piece(shown.text, FinishReason.STOP, prompt_tokens, writer.tokens, 0, shown.entries)
                 return
-            if shown:
-                yield Piece(shown, None, prompt_tokens, generated)
+            if shown.text:
+                yield Piece(shown.text, None, prompt_tokens, writer.tokens, 0, shown.entries)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from aiohttp import web
 
-from sllm_actor.domain import Model, RequestId, Sampling, Span
+from sllm_actor.domain import Model, RequestId, Span
 from sllm_actor.errors import InvalidRequest, SllmError
-from sllm_actor.frontend.answer import Piece, Wish, answer, max_tokens
+from sllm_actor.frontend.answer import Piece, Wish
+from sllm_actor.frontend.choices import Choice, Counts, choices
 from sllm_actor.frontend.deadline import timeout_of, within
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
-from sllm_actor.frontend.schema import ChatRequest, CompletionRequest
+from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, StreamOptions
+from sllm_actor.frontend.shapes import ChatShape, CompletionShape, Shape, WholeChoice
 from sllm_actor.frontend.sse import EventStream
 from sllm_actor.frontend.visit import VISIT
+from sllm_actor.frontend.wishes import check_vocabulary, of_choices, sampling_of
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.messages.text import ChatTurn
 from sllm_actor.runtime import tracing
@@ -37,7 +39,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     prompt = await gateway.text.render(model.path, turns)
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
     wish = _wish(request, model, list(prompt), body, arrived_s, text_span)
-    return await _reply(request, gateway, wish, body, ChatShape(wish, gateway.clock.wall_s()))
+    return await _reply(request, gateway, of_choices([wish], body.n), body, ChatShape(wish, gateway.clock.wall_s()))
 
 
 @routes.post("/v1/completions")
@@ -47,18 +49,26 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = await gateway.read(request, CompletionRequest)
     model = await gateway.model(body.model)
     begin_s = gateway.clock.monotonic_s()
-    if isinstance(body.prompt, str):
-        prompt = list(await gateway.text.encode(model.path, body.prompt))
-    else:
-        prompt = body.prompt
-        if max(prompt) >= model.vocabulary_tokens:
-            raise InvalidRequest(
-                f"prompt: token {max(prompt)} is outside the vocabulary of {model.vocabulary_tokens}",
-                param="prompt",
-            )
+    prompts = [await _prompt_tokens(gateway, model, prompt) for prompt in body.prompts()]
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
-    wish = _wish(request, model, prompt, body, arrived_s, text_span)
-    return await _reply(request, gateway, wish, body, CompletionShape(wish, gateway.clock.wall_s()))
+    wishes = [_wish(request, model, prompt, body, arrived_s, text_span) for prompt in prompts]
+    echoes = [await _echo(gateway, model, prompt) if body.echo else "" for prompt in body.prompts()]
+    echoes = [echo for echo in echoes for _ in range(body.n)]
+    shape = CompletionShape(wishes[0], gateway.clock.wall_s(), echoes)
+    return await _reply(request, gateway, of_choices(wishes, body.n), body, shape)
+
+
+async def _prompt_tokens(gateway: Gateway, model: Model, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        return list(await gateway.text.encode(model.path, prompt))
+    check_vocabulary("prompt", prompt, model)
+    return prompt
+
+
+async def _echo(gateway: Gateway, model: Model, prompt: str | list[int]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return await gateway.text.detokenizer(model.path, ()).push(prompt, final=True)
 
 
 @routes.get("/v1/models")
@@ -96,125 +106,74 @@ def _wish(
     arrived_s: float,
     text_span: Span,
 ) -> Wish:
-    sampling = Sampling(
-        max_tokens=max_tokens(model, len(prompt), body.limit()),
-        temperature=model.default_temperature if body.temperature is None else body.temperature,
-        top_p=model.default_top_p if body.top_p is None else body.top_p,
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
-        ignore_eos=body.ignore_eos,
-    )
+    sampling = sampling_of(model, len(prompt), body)
     request_id = RequestId(request[REQUEST_ID])
     return Wish(request_id, model, prompt, sampling, body.stops(), arrived_s, (text_span,), body.priority)
 
 
-class ChatShape:
-    """Chat completions on the wire."""
-
-    def __init__(self, wish: Wish, created_wall_s: float) -> None:
-        self._base = {
-            "id": f"chatcmpl-{wish.request_id}",
-            "created": int(created_wall_s),
-            "model": wish.model.name,
-        }
-
-    def first_chunk(self) -> dict[str, Any] | None:
-        return self._chunk({"role": "assistant", "content": ""}, None)
-
-    def chunk(self, text: str, finish: str | None) -> dict[str, Any]:
-        return self._chunk({"content": text} if text else {}, finish)
-
-    def _chunk(self, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._base | {"object": "chat.completion.chunk", "choices": [choice]}
-
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
-
-    def whole(self, text: str, finish: str, usage: dict[str, int]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return self._base | {"object": "chat.completion", "choices": [choice], "usage": usage}
-
-
-class CompletionShape:
-    """Completions on the wire."""
-
-    def __init__(self, wish: Wish, created_wall_s: float) -> None:
-        self._base = {
-            "id": f"cmpl-{wish.request_id}",
-            "object": "text_completion",
-            "created": int(created_wall_s),
-            "model": wish.model.name,
-        }
-
-    def first_chunk(self) -> dict[str, Any] | None:
-        return None
-
-    def chunk(self, text: str, finish: str | None) -> dict[str, Any]:
-        return self._base | {"choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]}
-
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        return self._base | {"choices": [], "usage": usage}
-
-    def whole(self, text: str, finish: str, usage: dict[str, int]) -> dict[str, Any]:
-        return self.chunk(text, finish) | {"usage": usage}
-
-
-Shape = ChatShape | CompletionShape
-
-
-def _usage(piece: Piece) -> dict[str, int]:
-    return {
-        "prompt_tokens": piece.prompt_tokens,
-        "completion_tokens": piece.generated_tokens,
-        "total_tokens": piece.prompt_tokens + piece.generated_tokens,
-    }
-
-
 async def _reply(
-    request: web.Request, gateway: Gateway, wish: Wish, body: ChatRequest | CompletionRequest, shape: Shape
+    request: web.Request, gateway: Gateway, wishes: Sequence[Wish], body: ChatRequest | CompletionRequest, shape: Shape
 ) -> web.StreamResponse:
     timeout_s = timeout_of(request, gateway.limits.request_timeout_s)
     gateway.enter()
     try:
         with tracing(trace_of(request)):
-            answered = VISIT.get().noting(wish, answer(wish, gateway.router, gateway.text))
-            async with aclosing(within(answered, timeout_s, wish.arrived_s, gateway.clock)) as pieces:
+            counts = Counts(wishes, body.n)
+            answered = VISIT.get().noting(counts, choices(wishes, gateway.router, gateway.text))
+            async with aclosing(within(answered, timeout_s, wishes[0].arrived_s, gateway.clock)) as pieces:
                 if body.stream:
-                    usage = body.stream_options is not None and body.stream_options.include_usage
-                    return await _stream(gateway.events(request, wish.model), pieces, shape, usage)
-                return await _gather(pieces, shape)
+                    events = gateway.events(request, wishes[0].model)
+                    return await _stream(events, pieces, shape, counts, body.stream_options or StreamOptions())
+                return await _gather(pieces, shape, counts, len(wishes))
     finally:
         gateway.leave()
 
 
-async def _gather(pieces: AsyncGenerator[Piece, None], shape: Shape) -> web.Response:
-    text = []
-    async for piece in pieces:
-        text.append(piece.text)
-    assert piece.finish is not None
-    return json_response(shape.whole("".join(text), piece.finish, _usage(piece)))
+async def _gather(
+    pieces: AsyncGenerator[Choice, None], shape: Shape, counts: Counts, number_of_choices: int
+) -> web.Response:
+    said: list[list[Piece]] = [[] for _ in range(number_of_choices)]
+    async for choice in pieces:
+        said[choice.number].append(choice.piece)
+    whole = []
+    for index, parts in enumerate(said):
+        finish = parts[-1].finish
+        assert finish is not None, "every choice ends with a finish"
+        entries = [entry for piece in parts for entry in piece.entries]
+        whole.append(WholeChoice(index, "".join(piece.text for piece in parts), finish, entries))
+    return json_response(shape.whole(whole, counts.usage()))
 
 
 async def _stream(
-    events: EventStream, pieces: AsyncGenerator[Piece, None], shape: Shape, include_usage: bool
+    events: EventStream, pieces: AsyncGenerator[Choice, None], shape: Shape, counts: Counts, options: StreamOptions
 ) -> web.StreamResponse:
     """Send the answer as events; an error before the first of them stays an error."""
-    begun = False
+    begun: set[int] = set()
+
+    async def send(chunk: dict[str, Any] | None) -> None:
+        if chunk is None:
+            return
+        if options.continuous_usage_stats:
+            chunk = chunk | {"usage": counts.usage()}
+        elif options.include_usage:
+            chunk = chunk | {"usage": None}
+        await events.send(chunk)
+
     async with events:
         try:
-            async for piece in pieces:
-                if not begun and (first := shape.first_chunk()) is not None:
-                    await events.send(first)
-                begun = True
-                if piece.text:
-                    await events.send(shape.chunk(piece.text, None))
+            async for choice in pieces:
+                index, piece = choice
+                if index not in begun:
+                    begun.add(index)
+                    await send(shape.first_chunk(index))
+                if piece.text or piece.entries:
+                    await send(shape.chunk(index, piece.text, piece.entries))
                 if piece.finish is not None:
-                    await events.send(shape.chunk("", piece.finish))
-                    if include_usage:
-                        await events.send(shape.usage_chunk(_usage(piece)))
+                    await send(shape.last_chunk(index, piece.finish))
         except SllmError as error:
             if not events.opened:
                 raise
             return await events.fail(error)
+        if options.include_usage:
+            await events.send(shape.usage_chunk(counts.usage()))
         return await events.done()

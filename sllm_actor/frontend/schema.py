@@ -1,6 +1,8 @@
 """What clients may send, field by field, and how a refusal names the field.
 
-OpenAI's API reference (chat completions, completions) is the source of the names and defaults.
+OpenAI's API reference (chat completions, completions) is the source of the names, bounds and defaults. What OpenAI does
+not have (`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `min_tokens`, `ignore_eos`,
+`continuous_usage_stats`) has the names of vLLM.
 """
 
 from __future__ import annotations
@@ -15,12 +17,21 @@ from sllm_actor.domain import TierChoice
 from sllm_actor.errors import InvalidRequest, UnsupportedField
 
 MAX_STOPS = 4
+MAX_STOP_TOKENS = 128
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+# Of one request: its prompts, and for each as many as `n` says.
+MAX_CHOICES = 128
 MAX_ECHO_CHARACTERS = 128
 T = TypeVar("T")
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+TokenIdText = Annotated[str, Meta(pattern=r"^[0-9]{1,10}\Z")]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +57,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,11 +67,21 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_tokens: TokenCount | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[TokenIdText, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] | None
+    ) = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] = 1
-    user: str | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     ignore_eos: bool = False
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    user: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
 
     def stops(self) -> list[str]:
@@ -68,10 +90,37 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             return []
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    def check(self) -> None:
+        """Compare the fields with each other.
+
+        Raises:
+            InvalidRequest: two of them do not go together; `param` names one.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options: only a stream has them", param="stream_options")
+
 
 class ChatRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     max_completion_tokens: TokenCount | None = None
+    logprobs: bool = False
+    top_logprobs: TopLogprobs | None = None
+    metadata: (
+        Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
+        | None
+    ) = None
+    store: bool = False
+
+    def wanted_logprobs(self) -> int | None:
+        """Give how many of the likeliest tokens are asked for beside the drawn one; None where nothing is."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs: only where logprobs is true", param="top_logprobs")
+        if self.store:
+            raise UnsupportedField("store: answers are not stored here", param="store")
 
     def limit(self) -> int | None:
         """Give the asked bound on the answer; the newer of the two names wins."""
@@ -79,7 +128,42 @@ class ChatRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    prompt: str | Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
+    prompt: str | Annotated[list[str | TokenId | Annotated[list[TokenId], Meta(min_length=1)]], Meta(min_length=1)]
+    logprobs: TopLogprobs | None = None
+    echo: bool = False
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Give the prompts, each as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+    def wanted_logprobs(self) -> int | None:
+        """Give how many of the likeliest tokens are asked for beside the drawn one; None where nothing is."""
+        return self.logprobs
+
+    def check(self) -> None:
+        super().check()
+        if not isinstance(self.prompt, str):
+            kinds = [isinstance(item, int) for item in self.prompt]
+            if True in kinds and False in kinds:
+                odd = kinds.index(not kinds[0])
+                raise InvalidRequest(
+                    f"prompt[{odd}]: a list has either token ids or prompts, not both", param=f"prompt[{odd}]"
+                )
+        if self.best_of not in (None, self.n):
+            raise UnsupportedField("best_of: this version gives the n choices that it generates", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise UnsupportedField("echo: logprobs of the prompt are not supported; leave one out", param="echo")
+        prompts = len(self.prompts())
+        if prompts * self.n > MAX_CHOICES:
+            param = "n" if self.n > 1 else "prompt"
+            raise InvalidRequest(
+                f"{param}: {prompts} prompts with {self.n} choices each are more than {MAX_CHOICES}", param=param
+            )
 
     def limit(self) -> int | None:
         """Give the asked bound on the answer; 16 where none is, as OpenAI has it."""
@@ -102,7 +186,7 @@ class MigrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
-_AT = re.compile(r" - at `\$\.?([^`]*)`")
+_AT = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
 
 
 def parse(body: bytes, kind: type[T]) -> T:
@@ -129,8 +213,8 @@ def parse(body: bytes, kind: type[T]) -> T:
         request = msgspec.convert(present, kind)
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
-    if getattr(request, "n", 1) != 1:
-        raise UnsupportedField("n: this version gives one choice per request", param="n")
+    if isinstance(request, _Common):
+        request.check()
     return request
 
 

@@ -19,6 +19,7 @@ from sllm_actor.messages.text import (
     FROM_TEXT,
     TO_TEXT,
     ChatTurn,
+    DescribeTokens,
     Detokenize,
     Detokenized,
     Encoded,
@@ -27,6 +28,7 @@ from sllm_actor.messages.text import (
     RenderChat,
     TextFailed,
     TokenizerLoaded,
+    TokensDescribed,
 )
 from sllm_actor.runtime.channel import Channel
 from sllm_actor.runtime.forking import Child, ForkServer
@@ -166,6 +168,14 @@ class TextService:
         """Tokenize a bare prompt."""
         encoded: Encoded = await self._ask(self._reader, path, lambda call: EncodeText(call=call, path=path, text=text))
         return unpack_uint32(encoded.token_ids)
+
+    async def describe(self, path: str, token_ids: Sequence[int]) -> Sequence[bytes]:
+        """Give the bytes of each token; several may make one character."""
+        packed = pack_uint32(token_ids)
+        described: TokensDescribed = await self._ask(
+            self._writer, path, lambda call: DescribeTokens(call=call, path=path, token_ids=packed)
+        )
+        return described.pieces
 
     async def _ask(self, client: _TextClient, path: str, make: Any) -> Any:
         """Ask; once more where a path's files had been lost, and are there again."""

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
 from sllm_actor.errors import InvalidRequest, SllmError, TokenizerInvalid
+from sllm_actor.frontend.token_bytes import TokenBytes
 from sllm_actor.messages.text import (
+    DescribeTokens,
     Detokenize,
     Detokenized,
     Encoded,
@@ -23,6 +25,7 @@ from sllm_actor.messages.text import (
     RenderChat,
     TextFailed,
     TokenizerLoaded,
+    TokensDescribed,
 )
 from sllm_actor.runtime.blocking import BlockingChannel
 
@@ -36,6 +39,7 @@ class TextProcess:
     def __init__(self, channel: BlockingChannel) -> None:
         self._channel = channel
         self._tokenizers: OrderedDict[str, PreTrainedTokenizerBase] = OrderedDict()
+        self._described: dict[str, TokenBytes] = {}
 
     def run(self) -> int:
         """Answer questions until left alone; the result is the exit status."""
@@ -54,10 +58,14 @@ class TextProcess:
     def _answer(self, question: Any) -> object:
         if isinstance(question, LoadTokenizer):
             # Asked for when a model is deployed: its files may be others than those of the last time.
-            self._tokenizers.pop(question.path, None)
+            self._forget(question.path)
         tokenizer = self._tokenizer(question.path)
         if isinstance(question, Detokenize):
             return _detokenize(tokenizer, question)
+        if isinstance(question, DescribeTokens):
+            token_bytes = self._token_bytes(question.path, tokenizer)
+            pieces = tuple(token_bytes.of(token_id) for token_id in unpack_uint32(question.token_ids))
+            return TokensDescribed(call=question.call, pieces=pieces)
         if isinstance(question, EncodeText):
             return Encoded(call=question.call, token_ids=pack_uint32(tokenizer.encode(question.text)))
         if isinstance(question, RenderChat):
@@ -69,9 +77,18 @@ class TextProcess:
         if path not in self._tokenizers:
             self._tokenizers[path] = _load(path)
             while len(self._tokenizers) > MAX_TOKENIZERS:
-                self._tokenizers.popitem(last=False)
+                self._forget(next(iter(self._tokenizers)))
         self._tokenizers.move_to_end(path)
         return self._tokenizers[path]
+
+    def _token_bytes(self, path: str, tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
+        if path not in self._described:
+            self._described[path] = TokenBytes(tokenizer)
+        return self._described[path]
+
+    def _forget(self, path: str) -> None:
+        self._tokenizers.pop(path, None)
+        self._described.pop(path, None)
 
 
 def _load(path: str) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 
 from sllm_actor.domain import Model, RequestId
 from sllm_actor.errors import AccessDenied
-from sllm_actor.frontend.answer import Piece, Wish
+from sllm_actor.frontend.choices import Choice, Counts
 from sllm_actor.frontend.keys import Key
 from sllm_actor.runtime import Clock
 
@@ -53,18 +53,19 @@ class Visit:
         """Tell whether the key is for this model."""
         return self.key is None or self.key.models is None or model.name in self.key.models
 
-    async def noting(self, wish: Wish, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-        """Pass the pieces of an answer on and note how many tokens they bring, and when."""
-        self.prompt_tokens += len(wish.prompt)
+    async def noting(self, counts: Counts, pieces: AsyncGenerator[Choice, None]) -> AsyncGenerator[Choice, None]:
+        """Pass the pieces of an answer on, and note how many tokens they bring, and when."""
+        self.prompt_tokens = counts.prompt_tokens
         async with aclosing(pieces):
-            async for piece in pieces:
+            async for choice in pieces:
                 self.last_token_s = self._clock.monotonic_s()
                 if not self.first_token_s:
                     self.first_token_s = self.last_token_s
-                self.generated_tokens = piece.generated_tokens
-                if piece.finish is not None:
-                    self.finish = piece.finish
-                yield piece
+                counts.take(choice)
+                self.generated_tokens = counts.generated_tokens
+                if choice.piece.finish is not None:
+                    self.finish = choice.piece.finish
+                yield choice
 
 
 # Of the request that the running task is for.

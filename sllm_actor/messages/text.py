@@ -82,6 +82,23 @@ class Detokenized:
     complete: bool
 
 
+@message("text.describe")
+class DescribeTokens:
+    """Give the bytes of each of `token_ids` (little-endian uint32). Answered by `TokensDescribed` or `TextFailed`."""
+
+    call: int
+    path: str
+    token_ids: bytes
+
+
+@message("text.described")
+class TokensDescribed:
+    """The bytes of each token; of one that the tokenizer does not have, none."""
+
+    call: int
+    pieces: tuple[bytes, ...]
+
+
 @message("text.failed")
 class TextFailed:
     """The question `call` can't be answered."""
@@ -91,5 +108,5 @@ class TextFailed:
     text: str
 
 
-TO_TEXT = (LoadTokenizer, RenderChat, EncodeText, Detokenize)
-FROM_TEXT = (TokenizerLoaded, Encoded, Detokenized, TextFailed)
+TO_TEXT = (LoadTokenizer, RenderChat, EncodeText, Detokenize, DescribeTokens)
+FROM_TEXT = (TokenizerLoaded, Encoded, Detokenized, TokensDescribed, TextFailed)
