@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_models import (
     CONTEXT_TOKENS,
+    LIMITS,
     VOCABULARY_TOKENS,
     attach,
     change_config,
     change_tensors,
+    finish,
     greedy,
     prompt_of,
     run,
@@ -29,8 +29,8 @@ from tiny_models import (
 from sllm_actor.domain import FinishReason, Sampling
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.architectures import MODULES, choose
-from sllm_actor.engine.kv_cache import FIRST_CAPACITY_TOKENS, GrowingLayer, new_cache
-from sllm_actor.engine.runner import Runner
+from sllm_actor.engine.kv_cache import FIRST_CAPACITY_TOKENS
+from sllm_actor.engine.runner import Generation, Runner
 from sllm_actor.errors import (
     CheckpointConfigInvalid,
     CheckpointInvalid,
@@ -45,6 +45,7 @@ def rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0} | parameters}
 
 
+RW = {"multi_query": False, "parallel_attn": False, "bias": True}
 FROM_80 = {"original_max_position_embeddings": 80}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -74,9 +75,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-sliding": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
     "qwen3-tied": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+    "falcon-7b": ("FalconForCausalLM", {}),
+    "falcon-7b-tied": ("FalconForCausalLM", {"tie_word_embeddings": True}),
+    "falcon-40b": ("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-rw": ("FalconForCausalLM", {**RW, "alibi": True}),
+    "falcon-rw-rotary": ("FalconForCausalLM", RW),
+    "falcon-alibi-odd-heads": ("FalconForCausalLM", {"alibi": True, "num_attention_heads": 6, "hidden_size": 48}),
+    "gpt-neox": ("GPTNeoXForCausalLM", {}),
+    "gpt-neox-serial": ("GPTNeoXForCausalLM", {"use_parallel_residual": False, "rotary_pct": 1.0}),
+    "mistral": ("MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-sliding": ("MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": 16}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", {"num_key_value_heads": 2}),
+    "qwen3-moe-mixed": (
+        "Qwen3MoeForCausalLM",
+        {"mlp_only_layers": [0], "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
     "qwen3-sliding": ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
 }
-# Prompt length to new tokens: within the first capacity, over its border, over the next, and a long prompt's own.
+# Prompt length to new tokens: from the first token on, over the borders of capacities and of chunks.
 RUNS = {1: 2 * FIRST_CAPACITY_TOKENS + 8, FIRST_CAPACITY_TOKENS - 1: 8, FIRST_CAPACITY_TOKENS: 70, 100: 110}
 
 
@@ -89,39 +109,33 @@ def test_every_architecture_that_is_served_is_compared_below() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_answers_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
+def test_greedy_answers_that_join_at_any_step_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
+    """Prompts of one token and of several chunks come while others are computed and end; two begin alike."""
     architecture, changes = VARIANTS[variant]
     folder = save_model(tmp_path, architecture, **changes)
-    model = attach(folder)
-    for length, tokens in RUNS.items():
-        prompt = prompt_of(length)
-        ours = run(model, prompt, greedy(tokens))
-        assert first_difference(ours, run_transformers(folder, prompt, tokens)) is None, length
+    runner = Runner(attach(folder), (), CONTEXT_TOKENS, LIMITS)
+    runs = [(prompt_of(length), tokens) for length, tokens in RUNS.items()]
+    runs += [(prompt_of(100)[:70] + prompt_of(9, seed=1), 20), (prompt_of(LIMITS.prefill_chunk_tokens, seed=2), 30)]
+    running: list[Generation] = []
+    for prompt, tokens in runs:
+        running.append(runner.begin(prompt, greedy(tokens)))
+        for _ in range(5):
+            runner.step()
+    finish(runner)
+    for generation, (prompt, tokens) in zip(running, runs, strict=True):
+        wanted = run_transformers(folder, prompt, tokens)
+        assert first_difference(generation.tokens, wanted) is None, len(prompt)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["llama-tied", "opt", "gpt2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-tied", "opt", "gpt2", "qwen2", "qwen3", "falcon-7b", "mistral", "gpt-neox"])
 def test_half_precision_answers_are_those_of_transformers(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     architecture, changes = VARIANTS[variant]
     folder = save_model(tmp_path, architecture, dtype=dtype, **changes)
     model = attach(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    prompt = prompt_of(40)
+    prompt = prompt_of(LIMITS.prefill_chunk_tokens)
     assert first_difference(run(model, prompt, greedy(80)), run_transformers(folder, prompt, 80)) is None
-
-
-def test_answers_that_are_computed_in_turns_are_those_that_are_computed_alone(tmp_path: Path) -> None:
-    architecture, changes = VARIANTS["llama-rope-long"]
-    model = attach(save_model(tmp_path, architecture, **changes))
-    prompts = [prompt_of(length, seed=length) for length in (1, 30, 70, 90)]
-    alone = [run(model, prompt, greedy(60)) for prompt in prompts]
-    assert len({tuple(answer) for answer in alone}) == len(prompts)
-    runner = Runner(model, (), CONTEXT_TOKENS)
-    together = [runner.begin(prompt, greedy(60)) for prompt in prompts]
-    for _ in range(60):
-        for generation in together:
-            runner.step(generation)
-    assert [generation.tokens for generation in together] == alone
 
 
 def test_a_seeded_answer_depends_on_its_seed_alone(tmp_path: Path) -> None:
@@ -142,11 +156,10 @@ def test_an_answer_ends_at_an_end_token_at_its_limit_or_at_the_end_of_the_contex
     end = whole.index(eos) + 1
 
     def ended(max_tokens: int, *, ignore_eos: bool) -> tuple[list[int], FinishReason | None]:
-        runner = Runner(model, (eos,), CONTEXT_TOKENS)
+        runner = Runner(model, (eos,), CONTEXT_TOKENS, LIMITS)
         wish = Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=0, ignore_eos=ignore_eos)
         generation = runner.begin(prompt, wish)
-        while generation.finish is None:
-            runner.step(generation)
+        finish(runner)
         return generation.tokens, generation.finish
 
     assert ended(50, ignore_eos=False) == (whole[:end], FinishReason.STOP)
@@ -163,11 +176,16 @@ def test_a_prompt_that_leaves_room_for_one_token_gets_one(tmp_path: Path) -> Non
     assert run(attach(folder), prompt, greedy(10)) == run_transformers(folder, prompt, 1)
 
 
-def test_a_token_outside_the_vocabulary_fails_its_generation_alone(tmp_path: Path) -> None:
-    runner = Runner(attach(save_model(tmp_path, "LlamaForCausalLM")), (), CONTEXT_TOKENS)
-    with pytest.raises(GenerationFailed):
-        runner.step(runner.begin([VOCABULARY_TOKENS], greedy(1)))
-    assert runner.step(runner.begin([VOCABULARY_TOKENS - 1], greedy(1))).token_id < VOCABULARY_TOKENS
+def test_a_token_outside_the_vocabulary_is_refused_before_it_is_computed(tmp_path: Path) -> None:
+    runner = Runner(attach(save_model(tmp_path, "LlamaForCausalLM")), (), CONTEXT_TOKENS, LIMITS)
+    with pytest.raises(GenerationFailed, match=f"token {VOCABULARY_TOKENS} "):
+        runner.begin([VOCABULARY_TOKENS], greedy(1))
+    with pytest.raises(GenerationFailed, match=f"token {VOCABULARY_TOKENS} "):
+        runner.begin([1], greedy(9), generated=[VOCABULARY_TOKENS])
+    assert not runner.busy
+    generation = runner.begin([VOCABULARY_TOKENS - 1], greedy(1))
+    finish(runner)
+    assert len(generation.tokens) == 1
 
 
 # Checkpoints.
@@ -335,7 +353,7 @@ def test_an_architecture_that_is_not_served_is_refused_with_those_that_are(tmp_p
     folder = save_model(tmp_path, "LlamaForCausalLM")
     for named in (["MixtralForCausalLM"], [], None, ["LlamaModel"], ["x" * 10_000]):
         change_config(folder, architectures=named)
-        with pytest.raises(UnsupportedArchitecture, match="GPT2LMHeadModel, LlamaForCausalLM") as caught:
+        with pytest.raises(UnsupportedArchitecture, match="GPT2LMHeadModel, GPTNeoXForCausalLM, Llama") as caught:
             skeleton.build(str(folder), "F32")
         assert len(caught.value.message) < 500
     assert choose(["Other", "OPTForCausalLM", "GPT2LMHeadModel"]) == "OPTForCausalLM"
@@ -364,7 +382,7 @@ def test_a_config_chooses_neither_code_nor_outputs(changes: dict[str, Any], tmp_
     wanted = run_transformers(folder, prompt_of(5), 20)
     (folder / "evil.py").write_text("raise SystemExit('code of the model was run')")
     model = attach(change_config(folder, **changes))
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "slots"
     assert run(model, prompt_of(5), greedy(20)) == wanted
 
 
@@ -383,44 +401,6 @@ def test_a_skeleton_takes_no_memory_for_weights(tmp_path: Path) -> None:
     model = skeleton.build(str(folder), "F32")
     assert model.lm_head.weight.is_meta
     assert model.lm_head.weight.numel() > 2**35
-
-
-# The cache.
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=8), st.integers(0, 50))
-def test_the_cache_gives_back_all_that_was_written_however_it_came(pieces: list[int], spare: int) -> None:
-    total = sum(pieces)
-    layer = GrowingLayer(total + spare)
-    keys, values = torch.randn(1, 2, total, 4), torch.randn(1, 2, total, 6)
-    written = 0
-    for piece in pieces:
-        assert layer.get_mask_sizes(piece) == (written + piece, 0)
-        both = layer.update(keys[:, :, written : written + piece], values[:, :, written : written + piece])
-        written += piece
-        assert torch.equal(both[0], keys[:, :, :written])
-        assert torch.equal(both[1], values[:, :, :written])
-        assert layer.get_seq_length() == written
-        assert layer.keys.shape[-2] <= total + spare
-    assert layer.get_max_length() == total + spare
-
-
-def test_a_cache_grows_by_doubling_and_never_past_its_limit() -> None:
-    layer = GrowingLayer(300)
-    capacities = []
-    for _ in range(300):
-        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-        capacities.append(layer.keys.shape[-2])
-    assert sorted(set(capacities)) == [64, 128, 256, 300]
-    with pytest.raises(AssertionError):
-        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-
-
-def test_a_new_cache_has_a_layer_for_each_of_the_models() -> None:
-    cache = new_cache(3, 10)
-    assert len(cache.layers) == 3
-    assert cache.get_seq_length() == 0
 
 
 def test_the_config_of_every_tiny_model_names_its_architecture(tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ import pytest
 import pytest_asyncio
 import torch
 from safetensors.torch import load_file
-from tiny_models import CONTEXT_TOKENS, VOCABULARY_TOKENS, change_tensors, prompt_of, run_transformers, save_model
+from tiny_models import (
+    CONTEXT_TOKENS,
+    LIMITS,
+    VOCABULARY_TOKENS,
+    change_tensors,
+    prompt_of,
+    run_transformers,
+    save_model,
+)
 
 from sllm_actor.checkpoint.convert import convert
 from sllm_actor.checkpoint.folder import read_folder
@@ -67,7 +75,7 @@ LIMIT_S = 60.0
 
 async def attached(engine: Engine, files: list[PooledFile]) -> EngineReady:
     engine.place(CHUNK_BYTES, files)
-    return await engine.attach()
+    return await engine.attach(LIMITS)
 
 
 class Pool:

@@ -16,7 +16,7 @@ from sllm_actor.actors.model_manager import Limits, ModelManager
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.domain import Model, ModelName, NodeId
+from sllm_actor.domain import EngineLimits, Model, ModelName, NodeId
 from sllm_actor.errors import Conflict, EngineDied
 from sllm_actor.loader.cards import Cards
 from sllm_actor.loader.loader import Loader
@@ -59,7 +59,7 @@ class DyingEngine:
 
     def place(self, chunk_bytes: int, files: object) -> None: ...
 
-    async def attach(self) -> None:
+    async def attach(self, limits: EngineLimits) -> None:
         raise EngineDied("it is gone")
 
     def kill(self) -> None: ...
@@ -106,6 +106,8 @@ async def test_a_start_cancelled_while_it_cleans_up_keeps_no_lease(tmp_path: Pat
             map_in_place=False,
             verify=False,
             stop_timeout_s=5,
+            limits=EngineLimits(slots=1, kv_cache_bytes=1024, prefill_chunk_tokens=16),
+            max_instances=1,
         )
         starting = scope.spawn(starter.start(model_of(checkpoint), checkpoint), "start")
         await engine.leaving.wait()

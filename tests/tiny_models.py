@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
-from sllm_actor.domain import Sampling
+from sllm_actor.domain import EngineLimits, Sampling
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.architectures import MODULES
-from sllm_actor.engine.runner import Runner
+from sllm_actor.engine.runner import Generation, Runner
 
 # Tiny products gain nothing from a second thread, and wait long for it on a busy machine.
 torch.set_num_threads(1)
 
 CONTEXT_TOKENS = 320
 VOCABULARY_TOKENS = 128
+LIMITS = EngineLimits(slots=8, kv_cache_bytes=64 * 1024 * 1024, prefill_chunk_tokens=32)
 
 _SHAPE = {
     "hidden_size": 32,
@@ -43,13 +44,19 @@ _SHAPE = {
     "attn_pdrop": 0.0,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
 }
 
 
 def save_model(folder: Path, architecture: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Save a model whose weights are large enough that every token depends on all before it."""
     model_class = getattr(importlib.import_module(MODULES[architecture]), architecture)
-    model: PreTrainedModel = model_class(model_class.config_class(**(_SHAPE | changes)))
+    shape = _SHAPE | changes
+    if architecture == "FalconForCausalLM":
+        del shape["head_dim"]  # Falcon's follows from the others, and can't be set.
+    model: PreTrainedModel = model_class(model_class.config_class(**shape))
     random = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,12 +108,18 @@ def greedy(max_tokens: int) -> Sampling:
     return Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=0, ignore_eos=True)
 
 
+def finish(runner: Runner) -> None:
+    """Step until nothing runs; nothing may fail."""
+    while runner.busy:
+        failed = runner.step().failed
+        assert failed == [], failed
+
+
 def run(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling, eos: Sequence[int] = ()) -> list[int]:
     """Generate with our own loop."""
-    runner = Runner(model, eos, CONTEXT_TOKENS)
-    generation = runner.begin(prompt, sampling)
-    while generation.finish is None:
-        runner.step(generation)
+    runner = Runner(model, eos, CONTEXT_TOKENS, LIMITS)
+    generation: Generation = runner.begin(prompt, sampling)
+    finish(runner)
     return generation.tokens
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.domain import Model, Span
+from sllm_actor.domain import EngineLimits, Model, Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
@@ -13,6 +15,7 @@ from sllm_actor.loader.cards import Card
 from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mapping import HostFile
+from sllm_actor.loader.memory import available_bytes
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.engine import PooledFile, PrepareModel
 from sllm_actor.runtime.clock import Clock
@@ -40,6 +43,8 @@ class InstanceStarter:
         map_in_place: bool,
         verify: bool,
         stop_timeout_s: float,
+        limits: EngineLimits,
+        max_instances: int,
     ) -> None:
         self._tiers = tiers
         self._engines = engines
@@ -48,6 +53,8 @@ class InstanceStarter:
         self._map_in_place = map_in_place
         self._verify = verify
         self._stop_timeout_s = stop_timeout_s
+        self._limits = limits
+        self._max_instances = max_instances
 
     async def start(self, model: Model, wanted: Checkpoint | Card, on_progress: OnProgress | None = None) -> Started:
         """Bring the model up. On any failure the engine has left and the lease is given back.
@@ -81,7 +88,7 @@ class InstanceStarter:
                 on_placed=lambda files: engine.place(self._chunk_bytes, [_pooled(file) for file in files]),
             )
             loaded = self._load_spans(lease.report, taken.end_s)
-            ready = await engine.attach()
+            ready = await engine.attach(self._engine_limits())
         except BaseException:
             # A model that failed half-way is worth nothing; its process goes at once.
             engine.kill()
@@ -92,6 +99,11 @@ class InstanceStarter:
                     lease.release()
             raise
         return Started(engine, lease, (taken, *loaded, *ready.spans), ready.late_imports)
+
+    def _engine_limits(self) -> EngineLimits:
+        """Where no bytes are set for keys and values: what half the free memory is for each of all instances."""
+        share_bytes = available_bytes() // (2 * self._max_instances)
+        return msgspec.structs.replace(self._limits, kv_cache_bytes=self._limits.kv_cache_bytes or share_bytes)
 
     def _load_spans(self, report: LoadReport, begin_s: float) -> tuple[Span, ...]:
         """One span for each tier that bytes came from; they share the time of the load."""

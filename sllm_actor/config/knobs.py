@@ -107,6 +107,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_requests_per_instance: Annotated[
         int, Meta(ge=1, le=1024, title="requests", description="generations one instance runs at once")
     ] = 16
+    kv_cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=0, le=1024 * GIB, title="bytes",
+            description="keys and values one instance holds at most; 0: its share of half the memory that is free then",
+        ),
+    ] = 0  # fmt: skip
+    prefill_chunk_tokens: Annotated[
+        int,
+        Meta(ge=16, le=65536, title="tokens", description="tokens of prompts computed between two of running answers"),
+    ] = 256
     engine_refill_delay_s: Annotated[
         float, Meta(ge=0, le=60, title="s", description="wait before a taken warm engine is replaced")
     ] = 0.5

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain.generation import FinishReason, Resume, Sampling, TokenLogprobs
+from sllm_actor.domain.generation import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
 from sllm_actor.domain.model import Model, ModelState, TierChoice
 from sllm_actor.domain.names import ModelName, NodeId, RequestId, check_model_name, check_node_id
 from sllm_actor.domain.timeline import Span, Timeline
 
 __all__ = [
+    "EngineLimits",
     "FinishReason",
     "Model",
     "ModelName",

@@ -59,3 +59,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class EngineLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much an engine takes on; `prefill_chunk_tokens` of prompts are computed between two tokens of an answer."""
+
+    slots: int
+    kv_cache_bytes: int
+    prefill_chunk_tokens: int

@@ -11,11 +11,15 @@ from sllm_actor.errors import UnsupportedArchitecture
 
 # Class name -> module. The fork server imports every one of them before the first fork.
 MODULES = {
+    "FalconForCausalLM": "transformers.models.falcon.modeling_falcon",
     "GPT2LMHeadModel": "transformers.models.gpt2.modeling_gpt2",
+    "GPTNeoXForCausalLM": "transformers.models.gpt_neox.modeling_gpt_neox",
     "LlamaForCausalLM": "transformers.models.llama.modeling_llama",
+    "MistralForCausalLM": "transformers.models.mistral.modeling_mistral",
     "OPTForCausalLM": "transformers.models.opt.modeling_opt",
     "Qwen2ForCausalLM": "transformers.models.qwen2.modeling_qwen2",
     "Qwen3ForCausalLM": "transformers.models.qwen3.modeling_qwen3",
+    "Qwen3MoeForCausalLM": "transformers.models.qwen3_moe.modeling_qwen3_moe",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from sllm_actor.domain import RequestId
+from sllm_actor.domain import EngineLimits, RequestId
 from sllm_actor.errors import (
     ActorDied,
     EngineDied,
@@ -107,14 +107,16 @@ class Engine:
         """Let it map the weights, whose bytes may still be on their way; failures show in `attach`."""
         self._send(MapWeights(chunk_bytes=chunk_bytes, files=tuple(files)))
 
-    async def attach(self) -> EngineReady:
+    async def attach(self, limits: EngineLimits) -> EngineReady:
         """Let it use the weights that it has mapped, whose bytes are there, and wait until it can generate.
+
+        As many requests as `limits.slots` run at once; the others wait in the engine.
 
         Raises:
             CheckpointInvalid, UnsupportedArchitecture: the model can't be made of these files.
             EngineDied: the process has left.
         """
-        ready: EngineReady = await self._ask(AttachWeights(), EngineReady)
+        ready: EngineReady = await self._ask(AttachWeights(limits=limits), EngineReady)
         return ready
 
     async def generate(self, request: Generate) -> AsyncGenerator[Item, None]:

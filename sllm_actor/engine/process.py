@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
-from sllm_actor.domain import FinishReason, RequestId, Span
+from sllm_actor.domain import EngineLimits, FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.runner import Generation, Runner
@@ -48,6 +48,43 @@ def _modules() -> set[str]:
     return {name for name in sys.modules if name.split(".")[0] in WATCHED}
 
 
+class _Running:
+    """A request, and how much of it has been told."""
+
+    def __init__(self, request_id: RequestId, generation: Generation) -> None:
+        self.request_id = request_id
+        self.generation = generation
+        self.begin_s: float | None = None
+        self._prefilled = False
+
+    def news(self, clock: Clock) -> list[object]:
+        """Say what a step brought: a token, unless it ends the answer, and the end."""
+        generation, said = self.generation, list[object]()
+        if not self._prefilled:
+            self._prefilled = True
+            assert self.begin_s is not None
+            span = Span(name="prefill", begin_s=self.begin_s, end_s=clock.monotonic_s())
+            said.append(Prefilled(request_id=self.request_id, span=span))
+        drawn = generation.drawn
+        if drawn is not None and generation.finish is not FinishReason.STOP:
+            logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
+            index = len(generation.tokens) - 1
+            said.append(Tokens(request_id=self.request_id, index=index, token_ids=(drawn.token_id,), logprobs=logprobs))
+        if generation.finish is not None:
+            said.append(self.finished(generation.finish))
+        return said
+
+    def finished(self, reason: FinishReason) -> Finished:
+        generation = self.generation
+        return Finished(
+            request_id=self.request_id,
+            reason=reason,
+            prompt_tokens=len(generation.prompt),
+            generated_tokens=len(generation.tokens),
+            cached_tokens=generation.cached_tokens or 0,
+        )
+
+
 class EngineProcess:
     """Owns the model of this process and its running generations."""
 
@@ -62,7 +99,7 @@ class EngineProcess:
         self._files: tuple[PooledFile, ...] = ()
         self._mapped: Mapping[str, memoryview] = {}
         self._runner: Runner | None = None
-        self._running: dict[RequestId, Generation] = {}
+        self._running: dict[RequestId, _Running] = {}
         torch.set_num_threads(threads)
         torch.set_num_interop_threads(1)
 
@@ -79,13 +116,13 @@ class EngineProcess:
     def _serve(self) -> int:
         try:
             while True:
-                message = self._channel.receive(wait=not self._running)
+                message = self._channel.receive(wait=self._runner is None or not self._runner.busy)
                 if isinstance(message, ShutDown):
                     return 0
                 if message is not None:
                     self._take(message)
                 else:
-                    self._step_all()
+                    self._step()
         except SllmError as error:
             self._channel.send(EngineFailed(code=error.code, text=error.message))
             return 1
@@ -94,7 +131,7 @@ class EngineProcess:
         if isinstance(message, Generate):
             self._begin(message)
         elif isinstance(message, CancelGeneration):
-            self._running.pop(message.request_id, None)
+            self._cancel(message.request_id)
         elif isinstance(message, PrepareModel):
             self._prepare(message)
         elif isinstance(message, CheckModel):
@@ -102,7 +139,7 @@ class EngineProcess:
         elif isinstance(message, MapWeights):
             self._map(message)
         elif isinstance(message, AttachWeights):
-            self._attach()
+            self._attach(message.limits)
 
     def _span(self, name: str, begin_s: float) -> Span:
         return Span(name=name, begin_s=begin_s, end_s=self._clock.monotonic_s())
@@ -131,7 +168,7 @@ class EngineProcess:
         self._mapped = self._map_files(message.chunk_bytes, message.files)
         self._spans.append(self._span("map", begin_s))
 
-    def _attach(self) -> None:
+    def _attach(self, limits: EngineLimits) -> None:
         if self._prepared is None or self._model is None or not self._files:
             raise EngineStartFailed("weights came before the model was named, or before they were mapped")
         begin_s = self._clock.monotonic_s()
@@ -145,7 +182,7 @@ class EngineProcess:
         paired = skeleton.match(self._model, tensors, self._prepared.aliases)
         weights = {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()}
         skeleton.put_weights(self._model, weights)
-        self._runner = Runner(self._model, self._prepared.eos_token_ids, self._prepared.context_tokens)
+        self._runner = Runner(self._model, self._prepared.eos_token_ids, self._prepared.context_tokens, limits)
         self._spans.append(self._span("attach", begin_s))
         late = tuple(sorted(_modules() - self._at_fork))
         self._channel.send(EngineReady(spans=tuple(self._spans), late_imports=late))
@@ -153,43 +190,46 @@ class EngineProcess:
     def _begin(self, message: Generate) -> None:
         if self._runner is None:
             raise EngineStartFailed("a request came before the weights")
-        prompt = list(unpack_uint32(message.prompt))
-        generation = self._runner.begin(prompt, message.sampling)
-        self._running[message.request_id] = generation
-        begin_s = self._clock.monotonic_s()
-        if self._step(message.request_id, generation, lambda: self._span("prefill", begin_s)):
-            self._running.pop(message.request_id, None)
-
-    def _step_all(self) -> None:
-        for request_id, generation in list(self._running.items()):
-            if self._step(request_id, generation, None):
-                del self._running[request_id]
-
-    def _step(self, request_id: RequestId, generation: Generation, prefill: Callable[[], Span] | None) -> bool:
-        """Compute and send one token; true if the generation has ended. A failure ends it alone."""
-        runner = self._runner
-        assert runner is not None
         try:
-            drawn = runner.step(generation)
+            generation = self._runner.begin(
+                unpack_uint32(message.prompt),
+                message.sampling,
+                generated=unpack_uint32(message.generated),
+                resume=message.resume,
+                adapter=message.adapter,
+                priority=message.priority,
+            )
         except SllmError as error:
-            self._channel.send(GenerationError(request_id=request_id, code=error.code, text=error.message))
-            return True
-        if prefill is not None:
-            self._channel.send(Prefilled(request_id=request_id, span=prefill()))
-        if generation.finish is not FinishReason.STOP:
-            logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
-            index = len(generation.tokens) - 1
-            self._channel.send(
-                Tokens(request_id=request_id, index=index, token_ids=(drawn.token_id,), logprobs=logprobs)
-            )
-        if generation.finish is None:
-            return False
-        self._channel.send(
-            Finished(
-                request_id=request_id,
-                reason=generation.finish,
-                prompt_tokens=len(generation.prompt),
-                generated_tokens=len(generation.tokens),
-            )
-        )
-        return True
+            self._channel.send(GenerationError(request_id=message.request_id, code=error.code, text=error.message))
+            return
+        running = _Running(message.request_id, generation)
+        if generation.finish is not None:
+            self._channel.send(running.finished(generation.finish))
+            return
+        self._running[message.request_id] = running
+
+    def _cancel(self, request_id: RequestId) -> None:
+        running = self._running.pop(request_id, None)
+        if running is not None:
+            assert self._runner is not None
+            self._runner.cancel(running.generation)
+
+    def _step(self) -> None:
+        """Compute one step and send all that it brought."""
+        assert self._runner is not None
+        begin_s = self._clock.monotonic_s()
+        step = self._runner.step()
+        of = {running.generation: running for running in self._running.values()}
+        said: list[object] = []
+        for generation in step.admitted:
+            if of[generation].begin_s is None:
+                of[generation].begin_s = begin_s
+        for generation in step.advanced:
+            said += of[generation].news(self._clock)
+            if generation.finish is not None:
+                del self._running[of[generation].request_id]
+        for generation, error in step.failed:
+            request_id = of[generation].request_id
+            said.append(GenerationError(request_id=request_id, code=error.code, text=error.message))
+            del self._running[request_id]
+        self._channel.send_all(said)

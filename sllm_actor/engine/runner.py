@@ -1,90 +1,306 @@
-"""Generations on one model: each with its own cache, stepped in turn.
+"""Continuous batching: at every step one token of each running generation, and a chunk of the prompts that wait.
 
-Batching over generations is the next floor of this room; what is here is right for any number of
-them, and interleaves them token by token.
+A step is one forward pass over the packed tokens of all generations, plus one of its own for each that is pinned.
+Pinned means: computed alone, its prompt in chunks that begin at fixed places, its answer token by token. Then every
+shape that its numbers depend on is its own, and replaying it gives the same bits, whatever runs beside it.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
-from sllm_actor.domain import FinishReason, Sampling
-from sllm_actor.engine.kv_cache import new_cache
+from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling
+from sllm_actor.engine.attention import Pass, Segment
+from sllm_actor.engine.kv_cache import Slot, SlotPool, common_prefix, kv_shape
 from sllm_actor.engine.sampling import Drawn, Sampler, draw_rows
-from sllm_actor.errors import GenerationFailed
+from sllm_actor.errors import GenerationFailed, InvalidRequest, SllmError
 
-# What a forward pass raises: no memory, no such token, a number in the config that only now is used.
-MODEL_FAULTS = (RuntimeError, LookupError, ArithmeticError, ValueError, TypeError)
+# What a forward pass raises: no memory, a number in the config that only now is used.
+MODEL_FAULTS = (RuntimeError, LookupError, ArithmeticError, ValueError, TypeError, MemoryError)
+# These rotate all positions of a pass by the largest of them, so what is computed depends on what it is computed with.
+ROPES_OF_THE_WHOLE_PASS = frozenset({"dynamic", "longrope"})
 
 
 class Generation:
-    """One running answer."""
+    """One answer: its tokens, those of an earlier engine included, and how far they are computed."""
 
-    def __init__(self, prompt: Sequence[int], sampler: Sampler, cache: Cache) -> None:
-        self.prompt = prompt
+    def __init__(
+        self, prompt: Sequence[int], sampler: Sampler, generated: Sequence[int], order: tuple[int, int]
+    ) -> None:
+        self.prompt = list(prompt)
         self.sampler = sampler
-        self.cache = cache
-        self.tokens: list[int] = []
+        self.tokens = list(generated)
+        self.order = order  # Of those that wait, the least is first; of those that run, the greatest makes way.
+        self.pinned = False
+        self.adapter = ""
+        self.cached_tokens: int | None = None
+        self.slot: Slot | None = None
+        self.started = False
+        self.drawn: Drawn | None = None
         self.finish: FinishReason | None = None
+
+    @property
+    def known(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def written(self) -> int:
+        return 0 if self.slot is None else len(self.slot.tokens)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next token is computed alone. A pinned one replays an answer so, as it was computed first."""
+        return self.started and (self.known - self.written == 1 or (self.pinned and self.written >= len(self.prompt)))
+
+    def tokens_from(self, begin: int, count: int) -> list[int]:
+        """Give `count` known tokens from the `begin`-th on."""
+        prompt = len(self.prompt)
+        if begin >= prompt:
+            return self.tokens[begin - prompt : begin - prompt + count]
+        found = self.prompt[begin : begin + count]
+        return found + self.tokens[: count - len(found)]
+
+
+Work = list[tuple[Generation, int]]
+
+
+class Step(NamedTuple):
+    """What a step brought: who was given a slot, who failed and why, and who has a new token or an end.
+
+    The token is in `drawn`; one that had to end for want of memory has none.
+    """
+
+    admitted: list[Generation]
+    advanced: list[Generation]
+    failed: list[tuple[Generation, SllmError]]
 
 
 class Runner:
-    """Owns a model and computes tokens with it. Not thread-safe."""
+    """Owns a model, its slots and the generations on it. Not thread-safe."""
 
-    def __init__(self, model: PreTrainedModel, eos_token_ids: Sequence[int], context_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, eos_token_ids: Sequence[int], context_tokens: int, limits: EngineLimits
+    ) -> None:
+        config = model.config.get_text_config()
         self._model = model
         self._eos = frozenset(eos_token_ids)
         self._context_tokens = context_tokens
-        self._layers = int(model.config.get_text_config().num_hidden_layers)
+        self._chunk_tokens = limits.prefill_chunk_tokens
+        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self._slots = SlotPool(kv_shape(config, model.dtype, model.device), limits.slots, limits.kv_cache_bytes)
+        rope = getattr(config, "rope_parameters", None) or {}
+        self._of_whole_passes = rope.get("rope_type") in ROPES_OF_THE_WHOLE_PASS
+        self._arrivals = itertools.count()
+        self._waiting: list[tuple[tuple[int, int], Generation]] = []
+        self._running: list[Generation] = []
 
-    def begin(self, prompt: Sequence[int], sampling: Sampling) -> Generation:
-        """Make a generation; `step` computes its prompt and first token.
+    @property
+    def busy(self) -> bool:
+        return bool(self._running or self._waiting)
 
-        The prompt is not empty and leaves room in the context for a token: the gateway has checked it.
-        """
-        assert 0 < len(prompt) < self._context_tokens
-        room = self._context_tokens - len(prompt)
-        limited = min(sampling.max_tokens, room)
-        cache = new_cache(self._layers, len(prompt) + limited)
-        return Generation(prompt, Sampler(sampling, prompt, self._eos), cache)
+    def begin(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        generated: Sequence[int] = (),
+        resume: Resume = Resume.FAST,
+        adapter: str = "",
+        priority: int = 0,
+    ) -> Generation:
+        """Take on a generation; the next steps compute it, in order of priority and then of arrival.
 
-    def step(self, generation: Generation) -> Drawn:
-        """Compute one more token and say in `generation.finish` whether it was the last.
-
-        A token that ends the answer is appended to `tokens` like any other; whoever shows text leaves it out.
+        One whose answer so far is whole already has its `finish` at once, and is not run.
 
         Raises:
-            GenerationFailed: the model gave no finite numbers, has no such token, or found no memory.
+            GenerationFailed: the model has no such token, or no context for the prompt.
+            InvalidRequest: there is not enough memory for its keys and values, even if nothing else ran.
         """
-        try:
-            drawn = self._next(generation)
-        except MODEL_FAULTS as error:
-            raise GenerationFailed(f"token {len(generation.tokens)} can't be computed: {error}") from error
-        if isinstance(drawn, GenerationFailed):
-            raise drawn
-        generation.tokens.append(drawn.token_id)
-        if drawn.token_id in generation.sampler.ends:
-            generation.finish = FinishReason.STOP
-        elif self._is_full(generation):
-            generation.finish = FinishReason.LENGTH
-        return drawn
+        if not 0 < len(prompt) < self._context_tokens:
+            raise GenerationFailed(f"a prompt of {len(prompt)} tokens in a context of {self._context_tokens}")
+        if (largest := max(*prompt, *generated, 0)) >= self._vocabulary:
+            raise GenerationFailed(f"token {largest} can't be computed: the model knows {self._vocabulary}")
+        sampler = Sampler(sampling, prompt, self._eos, tuple(generated))
+        generation = Generation(prompt, sampler, generated, (priority, next(self._arrivals)))
+        generation.pinned = resume is Resume.EXACT or self._of_whole_passes
+        generation.adapter = adapter
+        if generated:
+            self._mark_finish(generation)
+        if generation.known > self._slots.limit_tokens:
+            raise InvalidRequest(
+                f"{generation.known} tokens of prompt: this instance has memory for the keys and values of "
+                f"{self._slots.limit_tokens} tokens (kv_cache_bytes)"
+            )
+        if generation.finish is None:
+            heapq.heappush(self._waiting, (generation.order, generation))
+        return generation
 
-    def _next(self, generation: Generation) -> Drawn | GenerationFailed:
-        fresh = generation.tokens[-1:] or generation.prompt
+    def cancel(self, generation: Generation) -> None:
+        """Forget a generation; its slot is free at once."""
+        if generation.slot is not None:
+            self._leave(generation)
+        else:
+            self._waiting = [item for item in self._waiting if item[1] is not generation]
+            heapq.heapify(self._waiting)
+
+    def step(self) -> Step:
+        """Compute a token for all that decode, and a chunk of the prompts; a failure ends those that it concerns."""
+        step = Step([], [], [])
+        self._admit(step)
+        self._make_room(step)
+        decoding = [(generation, 1) for generation in self._running if generation.decodes]
+        prompts = self._chunks()
+        shared = [item for item in decoding + prompts if not item[0].pinned]
+        alone = [[item] for item in decoding + prompts if item[0].pinned]
+        for work in ([shared] if shared else []) + alone:
+            self._compute(work, step)
+        return step
+
+    def _admit(self, step: Step) -> None:
+        while self._waiting:
+            generation = self._waiting[0][1]
+            # What a pinned one has in its slot must be computed as it was the first time.
+            wanted = () if generation.pinned else generation.tokens_from(0, generation.known - 1)
+            slot = self._slots.take(generation.known, wanted, generation.adapter)
+            if slot is None:
+                return
+            heapq.heappop(self._waiting)
+            generation.slot = slot
+            self._running.append(generation)
+            step.admitted.append(generation)
+
+    def _make_room(self, step: Step) -> None:
+        """Let every slot hold what is known; the last in order makes way where there is no room, and waits again."""
+        for generation in sorted(self._running, key=lambda running: running.order):
+            while generation.slot is not None:
+                try:
+                    if self._slots.grow(generation.slot, generation.known):
+                        break
+                except MODEL_FAULTS as error:
+                    self._fail([generation], GenerationFailed(f"no memory for keys and values: {error}"), step)
+                    break
+                self._give_way(max(self._running, key=lambda running: running.order), step)
+
+    def _give_way(self, generation: Generation, step: Step) -> None:
+        if len(self._running) == 1:
+            # All memory is its own, and as good as a context that is full.
+            generation.finish = FinishReason.LENGTH
+            generation.drawn = None
+            self._leave(generation)
+            step.advanced.append(generation)
+            return
+        self._leave(generation, keep=False)
+        generation.started = False
+        heapq.heappush(self._waiting, (generation.order, generation))
+
+    def _chunks(self) -> Work:
+        """Choose the prompts to go on with, with the tokens of one chunk in all: several together, or a pinned one."""
+        room = self._chunk_tokens
+        chosen: Work = []
+        for generation in self._running:
+            if generation.decodes or (generation.pinned and chosen):
+                continue
+            if generation.pinned:
+                generation.started = True
+                rest = len(generation.prompt) - generation.written
+                return [(generation, rest if self._of_whole_passes else min(rest, self._chunk_tokens))]
+            if not generation.started and not self._start(generation, chosen):
+                continue
+            count = min(generation.known - generation.written, room)
+            room -= count
+            chosen.append((generation, count))
+            if room == 0:
+                break
+        return chosen
+
+    def _start(self, generation: Generation, ahead: Work) -> bool:
+        """Take what other slots have of its tokens. False: one that is just computed will have more of them."""
+        slot = generation.slot
+        assert slot is not None
+        wanted = generation.tokens_from(0, generation.known - 1)
+        self._slots.adopt(slot, wanted)
+        for other, _ in ahead:
+            both = common_prefix(other.tokens_from(0, other.known), wanted)
+            if other.adapter == generation.adapter and both > generation.written:
+                return False
+        if generation.cached_tokens is None:
+            generation.cached_tokens = min(generation.written, len(generation.prompt))
+        generation.started = True
+        return True
+
+    def _compute(self, work: Work, step: Step) -> None:
+        """Run one forward pass and draw a token for each generation of which all is computed then."""
+        try:
+            ready, logits = self._forward(work)
+            drawn = draw_rows(logits, [generation.sampler for generation in ready]) if ready else []
+        except MODEL_FAULTS as error:
+            concerned = [generation for generation, _ in work]
+            self._fail(concerned, GenerationFailed(f"a forward pass failed: {error}"), step)
+            return
+        for generation, result in zip(ready, drawn, strict=True):
+            if isinstance(result, GenerationFailed):
+                self._fail([generation], result, step)
+                continue
+            generation.drawn = result
+            generation.tokens.append(result.token_id)
+            step.advanced.append(generation)
+            self._mark_finish(generation)
+            if generation.finish is not None:
+                self._leave(generation)
+
+    def _fail(self, generations: list[Generation], error: SllmError, step: Step) -> None:
+        for generation in generations:
+            self._leave(generation, keep=False)
+            step.failed.append((generation, error))
+
+    def _forward(self, work: Work) -> tuple[list[Generation], torch.Tensor]:
+        """Compute the next tokens of each; `[rows, vocabulary]` are the logits behind those that are whole then."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        ready: list[Generation] = []
+        last: list[int] = []
+        for generation, count in work:
+            slot, past = generation.slot, generation.written
+            assert slot is not None
+            segments.append(Segment(slot, len(tokens), count, past))
+            tokens += generation.tokens_from(past, count)
+            positions += range(past, past + count)
+            if past + count == generation.known:
+                ready.append(generation)
+                last.append(len(tokens) - 1)
+        slots, device = Pass(segments), self._model.device
+        kept = 0 if len(last) == len(tokens) else torch.tensor(last, dtype=torch.long, device=device)
         with torch.inference_mode():
             output = self._model(
-                input_ids=torch.tensor([list(fresh)], dtype=torch.long),
-                past_key_values=generation.cache,
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                past_key_values=slots,
+                slots=slots,
                 use_cache=True,
                 return_dict=True,
-                logits_to_keep=1,
+                logits_to_keep=kept,
             )
-            return draw_rows(output.logits[:, -1], [generation.sampler])[0]
+        for (generation, count), (slot, _begin, _size, past) in zip(work, segments, strict=True):
+            slot.tokens += generation.tokens_from(past, count)
+        return ready, output.logits[0]
 
-    def _is_full(self, generation: Generation) -> bool:
-        written = len(generation.prompt) + len(generation.tokens)
-        return len(generation.tokens) >= generation.sampler.sampling.max_tokens or written >= self._context_tokens
+    def _leave(self, generation: Generation, *, keep: bool = True) -> None:
+        assert generation.slot is not None
+        self._running.remove(generation)
+        self._slots.give_back(generation.slot, keep=keep and not self._of_whole_passes)
+        generation.slot = None
+
+    def _mark_finish(self, generation: Generation) -> None:
+        if generation.tokens[-1] in generation.sampler.ends:
+            generation.finish = FinishReason.STOP
+        elif (
+            len(generation.tokens) >= generation.sampler.sampling.max_tokens or generation.known >= self._context_tokens
+        ):
+            generation.finish = FinishReason.LENGTH

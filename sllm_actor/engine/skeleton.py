@@ -13,7 +13,9 @@ from transformers.initialization import no_init_weights
 
 from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.safetensors_header import Tensor
+from sllm_actor.engine import attention
 from sllm_actor.engine.architectures import MODULES, choose
+from sllm_actor.engine.experts import unpack_experts
 from sllm_actor.errors import CheckpointConfigInvalid, CheckpointInvalid, UnsupportedArchitecture
 
 DTYPES = {
@@ -24,6 +26,8 @@ DTYPES = {
 COMPUTE_DTYPES = frozenset({"F32", "F16", "BF16"})
 # Each layer is built before it can be compared with what the checkpoint brings: so their number has a bound.
 MAX_LAYERS = 1024
+# GPT-NeoX's checkpoints have the head under its own name.
+RENAMED = {"embed_out.": "lm_head."}
 # What transformers' configs and constructors raise at values that nobody has tried before.
 CONFIG_FAULTS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
@@ -51,6 +55,7 @@ def build(path: str, dtype: str) -> PreTrainedModel:
     try:
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = model_class(config)
+            unpack_experts(model)
     except CONFIG_FAULTS as error:
         raise CheckpointConfigInvalid(f"no {name} can be built from config.json: {error}") from error
     finally:
@@ -68,7 +73,7 @@ def _check(config: Any, name: str, config_class: type) -> None:
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
         raise CheckpointConfigInvalid(f"config.json asks for {layers} layers; 1 to {MAX_LAYERS} can be served")
     # An attention of another name would be fetched from the Hub and run.
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention.NAME
     config.return_dict = True
     config.output_attentions = False
     config.output_hidden_states = False
@@ -92,7 +97,7 @@ def match(
     stored = {tensor.name: tensor for tensor in tensors if not is_pad(tensor.name)}
     aliased = {alias: stored[name] for alias, name in (aliases or {}).items() if name in stored}
     for known, tensor in (aliased | stored).items():
-        for name in (known, prefix + known, known.removeprefix(prefix)):
+        for name in (known, prefix + known, known.removeprefix(prefix), *_renamed(known)):
             if name in wanted:
                 found[name] = tensor
                 break
@@ -113,6 +118,11 @@ def match(
                 f"the tensor {tensor.name} has type {tensor.dtype}, which the engine can't use"
             )
     return found
+
+
+def _renamed(name: str) -> tuple[str, ...]:
+    """Say how a tensor is called today that a family's checkpoints have under an older name."""
+    return tuple(today + name.removeprefix(old) for old, today in RENAMED.items() if name.startswith(old))
 
 
 def _tied_to(model: PreTrainedModel, name: str) -> set[str]:

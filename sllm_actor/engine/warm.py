@@ -11,14 +11,20 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
+from sllm_actor.domain import EngineLimits, Sampling
+from sllm_actor.engine import attention
 from sllm_actor.engine.architectures import MODULES
-from sllm_actor.engine.kv_cache import new_cache
+from sllm_actor.engine.experts import unpack_experts
+from sllm_actor.engine.runner import Runner
 from sllm_actor.engine.skeleton import DTYPES
 
+TINY_CONTEXT_TOKENS = 64
+LIMITS = EngineLimits(slots=2, kv_cache_bytes=1024 * 1024, prefill_chunk_tokens=4)
 TINY = {
     "hidden_size": 16, "intermediate_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32, "word_embed_proj_dim": 16,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    "num_key_value_heads": 2, "vocab_size": 32, "word_embed_proj_dim": 16,
+    "max_position_embeddings": TINY_CONTEXT_TOKENS, "moe_intermediate_size": 16, "num_experts": 2,
+    "num_experts_per_tok": 1, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 
 
@@ -30,16 +36,14 @@ def warm() -> None:
         model_class = getattr(importlib.import_module(module), name)
         config = model_class.config_class(**TINY)
         assert AutoConfig.for_model(config.model_type) is not None
+        config._attn_implementation = attention.NAME
         model = model_class(config).eval()
+        unpack_experts(model)
         for dtype in ("F32", "BF16", "F16"):
-            model.to(DTYPES[dtype])
-            cache = new_cache(1, 16)
-            with torch.inference_mode():
-                for tokens in ([1, 2, 3], [4]):
-                    model(
-                        input_ids=torch.tensor([tokens]),
-                        past_key_values=cache,
-                        use_cache=True,
-                        logits_to_keep=1,
-                    )
+            runner = Runner(model.to(DTYPES[dtype]), (), TINY_CONTEXT_TOKENS, LIMITS)
+            for prompt in ([1, 2, 3], [4, 5]):
+                runner.begin(prompt, Sampling(max_tokens=2, temperature=1.0, top_p=0.9, seed=0))
+            while runner.busy:
+                failed = runner.step().failed
+                assert not failed, failed
     assert transformers.__version__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import RequestId, Span
+from sllm_actor.domain import EngineLimits, RequestId, Span
 from sllm_actor.messages.declare import message
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 
@@ -66,6 +66,8 @@ class MapWeights:
 @message("engine.attach")
 class AttachWeights:
     """The bytes are there: make the mapped files the model's weights. Answered by `EngineReady` or `EngineFailed`."""
+
+    limits: EngineLimits
 
 
 @message("engine.ready")

@@ -19,7 +19,7 @@ from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
-from sllm_actor.domain import check_node_id
+from sllm_actor.domain import EngineLimits, check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AddressInUse, ConfigInvalid, SllmError
@@ -188,6 +188,24 @@ class Node:
             stop_timeout_s=self.config.engine_stop_timeout_s,
         )
 
+    def _starter(self, tiers: Tiers, engines: EnginePool) -> InstanceStarter:
+        config = self.config
+        return InstanceStarter(
+            tiers,
+            engines,
+            self.clock,
+            chunk_bytes=config.chunk_bytes,
+            map_in_place=config.map_resident_files,
+            verify=config.verify_loads,
+            stop_timeout_s=config.engine_stop_timeout_s,
+            limits=EngineLimits(
+                slots=config.max_requests_per_instance,
+                kv_cache_bytes=config.kv_cache_bytes,
+                prefill_chunk_tokens=config.prefill_chunk_tokens,
+            ),
+            max_instances=config.max_instances,
+        )
+
     async def _spawn_actors(
         self,
         node_id: str,
@@ -198,15 +216,7 @@ class Node:
         tasks: TaskScope,
     ) -> Gateway:
         config = self.config
-        starter = InstanceStarter(
-            tiers,
-            engines,
-            self.clock,
-            chunk_bytes=config.chunk_bytes,
-            map_in_place=config.map_resident_files,
-            verify=config.verify_loads,
-            stop_timeout_s=config.engine_stop_timeout_s,
-        )
+        starter = self._starter(tiers, engines)
         room = WaitingRoom(max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model)
         manager_limits = ManagerLimits(
             max_instances=config.max_instances,

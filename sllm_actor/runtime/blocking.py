@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from sllm_actor.runtime.frames import Codec
@@ -27,6 +28,14 @@ class BlockingChannel:
             OSError: the other end has gone.
         """
         self._sock.sendall(self._codec.encode(message))
+
+    def send_all(self, messages: Iterable[object]) -> None:
+        """Send several in one piece, waiting while the other end does not read.
+
+        Raises:
+            OSError: the other end has gone.
+        """
+        self._sock.sendall(b"".join(self._codec.encode(message) for message in messages))
 
     def receive(self, wait: bool) -> Any | None:
         """Give the next message; without `wait`, None where there is none yet.
