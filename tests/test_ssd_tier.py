@@ -295,6 +295,32 @@ async def test_a_manifest_tells_versions_apart_where_no_validator_does(tmp_path:
         assert partial.done_bytes == CHUNK_BYTES
 
 
+@pytest.mark.parametrize("model", [FINE, COARSE], ids=["fine", "coarse"])
+async def test_a_manifest_lets_another_source_go_on_and_wrong_bytes_of_the_first_are_found(
+    tmp_path: Path, model: KnownModel
+) -> None:
+    first = [PlannedFile(file.name, file.size_bytes, "of the first") for file in model.planned]
+    second = [PlannedFile(file.name, file.size_bytes, "of the second") for file in model.planned]
+    async with opened(tmp_path / "tier") as tier:
+        partial = await tier.begin(model.model_id, first, model.smalls, CHUNK_BYTES)
+        await write(partial, model, (0, 0))
+        if model is COARSE:  # Its digests cover more than a chunk, so that only the whole tells.
+            spoiled = bytearray(model.chunk(ChunkPlace(0, 1)))
+            spoiled[7] ^= 1
+            await partial.write(0, 1, memoryview(spoiled))
+        done_bytes = partial.done_bytes
+        await partial.pause()
+        partial = await tier.begin(model.model_id, second, model.smalls, CHUNK_BYTES)
+        assert partial.done_bytes == done_bytes > 0
+        assert [file.validator for file in partial.files] == ["of the second"] * len(second)
+        await fill(partial, model, random.Random(1), whole=True)
+        if model is COARSE:
+            with pytest.raises(CheckpointCorrupt):
+                await partial.publish()
+            await fill(partial, model, random.Random(1), whole=True)
+        check_model((await partial.publish()).path, model)
+
+
 async def test_small_files_are_those_of_the_last_begin(tmp_path: Path) -> None:
     files, smalls, raw = sized(1, SIZE)
     (tmp_path / "merges.txt").write_text("a b")

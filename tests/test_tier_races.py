@@ -296,3 +296,25 @@ async def test_half_a_note_that_a_killed_process_left_in_a_card_is_removed(origi
         await node.tiers.recover()
         assert not left.exists()
         assert (await node.tiers.card(node.card.key)).model_id == node.card.model_id
+
+
+async def test_a_download_of_the_same_model_goes_on_from_another_source(origin: Path) -> None:
+    mirror = shutil.copytree(origin, origin.parent / "mirror")
+    for path in mirror.iterdir():
+        os.utime(path, (1, 1))  # Validators of its own.
+    async with house(origin) as node:
+        begun, go, scope = asyncio.Event(), asyncio.Event(), TaskScope("test")
+        node.source.before = holding(begun, go, after=6 * CHUNK)
+        pulling = scope.spawn(node.tiers.pull(node.card), "pull")
+        await until(lambda: any(entry.done_bytes >= 4 * CHUNK for entry in node.tiers.ssd.entries()))
+        pulling.cancel()
+        await asyncio.wait([pulling])
+        (entry,) = node.tiers.ssd.entries()
+        key, done_bytes = node.card.key, entry.done_bytes
+        node.source.before = None
+    async with house(mirror) as node:
+        assert node.card.key != key
+        asked = len(node.source.reads)
+        await node.tiers.pull(node.card)
+        assert node.tiers.is_on_ssd(node.card)
+        assert len(node.source.reads) - asked == 17 - done_bytes // CHUNK

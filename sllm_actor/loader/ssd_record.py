@@ -93,10 +93,18 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         step = self.digest_bytes
         return b"".join(digest(chunk[at : at + step]) for at in range(0, len(chunk), step))
 
-    def continues(self, other: Plan) -> bool:
-        """Tell whether chunks that were written for `other` are chunks of this one."""
-        same = (self.key, self.chunk_bytes, self.digest_bytes, self.files)
-        return same == (other.key, other.chunk_bytes, other.digest_bytes, other.files)
+    def continues(self, other: Plan, *, of_any_version: bool) -> bool:
+        """Tell whether chunks that were written for `other` may be chunks of this one.
+
+        `of_any_version`: also of files with other validators, because digests tell which are.
+        """
+        if (self.key, self.chunk_bytes, self.digest_bytes) != (other.key, other.chunk_bytes, other.digest_bytes):
+            return False
+        if of_any_version:
+            return [(file.name, file.size_bytes) for file in self.files] == [
+                (file.name, file.size_bytes) for file in other.files
+            ]
+        return self.files == other.files
 
 
 class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -227,8 +227,8 @@ class SsdTier:
     ) -> SsdPartial:
         """Make room for a model and begin to write it, or go on with what a former begin of `key` has left.
 
-        It goes on where weight files, their validators and `chunk_bytes` are the same, and something tells versions
-        apart: a validator for each file, or a manifest; chunks whose bytes on the disk differ from their digests are
+        It goes on where weight files and `chunk_bytes` are the same, and something tells versions apart: validators,
+        which are the same too, or a manifest; chunks whose bytes on the disk differ from their digests are
         missing again. Otherwise what was left is given up. The small files are those of now. `key` is any text.
 
         Raises:
@@ -293,7 +293,7 @@ class SsdTier:
         if manifest is None and not all(file.validator for file in plan.files):
             return False
         before = await self._work.aside(ssd_layout.plan_of, old.path)
-        return before is not None and plan.continues(before)
+        return before is not None and plan.continues(before, of_any_version=manifest is not None)
 
     async def settle(self, partial: SsdPartial, record: Record) -> SsdEntry:
         """Publish a complete partial (for the partial itself)."""
