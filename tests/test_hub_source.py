@@ -65,6 +65,8 @@ async def test_a_model_comes_whole_pinned_to_its_commit(hub: HubServer) -> None:
         assert list(files) == ["config.json", "model.safetensors", "tokenizer.json"]
         assert files["model.safetensors"].validator == f"{COMMIT}/{hashlib.sha256(WEIGHTS).hexdigest()}"
         assert files["config.json"].validator == f"{COMMIT}/{blob_id(b'{}')}"
+        assert files["model.safetensors"].sha256 == hashlib.sha256(WEIGHTS).hexdigest()
+        assert files["config.json"].sha256 == ""
         # The branch moves on, and what was listed is still what is read.
         hub.repos["org/model"].files[commit_of("later")] = {"config.json": b"[]", "model.safetensors": b"other"}
         hub.repos["org/model"].commits["main"] = commit_of("later")

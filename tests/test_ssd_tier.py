@@ -9,6 +9,7 @@ import os
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import xxhash
 from checkpoints import folder_of
@@ -319,6 +320,34 @@ async def test_a_manifest_lets_another_source_go_on_and_wrong_bytes_of_the_first
                 await partial.publish()
             await fill(partial, model, random.Random(1), whole=True)
         check_model((await partial.publish()).path, model)
+
+
+@pytest.mark.parametrize("model", [STOCK, TWO_FILES], ids=["stock", "two files"])
+async def test_a_file_that_has_another_sha256_than_its_source_tells_is_fetched_anew(
+    tmp_path: Path, model: KnownModel
+) -> None:
+    files = [
+        msgspec.structs.replace(file, sha256=hashlib.sha256(raw).hexdigest())
+        for file, raw in zip(model.planned, model.files.values(), strict=True)
+    ]
+    async with opened(tmp_path / "tier") as tier:
+        partial = await tier.begin("k", files, model.smalls, CHUNK_BYTES)
+        spoiled = bytearray(model.chunk(ChunkPlace(0, 0)))
+        spoiled[-1] ^= 1
+        await partial.write(0, 0, memoryview(spoiled))
+        await fill(partial, model, random.Random(1), whole=True)
+        for asked in (partial.identify, partial.publish):
+            with pytest.raises(
+                CheckpointCorrupt, match=f"{files[0].name} has SHA-256 .* should have {files[0].sha256}"
+            ):
+                await asked()
+            assert {place.file for place in partial.missing()} == {0}, "all of that file, and nothing else"
+            if asked == partial.identify:
+                await partial.write(0, 0, memoryview(spoiled))
+                await fill(partial, model, random.Random(1), whole=True)
+        await fill(partial, model, random.Random(1), whole=True)
+        assert await partial.identify() == (await partial.publish()).model_id == model.model_id
+        check_model(tier.entries()[0].path, model)
 
 
 async def test_small_files_are_those_of_the_last_begin(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from checkpoints import folder_of
 from loaders import CHUNK, LIMIT_S, until
@@ -318,3 +320,37 @@ async def test_a_download_of_the_same_model_goes_on_from_another_source(origin: 
         await node.tiers.pull(node.card)
         assert node.tiers.is_on_ssd(node.card)
         assert len(node.source.reads) - asked == 17 - done_bytes // CHUNK
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+async def test_a_copy_without_the_sha256_that_its_source_tells_is_given_up_and_so_is_what_is_in_memory(
+    stock: Path, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ScriptedSource.files
+
+    async def with_sha256(source: ScriptedSource) -> tuple[SourceFile, ...]:
+        return tuple(
+            msgspec.structs.replace(file, sha256=hashlib.sha256((source.folder / file.name).read_bytes()).hexdigest())
+            if file.name.endswith(".safetensors")
+            else file
+            for file in await files(source)
+        )
+
+    monkeypatch.setattr(ScriptedSource, "files", with_sha256)
+    async with house(stock) as node:
+
+        async def spoil(file: SourceFile, at: int, into: memoryview) -> None:
+            if wrong and len(into) == CHUNK and at == CHUNK:
+                into[9] ^= 1
+
+        node.source.after = spoil
+        (await node.lease()).release()
+        await until(lambda: not node.tiers._remote.copies())
+        assert node.tiers.is_on_ssd(node.card) is not wrong
+        assert node.tiers.loader.holds(node.card.checkpoint) is not wrong
+        node.source.after = None
+        lease = await node.lease()
+        assert node.bytes_of(lease) == node.expected()
+        assert (lease.report.remote_bytes > 0) is wrong
+        lease.release()
+        await node.stored()

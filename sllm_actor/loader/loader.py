@@ -263,6 +263,12 @@ class Loader:
         """
         self._memory.evict(self._held(checkpoint))
 
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Grant a checkpoint to nobody any more, because its bytes are wrong; who has it leased keeps it."""
+        held = self._memory.find(key_of(checkpoint))
+        if held is not None:
+            self._memory.forget(held)
+
     def _held(self, checkpoint: Checkpoint) -> Held:
         held = self._memory.find(key_of(checkpoint))
         if held is None:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from sllm_actor.errors import Draining, SllmError
+from sllm_actor.errors import CheckpointCorrupt, Draining, SllmError
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.fetch import Fetch, Storing
 from sllm_actor.loader.holder import COPY
@@ -274,6 +274,8 @@ class RemoteLoads:
             await self.publish(card, storing.partial)
         except SllmError as wrong:
             log.warning("%s has no copy on the SSD: %s", card.url, wrong)
+            if isinstance(wrong, CheckpointCorrupt):  # What was stored came out of the pool.
+                self._loader.forget(card.checkpoint)
             await storing.partial.drop()
         except BaseException:
             await _stop(storing, writing)

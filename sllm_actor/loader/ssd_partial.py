@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import mmap
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from enum import Enum, auto
 from pathlib import Path
@@ -69,6 +71,8 @@ class SsdPartial:
         self._done = done
         self._done_bytes = sum(plan.length(place) for place in done)
         self._writing: set[ChunkPlace] = set()
+        # Files that have the SHA-256 that their source tells.
+        self._compared: set[int] = set()
         self._under_way: set[asyncio.Task[None]] = set()
         self._state = _State.OPEN
 
@@ -175,6 +179,7 @@ class SsdPartial:
 
     async def _discard(self, place: ChunkPlace) -> None:
         if self._done.pop(place, None) is not None:
+            self._compared.discard(place.file)
             self._done_bytes -= self.plan.length(place)
             await self._work.aside(self._journal.discard, place)
 
@@ -222,9 +227,31 @@ class SsdPartial:
         missing_bytes = sum(file.size_bytes for file in self.plan.files) - self._done_bytes
         if missing_bytes:
             raise CheckpointTruncated(f"{missing_bytes} bytes of {self.key} are missing")
-        if self._manifest is not None and self._manifest.chunk_bytes > self.plan.digest_bytes:
+        if self._manifest is None:
+            await self._compare_whole_files()
+        elif self._manifest.chunk_bytes > self.plan.digest_bytes:
             await self._compare_larger_chunks(self._manifest)
         return await self._work.aside(make_record, self.plan, self._manifest, self._done)
+
+    async def _compare_whole_files(self) -> None:
+        """Read again, in order, what has no digests but the one that the source tells of the whole; once."""
+        wrong = []
+        for number, file in enumerate(self.plan.files):
+            if not file.sha256 or number in self._compared:
+                continue
+            whole, path = hashlib.sha256(), self.folder / ssd_layout.MODEL_FOLDER / file.name
+            for at in range(0, file.size_bytes, _BLOCK_BYTES):
+                length = min(_BLOCK_BYTES, file.size_bytes - at)
+                if self._gate is not None:  # It takes as much of the disk as writing it did.
+                    await self._gate(length)
+                await self._work.aside(_hash, whole, path, at, length)
+            self._compared.add(number)
+            if whole.hexdigest() != file.sha256:
+                wrong.append(f"{file.name} has SHA-256 {whole.hexdigest()} and should have {file.sha256}")
+                for chunk in range(chunk_count(file.size_bytes, self.plan.chunk_bytes)):
+                    await self._discard(ChunkPlace(number, chunk))
+        if wrong:
+            raise CheckpointCorrupt(f"{self.key}: {'; '.join(wrong[:8])}")
 
     async def _compare_larger_chunks(self, manifest: Manifest) -> None:
         """Read again what is digested in larger chunks by the manifest than by the partial."""
@@ -355,6 +382,12 @@ def expected_digests(plan: Plan, manifest: Manifest | None) -> dict[ChunkPlace, 
             pieces = digests[chunk * plan.pieces : (chunk + 1) * plan.pieces]
             expected[ChunkPlace(number, chunk)] = bytes.fromhex("".join(pieces))
     return expected
+
+
+def _hash(whole: hashlib._Hash, path: Path, at: int, length: int) -> None:
+    with mmap.mmap(-1, length) as mapped, memoryview(mapped) as block:  # On a page, as direct reads need it.
+        ssd_files.read_at(path, block, at)
+        whole.update(block)
 
 
 def _digests_of(path: Path, size_bytes: int, chunk_bytes: int) -> tuple[bytes, ...]:

@@ -49,11 +49,15 @@ Others = Annotated[tuple[OtherRecord, ...], Meta(max_length=MAX_OTHER_FILES + 1)
 
 
 class PlannedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A weight file that is to come; `validator` is its source's, and tells this version of it from any other."""
+    """A weight file that is to come; `validator` is its source's, and tells this version of it from any other.
+
+    `sha256` is what its source says that it has; empty where it does not say.
+    """
 
     name: Name
     size_bytes: Size
     validator: Annotated[str, Meta(max_length=4096)] = ""
+    sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,7 +193,7 @@ def make_plan(
         raise CheckpointInvalid(f"it would need more than {MAX_DIGESTS} digests; choose larger chunks")
     plan = Plan(
         FORMAT_VERSION, key, chunk_bytes, digest_bytes,
-        tuple(PlannedFile(file.name, file.size_bytes, file.validator) for file in files),
+        tuple(PlannedFile(file.name, file.size_bytes, file.validator, file.sha256) for file in files),
         tuple(OtherRecord(name, len(raw), digest(raw).hex()) for name, raw in sorted(smalls.items())),
     )  # fmt: skip
     if manifest is not None:

@@ -44,6 +44,7 @@ _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _NAMED = re.compile(rf"hf:(?://)?(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_.][A-Za-z0-9_./-]{{0,199}}))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PICKLED = re.compile(r".*\.(?:bin|pt|pth|ckpt)")
 DEFAULT_REVISION = "main"
 _HINT = "; the token is taken from HF_TOKEN or `hf auth login`"
@@ -106,7 +107,7 @@ class HubSource:
     async def files(self) -> tuple[SourceFile, ...]:
         """List the safetensors of the revision's commit, JSON and what its tokenizer needs; nothing of subfolders.
 
-        The validator of a file has the commit, and the digest that the Hub has for it.
+        The validator of a file has the commit, and the digest that the Hub has for it: for large files, their SHA-256.
 
         Raises:
             SourceMissing, SourceInvalid, SourceRefused, SourceUnreachable, SourceViolation: as `Source.files` does.
@@ -119,7 +120,7 @@ class HubSource:
             raise SourceInvalid(f"{self.url} has no {CONFIG_NAME}", param="source")
         if len(names) > MAX_FILES:
             raise SourceInvalid(f"{self.url} has {len(names)} files, and {MAX_FILES} are allowed", param="source")
-        return tuple(SourceFile(name, found.files[name][0], _validator(found, name)) for name in sorted(names))
+        return tuple(_described(found, name) for name in sorted(names))
 
     async def read(self, file: SourceFile, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes of `file` from `offset` on, at the commit that it was listed at."""
@@ -172,8 +173,10 @@ class HubSource:
         return content[0]
 
 
-def _validator(found: _Snapshot, name: str) -> str:
-    return f"{found.commit}/{found.files[name][1]}"
+def _described(found: _Snapshot, name: str) -> SourceFile:
+    size_bytes, digest = found.files[name]
+    # What is not stored with LFS has the id of its Git blob.
+    return SourceFile(name, size_bytes, f"{found.commit}/{digest}", digest if _SHA256.fullmatch(digest) else "")
 
 
 def _endpoint() -> URL:

@@ -21,11 +21,13 @@ class SourceFile(msgspec.Struct, frozen=True):
 
     `name` is one path component of a narrow alphabet. `validator` tells this version of the file from any other
     (an ETag, a commit and a digest, an inode and a time); it is empty where the source has nothing to tell it by.
+    `sha256` is what the source says that the whole file has, in hexadecimal; empty where it does not say.
     """
 
     name: str
     size_bytes: int
     validator: str = ""
+    sha256: str = ""
 
 
 class SourceOptions(msgspec.Struct, frozen=True, kw_only=True):
