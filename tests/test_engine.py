@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
 from tiny_models import (
     CONTEXT_TOKENS,
     LIMITS,
@@ -26,6 +29,7 @@ from tiny_models import (
     tensor_names,
 )
 
+from sllm_actor.checkpoint.safetensors_header import parse_header
 from sllm_actor.domain import FinishReason, Sampling
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.architectures import MODULES, choose
@@ -299,6 +303,17 @@ def test_tensors_that_lie_unaligned_are_read_right_and_aligned_ones_are_views(tm
     wanted = run_transformers(folder, prompt_of(5), 20)
     for shift_bytes in (0, 1, 2, 3, 5):
         assert run(attach(folder, shift_bytes=shift_bytes), prompt_of(5), greedy(20)) == wanted
+
+
+def test_a_file_is_handed_to_torch_once_for_each_dtype_however_many_tensors_it_has() -> None:
+    values = {f"{k}": torch.randn(k % 4, 3, 2).to((torch.float32, torch.float16)[k % 2]) for k in range(1, 40)}
+    raw = memoryview(bytearray(save(values)))
+    header = parse_header(raw, len(raw))
+    mapped = skeleton.MappedTensors(raw)
+    found = {tensor.name: mapped.view(tensor) for tensor in header.tensors}
+    assert all(torch.equal(found[name], value) and found[name].is_contiguous() for name, value in values.items())
+    assert len({found[name].untyped_storage().data_ptr() for name, value in values.items() if value.numel()}) == 1
+    assert len({id(found[name]._base) for name, value in values.items() if value.numel()}) == 2
 
 
 def test_a_tensor_that_no_place_takes_is_left_out(tmp_path: Path) -> None:

@@ -91,16 +91,16 @@ def attach(folder: Path, *, shift_bytes: int = 0) -> PreTrainedModel:
     """Build and fill the model as an engine does; `shift_bytes` lays the bytes that far off alignment."""
     checkpoint = read_folder(folder)
     model = skeleton.build(str(folder), checkpoint.dtype)
-    owner: dict[str, memoryview] = {}
+    owner: dict[str, skeleton.MappedTensors] = {}
     tensors: list[Tensor] = []
     for file in checkpoint.files:
         raw = (folder / file.name).read_bytes()
         data = memoryview(bytearray(shift_bytes) + raw)[shift_bytes:]
         header = parse_header(data, len(data), file.name)
         tensors += header.tensors
-        owner |= {tensor.name: data for tensor in header.tensors}
+        owner |= dict.fromkeys((tensor.name for tensor in header.tensors), skeleton.MappedTensors(data))
     paired = skeleton.match(model, tensors, checkpoint.aliases)
-    skeleton.put_weights(model, {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()})
+    skeleton.put_weights(model, {name: owner[tensor.name].view(tensor) for name, tensor in paired.items()})
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.safetensors_header import Header, parse_header
-from sllm_actor.engine.skeleton import view
+from sllm_actor.engine.skeleton import MappedTensors
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.mapping import HostFile, MappedFiles, map_files
@@ -84,8 +84,8 @@ def attach(pool_fd: int, chunk_bytes: int, files: Sequence[HostFile]) -> tuple[M
 
 def _views(mapped: MappedFiles, headers: Sequence[Header]) -> dict[str, torch.Tensor]:
     return {
-        tensor.name: view(data, tensor)
-        for data, header in zip(mapped.buffers, headers, strict=True)
+        tensor.name: tensors.view(tensor)
+        for tensors, header in zip(map(MappedTensors, mapped.buffers), headers, strict=True)
         for tensor in header.tensors
         if not is_pad(tensor.name)
     }

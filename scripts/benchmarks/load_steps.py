@@ -19,7 +19,7 @@ from benchmarks.actors_process import Commands
 from benchmarks.load_limits import Machine, whole_pages
 from benchmarks.load_meter import PAD, Meter
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
-from sllm_actor.engine.skeleton import DTYPES, view
+from sllm_actor.engine.skeleton import DTYPES, MappedTensors
 from sllm_actor.units import MIB
 
 BULK_BYTES = 16 * MIB
@@ -65,7 +65,8 @@ class Steps:
         self._memory = memory, file.size_bytes
         self._machine.read_s(checkpoint.file_path(file), memory, file.size_bytes, BULK_BYTES, threads, direct)
         data = memoryview((ctypes.c_ubyte * whole_pages(file.size_bytes)).from_address(memory)).cast("B")
-        return {tensor.name: view(data, tensor) for tensor in file.header.tensors if not tensor.name.startswith(PAD)}
+        lie = MappedTensors(data)
+        return {tensor.name: lie.view(tensor) for tensor in file.header.tensors if not tensor.name.startswith(PAD)}
 
     def free(self) -> None:
         """Give back what the last step read into."""

@@ -172,15 +172,15 @@ class EngineProcess:
         if self._prepared is None or self._model is None or not self._files:
             raise EngineStartFailed("weights came before the model was named, or before they were mapped")
         begin_s = self._clock.monotonic_s()
-        owner: dict[str, memoryview] = {}
+        owner: dict[str, skeleton.MappedTensors] = {}
         tensors: list[Tensor] = []
         for file in self._files:
             data = self._mapped[file.name]
             header = parse_header(data, file.size_bytes, name=file.name)
             tensors += header.tensors
-            owner |= dict.fromkeys((tensor.name for tensor in header.tensors), data)
+            owner |= dict.fromkeys((tensor.name for tensor in header.tensors), skeleton.MappedTensors(data))
         paired = skeleton.match(self._model, tensors, self._prepared.aliases)
-        weights = {name: skeleton.view(owner[tensor.name], tensor) for name, tensor in paired.items()}
+        weights = {name: owner[tensor.name].view(tensor) for name, tensor in paired.items()}
         skeleton.put_weights(self._model, weights)
         self._runner = Runner(self._model, self._prepared.eos_token_ids, self._prepared.context_tokens, limits)
         self._spans.append(self._span("attach", begin_s))

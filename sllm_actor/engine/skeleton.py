@@ -132,15 +132,37 @@ def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
     return {source, *(target for target, its_source in tied.items() if its_source == source)}
 
 
-def view(data: memoryview, tensor: Tensor) -> torch.Tensor:
-    """Look at a tensor's bytes where they are mapped; copies only what lies unaligned."""
-    dtype = DTYPES[tensor.dtype]
-    count = (tensor.end - tensor.begin) // dtype.itemsize
-    if count == 0:
-        return torch.empty(tensor.shape, dtype=dtype)
-    if tensor.begin % dtype.itemsize:
-        return torch.frombuffer(bytearray(data[tensor.begin : tensor.end]), dtype=dtype).view(tensor.shape)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=tensor.begin).view(tensor.shape)
+class MappedTensors:
+    """Tensors where their file is mapped; copies only what lies unaligned.
+
+    The file is handed to torch once for each dtype, and a tensor is a stride over that: of a model with thousands of
+    tensors the hand-over of each would be the largest part of its start.
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._flat: dict[torch.dtype, torch.Tensor] = {}
+
+    def view(self, tensor: Tensor) -> torch.Tensor:
+        """Look at a tensor's bytes; all views of one file share its memory."""
+        dtype = DTYPES[tensor.dtype]
+        if tensor.begin == tensor.end:
+            return torch.empty(tensor.shape, dtype=dtype)
+        offset, rest = divmod(tensor.begin, dtype.itemsize)
+        if rest:
+            return torch.frombuffer(bytearray(self._data[tensor.begin : tensor.end]), dtype=dtype).view(tensor.shape)
+        flat = self._flat.get(dtype)
+        if flat is None:
+            count = len(self._data) // dtype.itemsize
+            flat = self._flat[dtype] = torch.frombuffer(self._data, dtype=dtype, count=count)
+        return flat.as_strided(tensor.shape, _strides(tensor.shape), offset)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    strides = [1] * len(shape)
+    for k in range(len(shape) - 1, 0, -1):
+        strides[k - 1] = strides[k] * shape[k]
+    return strides
 
 
 def put_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
