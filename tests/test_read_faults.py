@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from checkpoints import folder_of
 from compiled import shared_library
-from leasing_process import Outcome, digests_of, lease_in_a_process
+from leasing_process import Outcome, digests_of, lease_in_a_process, map_in_a_process
 from loaders import CHUNK, on_disk
 from loaders import mover as mover
 
@@ -161,6 +161,39 @@ def test_a_filesystem_that_does_not_tell_what_is_cached_is_read_all_the_same(
     outcome, counts = lease_in_a_process(shim, folder, f"nowait:1-:fail={number}")
     assert outcome == Outcome(digests=right)
     assert counts["effects"] > 0 and counts["read"] >= CHUNKS
+
+
+# ---- files that are mapped in place ----
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_mapped_page_that_cannot_be_read_is_reported_with_its_file(
+    shim: Path, folder: Path, right: list[str], threads: int
+) -> None:
+    # What the kernel says of a page whose read has failed; its first touch would be SIGBUS.
+    outcome, counts = map_in_a_process(shim, folder, f"populate:2:fail={errno.EFAULT}", threads=threads)
+    assert counts["effects"] == 1
+    check_failed(outcome, right, name_of(errno.EFAULT), file="model-00002-of-00002")
+
+
+def test_a_mapping_that_finds_no_memory_is_not_called_a_failed_read(shim: Path, folder: Path, right: list[str]) -> None:
+    outcome, _ = map_in_a_process(shim, folder, f"populate:1:fail={errno.ENOMEM}")
+    assert (outcome.error, outcome.digests_after) == ("ConfigInvalid", right)
+    assert "model-00001" in outcome.message and name_of(errno.ENOMEM) in outcome.message
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_is_refused(shim: Path, folder: Path) -> None:
+    outcome, _ = map_in_a_process(shim, folder, "populate:1:truncate=100")
+    check_changed(outcome)
+
+
+@pytest.mark.parametrize("number", [errno.EINTR, errno.EAGAIN, errno.EINVAL], ids=name_of)
+def test_a_kernel_that_is_interrupted_or_can_map_no_pages_beforehand_does_no_harm(
+    shim: Path, folder: Path, right: list[str], number: int
+) -> None:
+    outcome, counts = map_in_a_process(shim, folder, f"populate:1:fail={number}")
+    assert outcome == Outcome(digests=right)
+    assert counts["populate"] == len(SIZES) + (number != errno.EINVAL)
 
 
 # ---- direct reads that are refused ----

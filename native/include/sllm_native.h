@@ -188,10 +188,11 @@ SLLM_API void sllm_reader_destroy(sllm_reader* reader);
 // ---- Mapping: what an engine process does with the fd of a pool that lives elsewhere. ----
 
 // Maps chunks one after another at one fresh address: private, writable, copy-on-write. The fd may be closed after.
-// `populate` maps every page now, by so many threads; 0: each at its first touch.
+// `populate` maps every page now, by so many threads; 0: each at its first touch. SLLM_NO_MEMORY: a page can't be had.
 SLLM_API int32_t sllm_map_chunks(int32_t fd, uint64_t chunk_bytes, const uint64_t* chunks, uint64_t chunk_count,
                                  uint32_t populate, void** address, sllm_error* error);
-// Maps a whole file in the same way, after checking that it is the described one.
+// Maps a whole file in the same way, after checking that it is the described one. With `populate`, SLLM_READ_FAILED
+// where a page can't be read; without, its first touch ends the process.
 SLLM_API int32_t sllm_map_file(const char* path, uint64_t size_bytes, int64_t mtime_ns, uint64_t inode,
                                uint32_t populate, void** address, sllm_error* error);
 // About how many bytes of a file the page cache holds; SLLM_INVALID where the kernel does not tell.

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <thread>
 #include <vector>
@@ -52,17 +53,26 @@ void map_at(std::byte* address, uint64_t length, int fd, uint64_t offset) {
   if (mapped == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "mapping", errno);
 }
 
-// Not MAP_POPULATE: on a private writable mapping that would copy every page. Only a saving, so its answer is not
-// needed: an older kernel faults pages in as they are read.
-void populate_range(std::byte* base, uint64_t length, unsigned threads) {
+// Not MAP_POPULATE: on a private writable mapping that would copy every page. Returns 0, or why a page can't be had.
+int populate_part(std::byte* begin, uint64_t length) {
+  while (madvise(begin, length, MADV_POPULATE_READ) != 0) {
+    if (errno == EINTR || errno == EAGAIN) continue;
+    return errno == EINVAL ? 0 : errno;  // A kernel before 5.14 does not know it, and faults pages in as they are read.
+  }
+  return 0;
+}
+
+int populate_range(std::byte* base, uint64_t length, unsigned threads) {
   const uint64_t steps = (length + kPopulateStep - 1) / kPopulateStep;
   const auto workers = static_cast<unsigned>(std::min<uint64_t>({threads, kMaxThreads, steps}));
+  std::atomic<int> error{0};
   std::vector<std::jthread> running;
   for (unsigned k = 0; k < workers; ++k) {
-    auto work = [=] {
-      for (uint64_t step = k; step < steps; step += workers) {
+    auto work = [=, &error] {
+      for (uint64_t step = k; step < steps && error == 0; step += workers) {
         const uint64_t at = step * kPopulateStep;
-        (void)madvise(base + at, std::min(kPopulateStep, length - at), MADV_POPULATE_READ);
+        if (const int failed = populate_part(base + at, std::min(kPopulateStep, length - at)); failed != 0)
+          error = failed;
       }
     };
     if (k + 1 < workers)
@@ -70,6 +80,17 @@ void populate_range(std::byte* base, uint64_t length, unsigned threads) {
     else
       work();
   }
+  running.clear();
+  return error;
+}
+
+// A page that the kernel can't read from its file is EFAULT here, and would be SIGBUS at its first touch.
+void populate_file(const FileIdentity& identity, int fd, std::byte* base, unsigned threads) {
+  const int error = populate_range(base, identity.size_bytes, threads);
+  if (error == 0) return;
+  if (error == ENOMEM) throw Error(SLLM_NO_MEMORY, "mapping " + identity.path, error);
+  check_unchanged(identity, fd);
+  throw Error(SLLM_READ_FAILED, identity.path + " can't be read, the kernel could not map all of it", error);
 }
 
 }  // namespace
@@ -87,7 +108,8 @@ void* map_chunks(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks,
       at += run;
     }
     (void)madvise(base, length, MADV_HUGEPAGE);
-    populate_range(base, length, populate);
+    if (const int error = populate_range(base, length, populate); error != 0)
+      throw Error(SLLM_NO_MEMORY, "mapping the pool's pages", error);
   } catch (...) {
     munmap(base, length);
     throw;
@@ -102,7 +124,7 @@ void* map_file(const FileIdentity& identity, unsigned populate) {
   try {
     map_at(base, identity.size_bytes, fd.get(), 0);
     (void)madvise(base, identity.size_bytes, MADV_HUGEPAGE);
-    populate_range(base, identity.size_bytes, populate);
+    populate_file(identity, fd.get(), base, populate);
   } catch (...) {
     munmap(base, identity.size_bytes);
     throw;

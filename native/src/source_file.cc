@@ -31,18 +31,6 @@ constexpr uint64_t kProbes = 64;
 
 bool not_offered(int os_error) { return os_error == EINVAL || os_error == EOPNOTSUPP || os_error == ENOSYS; }
 
-void check_unchanged(const FileIdentity& identity, int fd) {
-  struct stat found {};
-  if (fstat(fd, &found) != 0) throw Error(SLLM_READ_FAILED, identity.path + " can't be examined", errno);
-  const auto size = static_cast<uint64_t>(found.st_size);
-  if (!S_ISREG(found.st_mode)) throw Error(SLLM_CHANGED, identity.path + " is no longer a regular file");
-  if (size != identity.size_bytes)
-    throw Error(SLLM_CHANGED, identity.path + " has " + std::to_string(size) + " bytes and had " +
-                                  std::to_string(identity.size_bytes) + " when it was registered");
-  if (found.st_ino != identity.inode || mtime_ns(found) != identity.mtime_ns)
-    throw Error(SLLM_CHANGED, identity.path + " was replaced or rewritten since it was registered");
-}
-
 // A closed Fd where `flags` are not offered here and `optional` says that this is no error.
 Fd open_checked(const FileIdentity& identity, int flags, bool optional) {
   int raw;
@@ -68,6 +56,18 @@ uint64_t pages_of(uint64_t length) {
 }
 
 }  // namespace
+
+void check_unchanged(const FileIdentity& identity, int fd) {
+  struct stat found {};
+  if (fstat(fd, &found) != 0) throw Error(SLLM_READ_FAILED, identity.path + " can't be examined", errno);
+  const auto size = static_cast<uint64_t>(found.st_size);
+  if (!S_ISREG(found.st_mode)) throw Error(SLLM_CHANGED, identity.path + " is no longer a regular file");
+  if (size != identity.size_bytes)
+    throw Error(SLLM_CHANGED, identity.path + " has " + std::to_string(size) + " bytes and had " +
+                                  std::to_string(identity.size_bytes) + " when it was registered");
+  if (found.st_ino != identity.inode || mtime_ns(found) != identity.mtime_ns)
+    throw Error(SLLM_CHANGED, identity.path + " was replaced or rewritten since it was registered");
+}
 
 Fd open_described(const FileIdentity& identity) { return open_checked(identity, 0, false); }
 

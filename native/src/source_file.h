@@ -30,6 +30,9 @@ struct FileIdentity {
 // Opens the described file, without O_DIRECT. Throws Error when it is another one now, or can't be opened.
 Fd open_described(const FileIdentity& identity);
 
+// Throws Error when the file that is open is not the described one any more.
+void check_unchanged(const FileIdentity& identity, int fd);
+
 // How much of a range, from its beginning, is surely in the page cache; all of it where the kernel doesn't tell.
 uint64_t cached_prefix(int fd, uint64_t offset, uint64_t length);
 // About how much of a whole file is; throws Error where the kernel doesn't tell.

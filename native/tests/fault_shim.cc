@@ -2,11 +2,12 @@
 //
 // SLLM_FAULT_PATH   What the path of a file must contain for the shim to look at it.
 // SLLM_FAULT_RULES  CALL:WHEN:WHAT, several of them with spaces between; the first that fits a call has effect.
-//   CALL  open, open_direct (O_DIRECT), fstat, nowait (a read with RWF_NOWAIT), buffered, direct; read: the last two.
+//   CALL  open, open_direct (O_DIRECT), fstat, nowait (a read with RWF_NOWAIT), buffered, direct; read: the last two;
+//         populate: madvise(MADV_POPULATE_READ) on a mapping of the file.
 //   WHEN  which of those calls, counted from 1: "3", "3-5", "3-" (and all after it).
 //   WHAT  fail=ERRNO; short=SEED: fewer bytes than there are, and rubbish where the others would be; end: no bytes;
 //         truncate=BYTES, rewrite, replace, unlink: this happens to the file just before the call, which then goes on.
-// SLLM_FAULT_COUNTS A file, to which the counts of the calls are mapped: eight uint64, the last that of the effects.
+// SLLM_FAULT_COUNTS A file, to which the counts of the calls are mapped: nine uint64, the last that of the effects.
 // SLLM_FAULT_DISARMED=1: the shim does nothing until the process calls fault_shim_arm(1).
 //
 // Thread safety: everything is set up before main, but for the counts and the switch, which are atomic.
@@ -26,14 +27,19 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <sstream>
 #include <string>
 #include <vector>
 
 namespace {
 
-enum Call { kOpen, kOpenDirect, kFstat, kNowait, kBuffered, kDirect, kRead, kEffects, kCalls };
-constexpr const char* kCallNames[kEffects] = {"open", "open_direct", "fstat", "nowait", "buffered", "direct", "read"};
+enum Call { kOpen, kOpenDirect, kFstat, kNowait, kBuffered, kDirect, kRead, kPopulate, kEffects, kCalls };
+constexpr const char* kCallNames[kEffects] = {"open",     "open_direct", "fstat", "nowait",
+                                              "buffered", "direct",      "read",  "populate"};
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 
 enum class What { kNothing, kFail, kShort, kEnd, kTruncate, kRewrite, kReplace, kUnlink };
 constexpr const char* kWhatNames[] = {"", "fail", "short", "end", "truncate", "rewrite", "replace", "unlink"};
@@ -131,6 +137,19 @@ class Shim {
     std::snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     const ssize_t length = readlink(link, path, sizeof path);
     return length < 0 ? std::string() : std::string(path, static_cast<std::size_t>(length));
+  }
+
+  // The path of what is mapped at an address; nothing where that is no file.
+  static std::string path_at(const void* address) {
+    const auto wanted = reinterpret_cast<uintptr_t>(address);
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) {
+      uintptr_t begin = 0, end = 0;
+      if (std::sscanf(line.c_str(), "%lx-%lx", &begin, &end) != 2 || wanted < begin || wanted >= end) continue;
+      const std::size_t path = line.find('/');
+      return path == std::string::npos ? std::string() : line.substr(path);
+    }
+    return {};
   }
 
  private:
@@ -243,6 +262,20 @@ ssize_t reading(int fd, const iovec* room, int count, off_t offset, int flags, c
   });
 }
 
+// One MADV_POPULATE_READ takes the kernel a while already: what it costs to look the mapping up is of no account.
+int populating(void* address, std::size_t length, int advice) {
+  auto* const really = real<int(void*, std::size_t, int)>("madvise");
+  const std::string path = Shim::path_at(address);
+  if (!shim().concerns(path.c_str())) return really(address, length, advice);
+  const Rule rule = shim().next(kPopulate);
+  if (rule.what == What::kFail) {
+    errno = static_cast<int>(rule.value);
+    return -1;
+  }
+  disturb(rule, path);
+  return really(address, length, advice);
+}
+
 mode_t mode_of(int flags, va_list rest) {
   return (flags & (O_CREAT | O_TMPFILE)) != 0 ? static_cast<mode_t>(va_arg(rest, int)) : 0;
 }
@@ -290,6 +323,11 @@ int __fxstat(int version, int fd, struct stat* found) noexcept {
 }
 int __fxstat64(int version, int fd, struct stat64* found) noexcept {
   return examining(fd, [&] { return real<int(int, int, struct stat64*)>("__fxstat64")(version, fd, found); });
+}
+
+int madvise(void* address, std::size_t length, int advice) noexcept {
+  if (advice == MADV_POPULATE_READ) return populating(address, length, advice);
+  return real<int(void*, std::size_t, int)>("madvise")(address, length, advice);
 }
 
 ssize_t pread(int fd, void* to, std::size_t length, off_t offset) { return reading(fd, to, length, offset, "pread"); }

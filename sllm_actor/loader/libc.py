@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Sequence
 
 from sllm_actor.errors import ConfigInvalid, ReadFailed
-from sllm_actor.loader.described import open_described
+from sllm_actor.loader.described import check_unchanged, open_described
 
 # asm-generic/mman-common.h; mmap has no names for these before Python 3.13 or at all.
 _MADV_POPULATE_READ = 22
@@ -67,9 +68,20 @@ def map_chunks(pool_fd: int, chunk_bytes: int, chunks: Sequence[int], populate: 
     except OSError as wrong:
         unmap(base, length)
         raise ConfigInvalid(f"mapping chunks: {wrong.strerror}") from None
-    if populate:
-        libc.madvise(base, length, _MADV_POPULATE_READ)  # Only a saving: its answer is not needed.
+    if populate and (error := _populate(libc, base, length)):
+        unmap(base, length)
+        raise ConfigInvalid(f"mapping the pool's pages: {os.strerror(error)}")
     return base
+
+
+def _populate(libc: ctypes.CDLL, address: int, length: int) -> int:
+    """Map every page now; return 0, or the errno that says why one can't be had."""
+    while libc.madvise(address, length, _MADV_POPULATE_READ) != 0:
+        error = ctypes.get_errno()
+        if error not in (errno.EINTR, errno.EAGAIN):
+            # A kernel before 5.14 does not know it, and faults pages in as they are read.
+            return 0 if error == errno.EINVAL else error
+    return 0
 
 
 def map_file(path: str, size_bytes: int, mtime_ns: int, inode: int, populate: int) -> int:
@@ -82,12 +94,16 @@ def map_file(path: str, size_bytes: int, mtime_ns: int, inode: int, populate: in
     try:
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
         base = _mmap(libc, None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+        if populate and (error := _populate(libc, base, size_bytes)):
+            unmap(base, size_bytes)
+            if error == errno.ENOMEM:
+                raise OSError(error, os.strerror(error))
+            check_unchanged(fd, path, size_bytes, mtime_ns, inode)
+            raise ReadFailed(f"{path} can't be read, the kernel could not map all of it: {os.strerror(error)}")
     except OSError as wrong:
         raise ConfigInvalid(f"mapping {path}: {wrong.strerror}") from None
     finally:
         os.close(fd)
-    if populate:
-        libc.madvise(base, size_bytes, _MADV_POPULATE_READ)
     return base
 
 

@@ -68,7 +68,9 @@ def map_files(pool_fd: int, chunk_bytes: int, files: Sequence[HostFile], *, popu
     Raises:
         InvalidInput: the chunks do not fit the files or the pool.
         CheckpointChanged: a file to be mapped in place is no longer the described one.
-        ConfigInvalid: no address space, or the native library is missing.
+        ReadFailed: it can't be opened, or one of its pages can't be read; the latter with `populate` only. Without,
+            the first touch of that page ends the process.
+        ConfigInvalid: no address space or no memory, or the native library is missing.
     """
     pool_bytes = os.fstat(pool_fd).st_size
     for file in files:
