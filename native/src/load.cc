@@ -22,6 +22,13 @@ std::string hex(const uint8_t* digest) {
   return text;
 }
 
+// Reads a byte of every page. Under a hypervisor the first access to a page that no processor has used for a while is
+// slow, in whichever process it happens: some 0.1 s for the 640,000 pages of 2.6 GB. Here it is hidden by the disk.
+void use_pages(const std::byte* begin, uint64_t length) {
+  for (uint64_t at = 0; at < length; at += kAlignment)
+    (void)*reinterpret_cast<const volatile std::byte*>(begin + at);
+}
+
 uint64_t pieces(uint64_t length, uint64_t of) { return (length + of - 1) / of; }
 
 }  // namespace
@@ -88,7 +95,11 @@ Load::Item Load::begin_next() {
 BytesRead Load::fetch(const Item& item, std::byte* slot) {
   BytesRead bytes;
   if (!plan_.resident) bytes = files_[item.file]->read(item.offset, item.length, slot);
-  if (!plan_.files[item.file].digests.empty()) check_digests(item, slot);
+  const FilePlan& file = plan_.files[item.file];
+  if (!file.digests.empty())
+    check_digests(item, slot);
+  else if (file.target == nullptr)  // A device's copy is no access of a processor; nor is a direct read.
+    use_pages(slot + bytes.cached, bytes.device);
   return bytes;
 }
 
