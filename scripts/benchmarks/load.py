@@ -85,6 +85,9 @@ def _run_on_host(
     found: list[dict[Case, dict[str, Any]]] = []
     with ExitStack() as stack:
         systems = Systems(stack, library, folders, _sizes(cases, folders, options.tiny), options.peers)
+        if any(case.system == HUGE for case in cases) and not options.tiny:
+            report.machine["huge pages"] = systems.open_huge()
+            out.print(f"huge pages: {report.machine['huge pages']}")
         _warm_up(systems, cases)
         for repeat in range(repeats):
             found.append(_repeat(systems, in_turn(cases, repeat, repeats), f"{repeat + 1}/{repeats}"))
