@@ -14,6 +14,7 @@ from sllm_actor.actors import registry
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.actors.model_manager import Limits, ModelManager
 from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import EngineLimits, Model, ModelName, NodeId
@@ -171,6 +172,7 @@ async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weig
             SystemClock(),
             Limits(1, 1, 1, 1.0, 1.0),
             WaitingRoom(max_in_all=1, max_per_model=1),
+            StartCounts(),
         )
         ref = await system.spawn(manager, "model-manager")
 

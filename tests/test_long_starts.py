@@ -22,6 +22,7 @@ from sllm_actor.actors import Router
 from sllm_actor.actors.model_manager import Limits, ModelManager
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId
 from sllm_actor.errors import NoCapacity
@@ -79,7 +80,7 @@ async def routed(steps_s: list[float]) -> tuple[ActorSystem, Starting]:
     ref = await made.spawn(everything, "all")
     log = RequestLog(made.clock, 9)
     router = Router(
-        ref, ref, log, made.clock, room=ROOM, ask_timeout_s=5.0, placement_timeout_s=5.0,
+        ref, ref, log, made.clock, room=ROOM, counts=StartCounts(), ask_timeout_s=5.0, placement_timeout_s=5.0,
         start_timeout_s=START_TIMEOUT_S,
     )  # fmt: skip
     await made.spawn(router, "router")
@@ -190,7 +191,14 @@ async def test_the_scheduler_hears_of_a_copy_as_soon_as_the_ssd_has_it(origin: P
         store = OneModel(msgspec.structs.replace(model_of(checkpoint), card=node.card.key))
         registry = Registry(cast(Any, store), cast(Any, None), node.tiers, SystemClock())
         manager = ModelManager(
-            NodeId("n"), registry, node.tiers, cast(Any, None), SystemClock(), Limits(1, 1, 1, 1.0, 1.0), ROOM
+            NodeId("n"),
+            registry,
+            node.tiers,
+            cast(Any, None),
+            SystemClock(),
+            Limits(1, 1, 1, 1.0, 1.0),
+            ROOM,
+            StartCounts(),
         )
         await made.spawn(manager, "model-manager")
         begun, go, scope = asyncio.Event(), asyncio.Event(), TaskScope("test")

@@ -10,12 +10,14 @@ from contextlib import aclosing
 from typing import NamedTuple
 
 from sllm_actor.actors.inference_worker import InferenceWorker
+from sllm_actor.actors.instance import Instance
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
 from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.tiers_view import tiers_view
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, ModelState, NodeId
-from sllm_actor.errors import DeliveryFailed, ModelNotFound
+from sllm_actor.errors import DeliveryFailed, ModelNotFound, SllmError
 from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.loads import OnProgress
@@ -48,9 +50,9 @@ from sllm_actor.messages.models import (
     TiersView,
     UnpinModel,
 )
-from sllm_actor.messages.placement import InstanceView, NodeReport
+from sllm_actor.messages.placement import NodeReport
 from sllm_actor.policy.bandwidth import ObservedWay
-from sllm_actor.runtime import Actor, ActorRef, Clock, handles
+from sllm_actor.runtime import Actor, Clock, handles
 from sllm_actor.runtime.progress import Step, followed
 
 log = logging.getLogger(__name__)
@@ -69,19 +71,6 @@ class Limits(NamedTuple):
     engine_stop_timeout_s: float
 
 
-class _Instance:
-    """A running instance and all that belongs to it."""
-
-    def __init__(self, instance_id: str, model: Model, started: Started, worker: ActorRef, now_s: float) -> None:
-        self.instance_id = instance_id
-        self.model = model
-        self.started = started
-        self.worker = worker
-        self.active = 0
-        self.idle_since_s = now_s
-        self.retired: asyncio.Future[None] | None = None
-
-
 class ModelManager(Actor):
     """Owns the registrations, the instances of this node and their leases on host memory."""
 
@@ -94,6 +83,7 @@ class ModelManager(Actor):
         clock: Clock,
         limits: Limits,
         room: WaitingRoom,
+        counts: StartCounts,
     ) -> None:
         self._node = node
         self._registry = registry
@@ -102,7 +92,8 @@ class ModelManager(Actor):
         self._clock = clock
         self._limits = limits
         self._room = room
-        self._instances: dict[str, _Instance] = {}
+        self._counts = counts
+        self._instances: dict[str, Instance] = {}
         self._starting: dict[str, ModelName] = {}
         self._changing: set[ModelName] = set()
         self._instance_ids = itertools.count(1)
@@ -218,11 +209,15 @@ class ModelManager(Actor):
         try:
             model = self._registry.find(message.model)
             started = await self._starter.start(model, await self._registry.wanted(model), on_progress)
+            self._counts.started(started.spans)
             try:
                 return await self._install(model, started)
             except BaseException:
                 await self._discard(started)
                 raise
+        except SllmError as error:
+            self._counts.failed[error.code] += 1
+            raise
         finally:
             del self._starting[message.placement_id]
             self._report(ended=message.placement_id)
@@ -242,7 +237,7 @@ class ModelManager(Actor):
             stop_timeout_s=self._limits.engine_stop_timeout_s,
         )
         ref = await self.context.system.spawn(worker, f"worker/{instance_id}")
-        self._instances[instance_id] = _Instance(instance_id, model, started, ref, self._clock.monotonic_s())
+        self._instances[instance_id] = Instance(instance_id, model, started, ref, self._clock.monotonic_s())
         started.lease.is_of(instance_id)
         self._learn_bandwidth()
         return InstanceStarted(
@@ -268,14 +263,14 @@ class ModelManager(Actor):
     async def _stop_all(self, name: ModelName) -> None:
         await self.stop_instances(StopInstances(model=name))
 
-    async def _retire(self, instance: _Instance) -> None:
+    async def _retire(self, instance: Instance) -> None:
         """Stop one instance, letting it finish its answers first; whoever asks again waits for the same end."""
         if instance.retired is None:
             task = self.context.tasks.spawn(self._retirement(instance), f"retire-{instance.instance_id}")
             instance.retired = task
         await asyncio.shield(instance.retired)
 
-    async def _retirement(self, instance: _Instance) -> None:
+    async def _retirement(self, instance: Instance) -> None:
         self._tell_gone(instance)
         try:
             await instance.worker.ask(Retire(), timeout_s=self._limits.drain_timeout_s)
@@ -283,7 +278,7 @@ class ModelManager(Actor):
             log.warning("instance %s did not retire in time: %s", instance.instance_id, error)
         await self._uninstall(instance)
 
-    async def _uninstall(self, instance: _Instance) -> None:
+    async def _uninstall(self, instance: Instance) -> None:
         """End the worker and its engine, and only then give its memory back."""
         if self._instances.pop(instance.instance_id, None) is None:
             return
@@ -329,19 +324,7 @@ class ModelManager(Actor):
     @handles(ListInstances)
     async def list_instances(self, _: ListInstances) -> tuple[InstanceStatus, ...]:
         now_s = self._clock.monotonic_s()
-        return tuple(
-            InstanceStatus(
-                instance_id=instance.instance_id,
-                model=instance.model.name,
-                node=self._node,
-                pid=instance.started.engine.pid,
-                active=instance.active,
-                size_bytes=instance.model.size_bytes,
-                expires_in_s=_expires_in_s(instance, now_s),
-                late_imports=instance.started.late_imports,
-            )
-            for instance in self._instances.values()
-        )
+        return tuple(instance.status(self._node, now_s) for instance in self._instances.values())
 
     async def stopped(self) -> None:
         for instance in list(self._instances.values()):
@@ -349,7 +332,7 @@ class ModelManager(Actor):
 
     # Reports.
 
-    def _tell_gone(self, instance: _Instance) -> None:
+    def _tell_gone(self, instance: Instance) -> None:
         gone = InstanceGone(instance_id=instance.instance_id, model=instance.model.name)
         self.context.system.ref("router").tell(gone)
 
@@ -357,16 +340,6 @@ class ModelManager(Actor):
         """Tell the Scheduler what this node has, once it is up and after every change."""
         residents = self._tiers.loader.residents()
         pinned = {resident.fingerprint for resident in residents if resident.pinned}
-        views = tuple(
-            InstanceView(
-                instance_id=instance.instance_id,
-                model=instance.model.name,
-                active=instance.active,
-                idle_since_s=instance.idle_since_s,
-                host_bytes=0 if instance.model.fingerprint in pinned else instance.model.host_bytes,
-            )
-            for instance in self._instances.values()
-        )
         queues = self._tiers.queues()
         self.context.system.ref("scheduler").tell(
             NodeReport(
@@ -374,7 +347,7 @@ class ModelManager(Actor):
                 manager=self.context.self_ref.name,
                 slots=self._limits.max_instances,
                 host_pool_bytes=self._limits.host_pool_bytes,
-                instances=views,
+                instances=tuple(instance.view(pinned) for instance in self._instances.values()),
                 pinned_host_bytes={
                     model.fingerprint: model.host_bytes
                     for model in self._registry.models()
@@ -390,9 +363,3 @@ class ModelManager(Actor):
                 remote_queue_s=queues.remote_s,
             )
         )
-
-
-def _expires_in_s(instance: _Instance, now_s: float) -> float:
-    if instance.active:
-        return 0.0
-    return max(0.0, instance.idle_since_s + instance.model.keep_alive_s - now_s)

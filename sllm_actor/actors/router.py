@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
+from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, Span, Timeline
 from sllm_actor.errors import ActorDied, Draining, NoCapacity, NoSuchActor, SllmError
@@ -39,6 +40,7 @@ class Router(Actor):
         clock: Clock,
         *,
         room: WaitingRoom,
+        counts: StartCounts,
         ask_timeout_s: float,
         placement_timeout_s: float,
         start_timeout_s: float,
@@ -48,6 +50,7 @@ class Router(Actor):
         self._log = log
         self._clock = clock
         self._room = room
+        self._counts = counts
         self._ask_timeout_s = ask_timeout_s
         self._placement_timeout_s = placement_timeout_s
         self._start_timeout_s = start_timeout_s
@@ -119,6 +122,7 @@ class Router(Actor):
             ),
             timeout_s=self._placement_timeout_s + self._ask_timeout_s,
         )
+        self._counts.placements += 1
         placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
         manager = self.context.system.ref(placement.manager)
         instance = await self._started(manager, StartInstance(placement_id=placement.placement_id, model=model.name))

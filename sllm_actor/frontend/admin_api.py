@@ -7,11 +7,13 @@ from importlib.metadata import version
 from typing import Any
 
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from sllm_actor.domain import Model, RequestId, check_model_name, check_node_id
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response, known_name
 from sllm_actor.frontend.http_errors import body_of
+from sllm_actor.frontend.node_metrics import render
 from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest
 from sllm_actor.frontend.sse import write_in_time
 from sllm_actor.messages.generation import GetTimeline, ListRequests
@@ -28,6 +30,7 @@ from sllm_actor.messages.models import (
     TiersChanged,
     UnpinModel,
 )
+from sllm_actor.runtime.threads import on_thread
 from sllm_actor.units import parse_duration_s
 
 routes = web.RouteTableDef()
@@ -48,6 +51,14 @@ async def ready(request: web.Request) -> web.Response:
 @routes.get("/version")
 async def get_version(_: web.Request) -> web.Response:
     return json_response({"version": version("sllm_actor")})
+
+
+@routes.get("/metrics")
+async def metrics(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    # What is shown is of one moment; writing it takes a while.
+    text = await on_thread(render, gateway.metrics.registry, gateway.see())
+    return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 @routes.get("/admin/models")
@@ -161,7 +172,7 @@ async def _change(request: web.Request, kind: type[PinModel | UnpinModel | Evict
 
 @routes.get("/admin/runtime")
 async def runtime(request: web.Request) -> web.Response:
-    return json_response(request.app[GATEWAY].observe())
+    return json_response(request.app[GATEWAY].see())
 
 
 @routes.get("/admin/instances")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 # The rest of what is sent after these is not waited for.
 CLOSING = frozenset({408, 413})
+# As nginx counts those who hang up; nobody is sent it.
+CLIENT_LEFT = 499
 
 
 @web.middleware
@@ -33,8 +36,16 @@ async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
     connection.begin()
     try:
         response = await handler(request)
+        visit.status = response.status
+    except asyncio.CancelledError:
+        # A client may hang up as soon as it has read the end.
+        visit.status = 200 if visit.finish else CLIENT_LEFT
+        visit.finish = visit.finish or "abort"
+        raise
     finally:
         connection.end(request)
+        visit.end_s = gateway.clock.monotonic_s()
+        gateway.metrics.note(visit)
     if not response.prepared:
         response.headers["X-Request-Id"] = request_id
         response.headers.update(visit.limits)
@@ -55,6 +66,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except SllmError as error:
+        VISIT.get().code = error.code
         return json_response(
             http_errors.body_of(error),
             status=http_errors.status_of(error),
@@ -63,11 +75,13 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except web.HTTPException as error:
         text = error.text or error.reason
         code = "body_too_large" if error.status == 413 else error.reason.lower().replace(" ", "_")
+        VISIT.get().code = code
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         return json_response(http_errors.body(text, error.status, code=code), status=error.status, headers=headers)
     except ConnectionError:
-        # Whoever would read an answer has gone.
-        return web.Response()
+        # Whoever would read an answer has gone, or did not read it.
+        VISIT.get().finish = "abort"
+        return web.Response(status=CLIENT_LEFT)
 
 
 @web.middleware

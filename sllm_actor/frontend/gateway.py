@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -15,11 +17,13 @@ from sllm_actor.domain import Model, ModelName, RequestId, check_model_name
 from sllm_actor.domain.names import is_request_id
 from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, RequestTimeout
 from sllm_actor.frontend.access import Access
+from sllm_actor.frontend.connections import Connections
+from sllm_actor.frontend.metrics import Metrics
 from sllm_actor.frontend.progress import Progress
 from sllm_actor.frontend.schema import parse
 from sllm_actor.frontend.sse import EventStream
 from sllm_actor.frontend.text import TextService
-from sllm_actor.frontend.visit import VISIT
+from sllm_actor.frontend.visit import VISIT, TokenTimes
 from sllm_actor.messages.models import GetModel
 from sllm_actor.runtime import ActorRef, Clock
 from sllm_actor.runtime.tasks import TaskScope
@@ -75,7 +79,10 @@ class Gateway:
         self.progress = Progress(manager, clock, limits.ask_timeout_s)
         self.ready = False
         self.draining = False
-        self._answering = 0
+        self.metrics = Metrics()
+        # Of the server, once it runs.
+        self.connections: Connections | None = None
+        self._answering: Counter[str] = Counter()
         self._quiet = asyncio.Event()
         self._quiet.set()
 
@@ -122,22 +129,34 @@ class Gateway:
             send_timeout_s=self.limits.send_timeout_s,
         )
 
-    def enter(self) -> None:
-        """Count an answer that begins.
+    @contextmanager
+    def answering(self, model: Model) -> Iterator[TokenTimes]:
+        """Count an answer that is made in this block; give who is to be told of its tokens' times.
 
         Raises:
             Draining: the node is stopping.
         """
         if self.draining:
             raise Draining("this node is stopping", retry_after_s=5.0)
-        self._answering += 1
+        self._answering[model.name] += 1
         self._quiet.clear()
+        metrics = self.metrics.of(model.name)
+        try:
+            yield TokenTimes(metrics.first_token.observe, metrics.between_tokens.observe)
+        finally:
+            self._answering[model.name] -= 1
+            if not self._answering[model.name]:
+                del self._answering[model.name]
+            if not self._answering:
+                self._quiet.set()
 
-    def leave(self) -> None:
-        """Count an answer that has ended."""
-        self._answering -= 1
-        if not self._answering:
-            self._quiet.set()
+    def see(self) -> dict[str, Any]:
+        """Give what the node tells of itself, and what the gateway adds to it."""
+        connections = self.connections
+        assert connections is not None
+        shown = {"counts": connections.counts(), "closed": dict(connections.closed)}
+        in_progress = dict.fromkeys(self.metrics.models(), 0) | self._answering
+        return {**self.observe(), "in_progress": in_progress, "connections": shown}
 
     async def drained(self) -> bool:
         """Wait until no answer runs, or the time for that is over; tell which."""

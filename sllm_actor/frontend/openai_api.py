@@ -115,18 +115,14 @@ async def _reply(
     request: web.Request, gateway: Gateway, wishes: Sequence[Wish], body: ChatRequest | CompletionRequest, shape: Shape
 ) -> web.StreamResponse:
     timeout_s = timeout_of(request, gateway.limits.request_timeout_s)
-    gateway.enter()
-    try:
-        with tracing(trace_of(request)):
-            counts = Counts(wishes, body.n)
-            answered = VISIT.get().noting(counts, choices(wishes, gateway.router, gateway.text))
-            async with aclosing(within(answered, timeout_s, wishes[0].arrived_s, gateway.clock)) as pieces:
-                if body.stream:
-                    events = gateway.events(request, wishes[0].model)
-                    return await _stream(events, pieces, shape, counts, body.stream_options or StreamOptions())
-                return await _gather(pieces, shape, counts, len(wishes))
-    finally:
-        gateway.leave()
+    with gateway.answering(wishes[0].model) as times, tracing(trace_of(request)):
+        counts = Counts(wishes, body.n)
+        answered = VISIT.get().noting(counts, choices(wishes, gateway.router, gateway.text), times)
+        async with aclosing(within(answered, timeout_s, wishes[0].arrived_s, gateway.clock)) as pieces:
+            if body.stream:
+                events = gateway.events(request, wishes[0].model)
+                return await _stream(events, pieces, shape, counts, body.stream_options or StreamOptions())
+            return await _gather(pieces, shape, counts, len(wishes))
 
 
 async def _gather(
@@ -173,6 +169,7 @@ async def _stream(
         except SllmError as error:
             if not events.opened:
                 raise
+            VISIT.get().code = error.code
             return await events.fail(error)
         if options.include_usage:
             await events.send(shape.usage_chunk(counts.usage()))

@@ -45,6 +45,7 @@ class HttpServer:
         await self._runner.setup()
         assert self._runner.server is not None
         connections = Connections(self._runner.server, within_open_files(self._limits), self._gateway.clock)
+        self._gateway.connections = connections
         self._gateway.tasks.spawn(connections.watch(), "connections")
         self._gateway.tasks.spawn(self._gateway.access.watch(), "keys")
         # What is accepted from it has the same buffer.

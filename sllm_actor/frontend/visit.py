@@ -5,15 +5,23 @@ It has names, numbers and codes: nothing of what was asked or answered.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
+from typing import NamedTuple
 
 from sllm_actor.domain import Model, RequestId
 from sllm_actor.errors import AccessDenied
 from sllm_actor.frontend.choices import Choice, Counts
 from sllm_actor.frontend.keys import Key
 from sllm_actor.runtime import Clock
+
+
+class TokenTimes(NamedTuple):
+    """Who is told, in seconds, of the first token of an answer, and of each time between two."""
+
+    first: Callable[[float], None]
+    between: Callable[[float], None]
 
 
 class Visit:
@@ -53,18 +61,28 @@ class Visit:
         """Tell whether the key is for this model."""
         return self.key is None or self.key.models is None or model.name in self.key.models
 
-    async def noting(self, counts: Counts, pieces: AsyncGenerator[Choice, None]) -> AsyncGenerator[Choice, None]:
+    async def noting(
+        self, counts: Counts, pieces: AsyncGenerator[Choice, None], times: TokenTimes
+    ) -> AsyncGenerator[Choice, None]:
         """Pass the pieces of an answer on, and note how many tokens they bring, and when."""
         self.prompt_tokens = counts.prompt_tokens
+        before: dict[int, tuple[float, int]] = {}
         async with aclosing(pieces):
             async for choice in pieces:
-                self.last_token_s = self._clock.monotonic_s()
+                number, piece = choice
+                now_s = self._clock.monotonic_s()
                 if not self.first_token_s:
-                    self.first_token_s = self.last_token_s
+                    self.first_token_s = now_s
+                    times.first(now_s - self.begin_s)
+                last_s, generated = before.get(number, (now_s, piece.generated_tokens))
+                if (tokens := piece.generated_tokens - generated) > 0:
+                    times.between((now_s - last_s) / tokens)
+                before[number] = now_s, piece.generated_tokens
+                self.last_token_s = now_s
                 counts.take(choice)
                 self.generated_tokens = counts.generated_tokens
-                if choice.piece.finish is not None:
-                    self.finish = choice.piece.finish
+                if piece.finish is not None:
+                    self.finish = piece.finish
                 yield choice
 
 

@@ -17,6 +17,7 @@ from sllm_actor.actors.model_manager import Limits as ManagerLimits
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
 from sllm_actor.domain import EngineLimits, check_node_id
@@ -80,6 +81,7 @@ class Node:
         )
         self.lag = LoopLag(self.clock, config.loop_lag_fault_s)
         self.url = ""
+        self._starts = StartCounts()
         self._stack = AsyncExitStack()
         self._http: HttpServer | None = None
 
@@ -147,6 +149,7 @@ class Node:
         # Once more, because actors stop before what they use.
         stack.push_async_callback(self.system.close)
 
+        await self.system.spawn(PeerServer(RegisteredModels(registry, tiers), max_reads=config.peer_reads), PEER_ACTOR)
         gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, tasks)
         self._http = HttpServer(gateway, knobs_of(ConnectionLimits, config))
         stack.push_async_callback(self._http.close)
@@ -217,7 +220,7 @@ class Node:
     ) -> Gateway:
         config = self.config
         starter = self._starter(tiers, engines)
-        room = WaitingRoom(max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model)
+        self._room = WaitingRoom(max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model)
         manager_limits = ManagerLimits(
             max_instances=config.max_instances,
             host_pool_bytes=tiers.loader.pool_bytes,
@@ -235,7 +238,9 @@ class Node:
             "scheduler",
         )
         manager = await self.system.spawn(
-            ModelManager(check_node_id(node_id), registry, tiers, starter, self.clock, manager_limits, room),
+            ModelManager(
+                check_node_id(node_id), registry, tiers, starter, self.clock, manager_limits, self._room, self._starts
+            ),
             "model-manager",
         )
         router = await self.system.spawn(
@@ -244,14 +249,14 @@ class Node:
                 scheduler,
                 RequestLog(self.clock, config.request_history),
                 self.clock,
-                room=room,
+                room=self._room,
+                counts=self._starts,
                 ask_timeout_s=config.ask_timeout_s,
                 placement_timeout_s=config.start_timeout_s,
                 start_timeout_s=config.engine_start_timeout_s,
             ),
             "router",
         )
-        await self.system.spawn(PeerServer(RegisteredModels(registry, tiers), max_reads=config.peer_reads), PEER_ACTOR)
         coordinator = await self.system.spawn(
             MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s),
             "migration-coordinator",
@@ -271,7 +276,14 @@ class Node:
         lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}
         loader = self._storage.tiers.loader.observe()
         writes = self._storage.gate.observe()
-        return {"system": self.system.stats(), "loop_lag": lag, "loader": loader, "writes": writes}
+        return {
+            "system": self.system.stats(),
+            "loop_lag": lag,
+            "loader": loader,
+            "writes": writes,
+            "waiting": self._room.waiting(),
+            "starts": self._starts.observe(),
+        }
 
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
         """Load the tokenizers of registered models, so that the first request to each need not."""
