@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import resource
 import signal
 
 import uvloop
 
+from sllm_actor.cli import logs
 from sllm_actor.cli.show import err, out, print_json
 from sllm_actor.config import Config
 from sllm_actor.node import Node
@@ -49,7 +49,7 @@ async def _serve(config: Config, as_json: bool) -> None:
 
 def run(config: Config, *, as_json: bool, log_level: str) -> None:
     """Run a node in this process until a signal ends it."""
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logs.configure(log_level, config.log_format)
     # Every client's connection is an open file.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -193,6 +193,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(ge=0, le=86400, title="s", description="time given to running answers when the node stops"),
     ] = 30.0
 
+    # What is told of it.
+    log_format: Annotated[
+        Text, Meta(pattern=r"^(text|json)\Z", title="text|json", description="lines of the log, for people or programs")
+    ] = "text"
+    otlp_endpoint: Annotated[
+        Text,
+        Meta(
+            title="URL",
+            description="where OpenTelemetry spans go, by OTLP over HTTP; empty: nowhere",
+        ),
+    ] = ""
+
     # Other nodes.
     peer_reads: Annotated[
         int, Meta(ge=1, le=1024, title="reads", description="reads that other nodes may have under way here at once")

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from sllm_actor.errors import InvalidRequest, SllmError
-from sllm_actor.frontend import admin_api, http_errors, openai_api
+from sllm_actor.frontend import access_log, admin_api, http_errors, openai_api
 from sllm_actor.frontend.connections import Connection
-from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, request_id_of
+from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, request_id_of, trace_of
 from sllm_actor.frontend.visit import VISIT, Visit
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -46,6 +46,9 @@ async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
         connection.end(request)
         visit.end_s = gateway.clock.monotonic_s()
         gateway.metrics.note(visit)
+        access_log.write(visit)
+        if gateway.telemetry is not None and visit.prompt_tokens:
+            gateway.tasks.spawn(gateway.telemetry.trace(visit, trace_of(request)), "spans")
     if not response.prepared:
         response.headers["X-Request-Id"] = request_id
         response.headers.update(visit.limits)

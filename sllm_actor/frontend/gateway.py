@@ -22,6 +22,7 @@ from sllm_actor.frontend.metrics import Metrics
 from sllm_actor.frontend.progress import Progress
 from sllm_actor.frontend.schema import parse
 from sllm_actor.frontend.sse import EventStream
+from sllm_actor.frontend.telemetry import Telemetry
 from sllm_actor.frontend.text import TextService
 from sllm_actor.frontend.visit import VISIT, TokenTimes
 from sllm_actor.messages.models import GetModel
@@ -65,6 +66,7 @@ class Gateway:
         observe: Callable[[], Any],
         tasks: TaskScope,
         access: Access,
+        telemetry: Telemetry | None,
     ) -> None:
         self.router = router
         self.manager = manager
@@ -76,6 +78,7 @@ class Gateway:
         self.observe = observe
         self.tasks = tasks
         self.access = access
+        self.telemetry = telemetry
         self.progress = Progress(manager, clock, limits.ask_timeout_s)
         self.ready = False
         self.draining = False

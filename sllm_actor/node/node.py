@@ -29,6 +29,7 @@ from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
 from sllm_actor.frontend.server import HttpServer, bind
+from sllm_actor.frontend.telemetry import Telemetry, open_telemetry
 from sllm_actor.frontend.text import TextService
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.models import ListModels, ModelStatus
@@ -38,7 +39,7 @@ from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
 from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.node.storage import open_storage
-from sllm_actor.runtime import ActorSystem, Clock, Limits, SystemClock
+from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, SystemClock
 from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.runtime.lag import LoopLag
 from sllm_actor.runtime.network import Endpoint
@@ -257,10 +258,8 @@ class Node:
             ),
             "router",
         )
-        coordinator = await self.system.spawn(
-            MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s),
-            "migration-coordinator",
-        )
+        coordinating = MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s)
+        coordinator = await self.system.spawn(coordinating, "migration-coordinator")
         actors = {"router": router, "manager": manager, "coordinator": coordinator}
         return Gateway(
             **actors,
@@ -270,7 +269,17 @@ class Node:
             observe=self._observe,
             tasks=tasks,
             access=self._access,
+            telemetry=await self._open_telemetry(router),
         )
+
+    async def _open_telemetry(self, router: ActorRef) -> Telemetry | None:
+        config = self.config
+        telemetry = open_telemetry(
+            config.otlp_endpoint, config.node_id, router, self.clock, timeout_s=config.ask_timeout_s
+        )
+        if telemetry is not None:
+            self._stack.push_async_callback(telemetry.close)
+        return telemetry
 
     def _observe(self) -> dict[str, Any]:
         lag = {"worst_s": self.lag.worst_s, "faults": self.lag.faults}

@@ -118,12 +118,14 @@ def running_node(
     log: IO[str] | None = None,
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    log_level: str = "warning",
 ) -> Iterator[NodeProcess]:
     """Start a node on a free port and wait until it is ready; it is killed if it still runs at the end.
 
     `environment` is added to this process's; `folder` is where the node is started.
     """
     command = [str(CLI), "start", "--json", "--port", "0", "--data-dir", str(data_dir)]
+    command += ["--log-level", log_level]
     for knob in knobs:
         command += ["--set", knob]
     process = subprocess.Popen(
