@@ -14,6 +14,7 @@ from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response, known_name
 from sllm_actor.frontend.http_errors import body_of
 from sllm_actor.frontend.node_metrics import render
+from sllm_actor.frontend.openapi import SHIPPED
 from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest
 from sllm_actor.frontend.sse import write_in_time
 from sllm_actor.messages.generation import GetTimeline, ListRequests
@@ -33,6 +34,7 @@ from sllm_actor.messages.models import (
 from sllm_actor.runtime.threads import on_thread
 from sllm_actor.units import parse_duration_s
 
+DESCRIPTION = SHIPPED.read_bytes()
 routes = web.RouteTableDef()
 
 
@@ -59,6 +61,11 @@ async def metrics(request: web.Request) -> web.Response:
     # What is shown is of one moment; writing it takes a while.
     text = await on_thread(render, gateway.metrics.registry, gateway.see())
     return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@routes.get("/openapi.yaml")
+async def get_description(_: web.Request) -> web.Response:
+    return web.Response(body=DESCRIPTION, content_type="application/yaml")
 
 
 @routes.get("/admin/models")
