@@ -147,7 +147,8 @@ def _repeat(systems: Systems, cases: Sequence[Case], label: str) -> dict[Case, d
             continue  # The report's row says why.
         found[case] = answer | {"maps_files": systems.maps_files.get((case.system, case.folder), False)}
         value = format_seconds(answer["s"])
-        out.print(f"{label} {case.state}, {case.shape}: {case.label} {value}")
+        huge = f" ({answer['huge_share']:.0%} cached in huge pages)" if "huge_share" in answer else ""
+        out.print(f"{label} {case.state}, {case.shape}: {case.label} {value}{huge}")
     return found
 
 
@@ -202,6 +203,8 @@ def _note(case: Case, answer: dict[str, Any]) -> str:
     ]
     if case.state in (CACHED, POOL) and answer.get("device_bytes", 0) > CACHED_SHARE * answer["size_bytes"]:
         parts.append(f"{format_bytes(answer['device_bytes'])} from the device all the same")
+    if "huge_share" in answer and (answer["maps_files"] or "in_place_bytes" in answer.get("report", {})):
+        parts.append(f"{answer['huge_share']:.0%} of it cached in huge pages the last time")
     if answer["maps_files"] and case.system in PEERS:
         parts.append("maps the files")
     return ", ".join(parts)

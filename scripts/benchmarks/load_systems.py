@@ -133,7 +133,8 @@ class Systems:
             return self._copy(case)
         for _ in range(CACHED_TRIES):
             self._folders.fill(case.folder)
-            answer = self._load(case, digest)
+            huge_share = self._folders.huge_share(case.folder)
+            answer = self._load(case, digest) | {"huge_share": huge_share}
             # Pages that the kernel took back meanwhile spoil a run.
             if "failed" in answer or answer["device_bytes"] <= CACHED_SHARE * answer["size_bytes"]:
                 return answer
