@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import boto3  # type: ignore[import-untyped]
 import obstore
 import pytest
 from checkpoints import noise
@@ -39,8 +40,10 @@ LARGE = noise(2 * PIECE_BYTES + 1234, 5)
 
 
 def make_bucket(server: str, name: str) -> None:
-    """Ask for a bucket without a signature, which the server lets pass."""
-    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT"), timeout=PATIENCE_S).close()
+    """Ask for a bucket, with the signature that a real server wants."""
+    boto3.client(
+        "s3", endpoint_url=server, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
+    ).create_bucket(Bucket=name)
 
 
 def put(server: str, name: str, content: bytes, bucket: str = BUCKET) -> None:
