@@ -190,3 +190,16 @@ async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weig
         await start()
         await system.close()
     assert asked.starts == [(str(old.path), old.path), (str(new.path), new.path)]
+
+
+async def test_a_model_that_no_longer_fits_the_pool_is_warned_of_when_the_node_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(checkpoint_of(tmp_path / "checkpoint"))
+    async with opened() as loader:
+        for chunks in (0, 1):
+            larger = msgspec.structs.replace(model, host_bytes=loader.pool_bytes + chunks * CHUNK)
+            known = Registry(cast(Any, OneModel(larger)), cast(Any, None), over(loader, tmp_path), SystemClock())
+            await known.open()
+            assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["m can't start"] * chunks
+            await known.close()

@@ -245,14 +245,15 @@ def test_a_model_that_is_replaced_leaves_no_pin_behind(web: WebServer, served: P
 def test_a_pinned_model_keeps_its_room_and_a_start_beyond_it_says_so(
     start_node: StartNode, tmp_path: Path, web: WebServer, served: Path
 ) -> None:
-    with start_node("host_pool_bytes=16MiB", "chunk_bytes=16MiB", "start_timeout_s=2") as node:  # Room for one.
+    with start_node("host_pool_bytes=16MiB", "chunk_bytes=16MiB") as node:  # Room for one.
         node.deploy("builtin:demo", "first")
         node.deploy(web.url(served.name), "second")
         node.chat("first", QUESTION)
         node.call("POST", "/admin/models/first/unload")
         node.call("POST", "/admin/models/first/pin")
         reply = node.request("POST", "/v1/completions", {"model": "second", "prompt": "1"})
-        assert (reply.status, reply.json()["error"]["code"]) == (503, "no_capacity")
+        assert (reply.status, reply.json()["error"]["code"]) == (400, "model_too_large")
+        assert "other models have 16.8 MB pinned" in reply.json()["error"]["message"]
         assert ANSWER in node.chat("first", QUESTION)
         assert load_tiers(node) == {"host memory"}
         node.call("POST", "/admin/models/first/unpin")

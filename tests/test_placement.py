@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 from sllm_actor.policy.bandwidth import SMALLEST_BYTES, WEIGHT, corrected
-from sllm_actor.policy.placement import Decision, Evict, Grant, Start, Wait, decide, startup_s
+from sllm_actor.policy.placement import Decision, Evict, Grant, Start, Wait, decide, fits_nowhere, startup_s
 from sllm_actor.units import GIB
 
 NOBODY: frozenset[str] = frozenset()
@@ -129,6 +129,25 @@ def test_what_is_pinned_in_memory_takes_its_room_from_all_but_itself() -> None:
     assert isinstance(decide(question(), [full], [], NOBODY), Wait)
     own = node("a", pool_bytes=2 * GIB, pinned={"print": 2 * GIB})
     assert started_on(decide(question(host_bytes=2 * GIB), [own], [], NOBODY)) == "a"
+
+
+def test_what_would_fit_one_day_waits_and_what_never_would_is_told_why() -> None:
+    busy = [instance("i", active=1, host_bytes=2 * GIB)]
+    nodes = [node("a", pool_bytes=GIB), node("b", pool_bytes=2 * GIB, instances=busy)]
+    assert fits_nowhere(question(host_bytes=2 * GIB), nodes) == ""
+    assert (
+        fits_nowhere(question(host_bytes=2 * GIB + 1), nodes)
+        == "m needs 2.1 GB of host memory, the pool has 2.1 GB: raise host_pool_bytes"
+    )
+    assert fits_nowhere(question(), []) == "", "no node has told of itself yet"
+
+
+def test_pins_count_where_it_is_asked_whether_a_model_ever_fits() -> None:
+    nodes = [node("a", pool_bytes=GIB), node("b", pool_bytes=2 * GIB, pinned={"another": GIB, "print": GIB})]
+    assert fits_nowhere(question(host_bytes=GIB), nodes) == ""
+    assert "of which other models have 1.1 GB pinned: unpin one" in fits_nowhere(question(host_bytes=2 * GIB), nodes)
+    own = node("b", pool_bytes=2 * GIB, pinned={"print": 2 * GIB})
+    assert fits_nowhere(question(host_bytes=2 * GIB), [own]) == ""
 
 
 def test_grants_take_slots_and_memory_of_their_node_until_its_report_shows_them() -> None:

@@ -10,7 +10,7 @@ import pytest
 from sllm_actor.actors import Scheduler
 from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
-from sllm_actor.errors import InvalidRequest, NoCapacity, QueueFull, RequestNotFound
+from sllm_actor.errors import InvalidRequest, ModelTooLarge, NoCapacity, QueueFull, RequestNotFound
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel
@@ -86,13 +86,13 @@ def report(
     )
 
 
-def question(model: str = "new", timeout_s: float = 30.0) -> PlaceModel:
+def question(model: str = "new", timeout_s: float = 30.0, host_bytes: int = MIB) -> PlaceModel:
     return PlaceModel(
         request_id=RequestId("r"),
         model=ModelName(model),
         fingerprint=model,
         size_bytes=MIB,
-        host_bytes=MIB,
+        host_bytes=host_bytes,
         timeout_s=timeout_s,
     )
 
@@ -141,6 +141,17 @@ async def test_a_grant_that_nobody_used_runs_out(system: ActorSystem, clock: Han
     await ask(system, question("a"))
     clock.now_s += 61
     assert (await ask(system, question("b"))).node == "node-1"
+
+
+async def test_a_model_that_can_never_fit_is_refused_at_once_also_behind_others_who_wait(system: ActorSystem) -> None:
+    scheduler(system).tell(report(slots=1))
+    await ask(system, question("a"))
+    waiting = asyncio.ensure_future(ask(system, question("b")))
+    await asyncio.sleep(0)
+    with pytest.raises(ModelTooLarge, match=r"^c needs 104\.9 MB of host memory, the pool has 104\.9 MB: raise host_pool_bytes$"):
+        await ask(system, question("c", host_bytes=100 * MIB + 1))
+    assert not waiting.done()
+    waiting.cancel()
 
 
 async def test_the_instance_that_has_been_idle_the_longest_is_given_up(system: ActorSystem) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ from sllm_actor.messages.models import RegisterModel
 from sllm_actor.metadata import Store
 from sllm_actor.runtime import Clock
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 MODELS = "models/"
 
@@ -47,10 +51,16 @@ class Registry:
         self._reading: dict[tuple[str, str], asyncio.Task[Wanted]] = {}
 
     async def open(self) -> None:
-        """Read what was registered before, and drop the cards that no model has."""
+        """Read what was registered before, say what can't start here, and drop the cards that no model has."""
         for value in (await self._store.list(MODELS)).values():
             model = msgspec.msgpack.decode(value, type=Model)
             self._models[model.name] = model
+            if model.host_bytes > self._tiers.loader.pool_bytes:
+                needs, has = format_bytes(model.host_bytes), format_bytes(self._tiers.loader.pool_bytes)
+                log.warning(
+                    "%s can't start: it needs %s of host memory, the pool has %s; raise host_pool_bytes",
+                    model.name, needs, has,
+                )  # fmt: skip
         await self._tiers.recover()
         await self._sweep()
         for model in self._models.values():

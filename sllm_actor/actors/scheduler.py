@@ -9,10 +9,10 @@ from collections import deque
 from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
-from sllm_actor.errors import DeliveryFailed, NoCapacity, QueueFull
+from sllm_actor.errors import DeliveryFailed, ModelTooLarge, NoCapacity, QueueFull
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import ListNodes, NodeReport, Placement, PlaceModel
-from sllm_actor.policy.placement import Evict, Grant, Start, Wait, decide
+from sllm_actor.policy.placement import Evict, Grant, Start, Wait, decide, fits_nowhere
 from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class Scheduler(Actor):
 
     def _serve(self) -> None:
         """Grant in the order of asking, until someone has to wait."""
+        self._refuse()
         now_s = self._clock.monotonic_s()
         self._grants = {key: grant for key, grant in self._grants.items() if grant.expires_s > now_s}
         while self._waiting:
@@ -94,6 +95,15 @@ class Scheduler(Actor):
             self._waiting.popleft()
             if not waiting.answer.done():
                 waiting.answer.set_result(self._grant(waiting.question, decision, now_s))
+
+    def _refuse(self) -> None:
+        """Tell those who would wait in vain, also behind others who don't."""
+        for waiting in list(self._waiting):
+            reason = fits_nowhere(waiting.question, list(self._reports.values()))
+            if reason:
+                self._waiting.remove(waiting)
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(ModelTooLarge(reason, param="model"))
 
     def _grant(self, question: PlaceModel, start: Start, now_s: float) -> Placement:
         placement_id = f"placement-{next(self._placements)}"

@@ -10,7 +10,8 @@ from sllm_actor.messages.declare import message
 class PlaceModel:
     """Ask for the node that can start an instance of `model` soonest.
 
-    Answered by `Placement`, as soon as a slot is free; fails with `NoCapacity` or `QueueFull`.
+    Answered by `Placement`, as soon as a slot is free; fails with `NoCapacity`, `QueueFull` or, where no node has the
+    memory beside what is pinned, at once with `ModelTooLarge`.
     """
 
     request_id: RequestId

@@ -93,6 +93,25 @@ def decide(
     return Wait("no node would have room, whichever idle instances were given up")
 
 
+def fits_nowhere(question: PlaceModel, reports: Sequence[NodeReport]) -> str:
+    """Say why no node that has reported could start the model, whatever else left it; empty where one could."""
+    if not reports or any(question.host_bytes <= _unpinned_bytes(report, question) for report in reports):
+        return ""
+    report = max(reports, key=lambda report: (report.host_pool_bytes, _unpinned_bytes(report, question)))
+    needs, has = format_bytes(question.host_bytes), format_bytes(report.host_pool_bytes)
+    missing = f"{question.model} needs {needs} of host memory, the pool has {has}"
+    if question.host_bytes > report.host_pool_bytes:
+        return f"{missing}: raise host_pool_bytes"
+    pinned = format_bytes(report.host_pool_bytes - _unpinned_bytes(report, question))
+    return f"{missing}, of which other models have {pinned} pinned: unpin one, or raise host_pool_bytes"
+
+
+def _unpinned_bytes(report: NodeReport, question: PlaceModel) -> int:
+    """Count the host memory that the pins of other checkpoints leave."""
+    pinned_bytes = sum(report.pinned_host_bytes.values()) - report.pinned_host_bytes.get(question.fingerprint, 0)
+    return report.host_pool_bytes - pinned_bytes
+
+
 def _could_have_room(report: NodeReport, grants: Sequence[Grant], question: PlaceModel) -> bool:
     """Tell whether there would be room once every instance that does not generate had left."""
     kept = [instance for instance in report.instances if instance.active]
@@ -105,8 +124,8 @@ def _has_room(
     """Tell whether a slot and the host memory for one more are free beside `instances`, open grants and pins."""
     here = [grant for grant in grants if grant.node == report.node]
     taken_bytes = sum(instance.host_bytes for instance in instances) + sum(grant.host_bytes for grant in here)
-    taken_bytes += sum(report.pinned_host_bytes.values()) - report.pinned_host_bytes.get(question.fingerprint, 0)
-    return len(instances) + len(here) < report.slots and taken_bytes + question.host_bytes <= report.host_pool_bytes
+    fits = taken_bytes + question.host_bytes <= _unpinned_bytes(report, question)
+    return fits and len(instances) + len(here) < report.slots
 
 
 def _reason(report: NodeReport, question: PlaceModel, estimate_s: float) -> str:
