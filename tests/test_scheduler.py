@@ -148,7 +148,9 @@ async def test_a_model_that_can_never_fit_is_refused_at_once_also_behind_others_
     await ask(system, question("a"))
     waiting = asyncio.ensure_future(ask(system, question("b")))
     await asyncio.sleep(0)
-    with pytest.raises(ModelTooLarge, match=r"^c needs 104\.9 MB of host memory, the pool has 104\.9 MB: raise host_pool_bytes$"):
+    with pytest.raises(
+        ModelTooLarge, match=r"^c needs 104\.9 MB of host memory, the pool has 104\.9 MB: raise host_pool_bytes$"
+    ):
         await ask(system, question("c", host_bytes=100 * MIB + 1))
     assert not waiting.done()
     waiting.cancel()
