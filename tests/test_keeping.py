@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from checkpoints import folder_of
 from conftest import StartNode
+from houses import House, house
+from houses import origin as origin
+from houses import stock as stock
 from loaders import CHUNK, LIMIT_S, checkpoint_of, opened, until
 from test_remote_models import ANSWER, QUESTION, load_tiers, pull, stored, tiers, until_stored
 from test_remote_models import served as served
 from test_tier_races import holding
-from test_tiers import House, house
-from test_tiers import origin as origin
-from test_tiers import stock as stock
 from web_server import WebServer
 
 from sllm_actor.checkpoint.folder import read_folder

@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from houses import house
+from houses import origin as origin
 from test_instance_faults import OneModel, model_of
 from test_scheduler import HandClock, ask, generate, question, report, scheduler
 from test_scheduler import clock as clock
 from test_scheduler import system as system
 from test_supervision import now_s, virtual_system, virtually
 from test_tier_races import holding
-from test_tiers import house
-from test_tiers import origin as origin
 
 from sllm_actor.actors import Router
 from sllm_actor.actors.model_manager import Limits, ModelManager

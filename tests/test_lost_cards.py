@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from conftest import StartNode
 from fault_proxy import FaultProxy
+from houses import house
+from houses import origin as origin
+from houses import stock as stock
 from test_remote_models import ANSWER, QUESTION, WEIGHTS, pull, stored, until_stored
 from test_remote_models import served as served
-from test_tiers import house
-from test_tiers import origin as origin
-from test_tiers import stock as stock
 from web_server import WebServer
 
 from sllm_actor.checkpoint.manifest import MANIFEST_NAME

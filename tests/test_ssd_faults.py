@@ -29,7 +29,7 @@ from ssd_tiers import (
 )
 
 from sllm_actor.errors import CheckpointCorrupt, ReadFailed, WriteFailed
-from sllm_actor.loader.ssd_journal import ChunkPlace
+from sllm_actor.loader.chunk_place import ChunkPlace
 from sllm_actor.loader.ssd_tier import SsdTier
 from sllm_actor.testing.tier_storm import CHUNK_BYTES, check_model, fill
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ssd_tiers import CLOCK, MODELS, begin, held
 
 from sllm_actor.errors import Conflict, ModelNotFound, NoCapacity
-from sllm_actor.loader.ssd_journal import ChunkPlace
+from sllm_actor.loader.chunk_place import ChunkPlace
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.ssd_quota import SsdLease
 from sllm_actor.loader.ssd_tier import SsdTier

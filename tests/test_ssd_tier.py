@@ -48,7 +48,7 @@ from sllm_actor.errors import (
     TargetBusy,
     TargetInvalid,
 )
-from sllm_actor.loader.ssd_journal import ChunkPlace
+from sllm_actor.loader.chunk_place import ChunkPlace
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.ssd_record import PlannedFile
 from sllm_actor.loader.ssd_tier import SsdTier

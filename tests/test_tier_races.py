@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 from checkpoints import folder_of
+from houses import WEIGHTS, House, house
+from houses import origin as origin
+from houses import stock as stock
 from loaders import CHUNK, LIMIT_S, until
 from scripted_source import ScriptedSource
-from test_tiers import WEIGHTS, House, house
-from test_tiers import origin as origin
-from test_tiers import stock as stock
 
 from sllm_actor.checkpoint.convert import convert
 from sllm_actor.errors import NoCapacity, SourceInvalid, WriteFailed
@@ -268,7 +268,7 @@ async def test_what_a_killed_process_left_of_a_card_is_removed(origin: Path) -> 
 
 async def test_a_pool_too_full_says_so(origin: Path) -> None:
     async with house(origin, chunks=20) as node:
-        reserved = await node.tiers.loader.reserve(node.card.checkpoint, {})
+        reserved = await node.tiers.loader.reserve(node.card.checkpoint)
         with pytest.raises(NoCapacity):
             await node.lease()
         reserved.abandon()

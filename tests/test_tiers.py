@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from checkpoints import folder_of
-from loaders import CHUNK, LIMIT_S, bytes_of, descriptors, mapped_pools, until
+from houses import WEIGHTS, House, house, spoiled
+from houses import origin as origin
+from houses import stock as stock
+from loaders import CHUNK, LIMIT_S, until
 from loaders import mover as mover
-from scripted_source import Fault, ScriptedSource
+from scripted_source import ScriptedSource
 
-from sllm_actor.checkpoint.convert import convert
 from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.errors import (
     CheckpointCorrupt,
@@ -28,85 +26,8 @@ from sllm_actor.errors import (
     SourceInvalid,
     SourceUnreachable,
 )
-from sllm_actor.loader.cards import Card, Cards
-from sllm_actor.loader.lease import HostLease
-from sllm_actor.loader.loader import Loader
-from sllm_actor.loader.ssd_tier import SsdTier
-from sllm_actor.loader.tiers import Tiers
-from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.sources.source import SourceFile
-
-URL = "test://model"
-WEIGHTS = "model.safetensors"
-
-
-class House(NamedTuple):
-    """A node's tiers over one source."""
-
-    tiers: Tiers
-    source: ScriptedSource
-    card: Card
-
-    async def lease(self, **options: object) -> HostLease:
-        return await self.tiers.lease(self.card, **options)  # type: ignore[arg-type]
-
-    def bytes_of(self, lease: HostLease) -> list[bytes]:
-        return bytes_of(self.tiers.loader, lease)
-
-    def expected(self) -> list[bytes]:
-        return [(self.source.folder / file.name).read_bytes() for file in self.card.checkpoint.files]
-
-    async def stored(self) -> None:
-        """Wait until the SSD has the checkpoint whole."""
-        await until(lambda: self.tiers.is_on_ssd(self.card))
-
-
-@pytest.fixture
-def origin(tmp_path: Path) -> Path:
-    """A converted checkpoint of 17 chunks in two files, with digests."""
-    stock = folder_of(tmp_path / "stock", 10 * CHUNK + 77, 6 * CHUNK + 1)
-    convert(stock, tmp_path / "origin", chunk_bytes=CHUNK // 4)
-    return tmp_path / "origin"
-
-
-@pytest.fixture
-def stock(tmp_path: Path) -> Path:
-    """A stock checkpoint in two shards, without digests."""
-    return folder_of(tmp_path / "stock", 10 * CHUNK + 77, 6 * CHUNK + 1)
-
-
-@asynccontextmanager
-async def house(origin: Path, *, chunks: int = 40, quota_bytes: int = 10**9) -> AsyncIterator[House]:
-    """The tiers of a node whose folder is beside `origin`; leaves nothing behind."""
-    await asyncio.to_thread(gc.collect)
-    before = descriptors(), mapped_pools(), len(asyncio.all_tasks())
-    data, clock, source = origin.parent / "node", SystemClock(), ScriptedSource(origin, URL)
-    async with contextlib.AsyncExitStack() as stack:
-        loader = await Loader.open(pool_bytes=chunks * CHUNK, chunk_bytes=CHUNK, clock=clock)
-        stack.push_async_callback(loader.close)
-        ssd = await SsdTier.open(data / "ssd", quota_bytes, clock)
-        stack.push_async_callback(ssd.close)
-        tiers = Tiers(loader, ssd, Cards(data / "cards"), lambda _: source, clock, lambda: 0.0)
-        stack.push_async_callback(tiers.close)
-        yield House(tiers, source, await tiers.describe(URL))
-    await asyncio.to_thread(gc.collect)
-    assert (descriptors(), mapped_pools(), len(asyncio.all_tasks())) == before
-    assert source.under_way == 0
-
-
-def spoiled(name: str, offset: int, times: int = 10**9) -> Fault:
-    """Flip a bit of one chunk, so many times."""
-    left = times
-
-    async def spoil(file: SourceFile, at: int, into: memoryview) -> None:
-        nonlocal left
-        if (file.name, at) == (name, offset) and left:
-            left -= 1
-            into[5] ^= 1
-
-    return spoil
-
 
 # ---- up the tiers ----
 
@@ -413,7 +334,7 @@ async def test_a_copy_that_was_evicted_and_fetched_again_is_read(origin: Path) -
             assert node.bytes_of(lease) == node.expected()
             lease.release()
             # Room for another evicts it from the pool, too.
-            (await node.tiers.loader.reserve(read_folder(folder_of(origin.parent / "big", 19 * CHUNK)), {})).abandon()
+            (await node.tiers.loader.reserve(read_folder(folder_of(origin.parent / "big", 19 * CHUNK)))).abandon()
             await node.tiers.ssd.evict(node.card.model_id)
             assert not node.tiers.is_on_ssd(node.card)
 

@@ -34,7 +34,7 @@ from sllm_actor.errors import (
     TargetExists,
     WriteFailed,
 )
-from sllm_actor.loader.fetch import read_and_settle
+from sllm_actor.loader.fetch import Read, read_and_settle
 from sllm_actor.loader.suppliers import Supplier, Suppliers, list_files
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.threads import on_thread
@@ -337,7 +337,7 @@ async def _read(suppliers: Suppliers, file: SourceFile, length: int, wanted: str
             raise CheckpointCorrupt(f"{file.name}: its first {length} bytes are not what was written")
 
     if content:
-        await read_and_settle(suppliers, file.name, 0, memoryview(content), settle)
+        await read_and_settle(suppliers, [Read(file.name, 0, memoryview(content))], settle)
     return bytes(content)
 
 

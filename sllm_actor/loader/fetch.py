@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.errors import (
@@ -18,13 +19,15 @@ from sllm_actor.errors import (
     CheckpointTruncated,
     Draining,
     ReadFailed,
-    SllmError,
     TargetBusy,
     WriteFailed,
 )
+from sllm_actor.loader.chunk_place import ChunkPlace
+from sllm_actor.loader.copying import Copying
 from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.reservation import Reservation
 from sllm_actor.loader.ssd_partial import SsdPartial
+from sllm_actor.loader.storing import Storing
 from sllm_actor.loader.suppliers import Suppliers
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.tasks import TaskScope
@@ -32,63 +35,8 @@ from sllm_actor.runtime.tasks import TaskScope
 log = logging.getLogger(__name__)
 
 MAX_READS = 8
-_SSD_WRITERS = 2
 
-Chunk = tuple[int, int]
-"""The number of a file of the checkpoint, and that of a chunk in it."""
-
-
-class Storing:
-    """Chunks on their way from the pool to the SSD, in the order of their arrival.
-
-    Nobody waits for it but the memory that it reads from. What fails here costs the copy, not the load.
-    """
-
-    def __init__(self, partial: SsdPartial, reserved: Reservation) -> None:
-        self.partial = partial
-        self._reserved = reserved
-        self._arrived: deque[Chunk] = deque()
-        self._more = asyncio.Event()
-        self._complete = False
-        self.failed: SllmError | None = None
-
-    def put(self, chunk: Chunk) -> None:
-        """Write a chunk that has arrived and been checked."""
-        if self.failed is None:
-            self._arrived.append(chunk)
-            self._more.set()
-
-    def end(self, *, at_once: bool = False) -> None:
-        """Say that no more will come; `at_once`: nor are those to be written that have not been begun with."""
-        if at_once:
-            self._arrived.clear()
-        self._complete = True
-        self._more.set()
-
-    async def run(self) -> None:
-        """Write until the end, or until the disk has refused something. Not to be cancelled: `end` it."""
-        scope = TaskScope("ssd-writers")
-        writers = [scope.spawn(self._write(), f"writer-{k}") for k in range(_SSD_WRITERS)]
-        await asyncio.gather(*writers)
-        await scope.close()
-
-    async def _write(self) -> None:
-        try:
-            await self._write_all()
-        except SllmError as wrong:
-            self.failed = self.failed or wrong
-            self.end(at_once=True)
-
-    async def _write_all(self) -> None:
-        while True:
-            while not self._arrived:
-                if self._complete:
-                    return
-                self._more.clear()
-                await self._more.wait()
-            file, index = self._arrived.popleft()
-            with self._reserved.chunk(file, index) as data:
-                await self.partial.write(file, index, data)
+Views = Mapping[ChunkPlace, memoryview]
 
 
 class Fetch:
@@ -109,24 +57,35 @@ class Fetch:
         self._clock = clock
         self._on_arrived = on_arrived
         self.storing = Storing(partial, reserved) if partial is not None else None
-        self._missing = set(partial.missing()) if partial is not None else set(self._chunks())
-        self._todo = deque(self._chunks())
-        self.remote_bytes = 0
-        self.ssd_bytes = 0
-        self.device_bytes = 0
+        self._todo = deque(reserved.groups())
+        every = {chunk for group in self._todo for chunk in group}
+        self._missing: Collection[ChunkPlace] = (
+            every if partial is None else {ChunkPlace(*place) for place in partial.missing()}
+        )
+        self._copies: list[Copying] = []
+        self._arrived: list[ChunkPlace] = []
+        self._remote_bytes = 0
+        self._ssd_bytes = 0
 
-    def _chunks(self) -> list[Chunk]:
-        return [
-            (file, index) for file, placed in enumerate(self._reserved.files) for index in range(len(placed.chunks))
-        ]
+    def follow(self, copying: Copying) -> None:
+        """Have what has arrived and what will arrive copied, too, unless that is not all there any more."""
+        if self._reserved.open and not (self._reserved.goes_through and self._arrived):
+            copying.begin(self._reserved)
+            self._copies.append(copying)
+            for chunk in self._arrived:
+                copying.put(chunk)
+
+    def leave(self) -> None:
+        """Give nothing more to those who copy: the load has failed."""
+        for copying in self._copies:
+            copying.give_up()
 
     async def run(self) -> HostLease:
-        """Return the checkpoint's lease once every chunk is in the pool, and where it has targets, on its device.
+        """Return the checkpoint's lease once every chunk has been in the pool.
 
         Raises:
             SourceError, SourceInvalid: no source is left that gives what is missing.
             CheckpointCorrupt: none of them has what was written; the message names file and chunk.
-            DeviceError: a copy failed.
         """
         begun_s = self._clock.monotonic_s()
         scope = TaskScope("fetch")
@@ -139,64 +98,103 @@ class Fetch:
             raise
         await scope.close()
         report = LoadReport(
-            remote_bytes=self.remote_bytes,
-            ssd_bytes=self.ssd_bytes,
+            remote_bytes=self._remote_bytes,
+            ssd_bytes=self._ssd_bytes,
             total_bytes=self._checkpoint.size_bytes,
             duration_s=self._clock.monotonic_s() - begun_s,
-            device_bytes=self.device_bytes,
         )
         return self._reserved.commit(report)
 
     async def _read(self) -> None:
         while self._todo:
-            file, index = self._todo.popleft()
-            with self._reserved.chunk(file, index) as into:
-                if (file, index) in self._missing or not await self._from_ssd(file, index, into):
-                    await self._from_sources(file, index, into)
-                    self.remote_bytes += len(into)
-                else:
-                    self.ssd_bytes += len(into)
-                self._on_arrived(len(into))
+            group = self._todo.popleft()
+            await self._reserved.take(group)
+            with contextlib.ExitStack() as stack:
+                into = {chunk: stack.enter_context(self._reserved.chunk(chunk)) for chunk in group}
+                fresh = await self._bring(group, into)
+                sizes_bytes = {chunk: len(view) for chunk, view in into.items()}
+            for chunk, size_bytes in sizes_bytes.items():
+                self._go_on(chunk, size_bytes, is_fresh=chunk in fresh)
 
-    async def _from_ssd(self, file: int, index: int, into: memoryview) -> bool:
+    async def _bring(
+        self, group: Sequence[ChunkPlace], into: Mapping[ChunkPlace, memoryview]
+    ) -> Collection[ChunkPlace]:
+        """Fill a group of chunks; return those that did not come from the SSD."""
+        kept = [chunk for chunk in group if chunk not in self._missing and await self._from_ssd(chunk, into[chunk])]
+        fresh = [chunk for chunk in group if chunk not in kept]
+        if kept:
+            for chunk in fresh:
+                await self._suppliers.read(*self._read_of(chunk, into))
+            try:
+                await self._reserved.settle(group)
+            except CheckpointCorrupt as wrong:
+                log.warning("fetched again: %s", wrong.message)
+            else:
+                return fresh
+            for chunk in kept:
+                await self._discard(chunk)
+        reads = [self._read_of(chunk, into) for chunk in group]
+        await read_and_settle(self._suppliers, reads, lambda: self._reserved.settle(group))
+        return group
+
+    def _read_of(self, chunk: ChunkPlace, into: Views) -> Read:
+        name = self._checkpoint.files[chunk.file].name
+        return Read(name, chunk.chunk * self._reserved.chunk_bytes, into[chunk])
+
+    async def _from_ssd(self, chunk: ChunkPlace, into: memoryview) -> bool:
         """Read what an earlier fetch has stored; false where that is of no use any more."""
         assert self.storing is not None, "what is not missing has been stored"
-        partial = self.storing.partial
         try:
-            await partial.read(file, index, into)
-            self.device_bytes += await self._reserved.settle(file, index)
-            return True
+            await self.storing.partial.read(*chunk, into)
         except (CheckpointCorrupt, CheckpointTruncated, ReadFailed, WriteFailed, TargetBusy) as wrong:
-            log.warning("%s is fetched again: %s", self._checkpoint.files[file].name, wrong.message)
-        # A disk that fails costs the copy, not the load.
-        with contextlib.suppress(WriteFailed, TargetBusy, Draining):
-            await partial.discard(file, index)
+            log.warning("%s is fetched again: %s", self._checkpoint.files[chunk.file].name, wrong.message)
+        else:
+            return True
+        await self._discard(chunk)
         return False
 
-    async def _from_sources(self, file: int, index: int, into: memoryview) -> None:
-        async def settle() -> None:
-            self.device_bytes += await self._reserved.settle(file, index)
+    async def _discard(self, chunk: ChunkPlace) -> None:
+        assert self.storing is not None, "what is not missing has been stored"
+        # A disk that fails costs the copy, not the load.
+        with contextlib.suppress(WriteFailed, TargetBusy, Draining):
+            await self.storing.partial.discard(*chunk)
 
-        name = self._checkpoint.files[file].name
-        await read_and_settle(self._suppliers, name, index * self._reserved.chunk_bytes, into, settle)
-        if self.storing is not None:
-            self.storing.put((file, index))
+    def _go_on(self, chunk: ChunkPlace, size_bytes: int, *, is_fresh: bool) -> None:
+        """Give a chunk that has arrived to all who take it further."""
+        stores = is_fresh and self.storing is not None and self.storing.takes_more
+        copies = [copying for copying in self._copies if copying.takes_more]
+        self._reserved.share(chunk, stores + len(copies))
+        self._arrived.append(chunk)
+        if stores and self.storing is not None:
+            self.storing.put(chunk)
+        for copying in copies:
+            copying.put(chunk)
+        self._remote_bytes += size_bytes if is_fresh else 0
+        self._ssd_bytes += 0 if is_fresh else size_bytes
+        self._on_arrived(size_bytes)
 
 
-async def read_and_settle(
-    suppliers: Suppliers, name: str, offset: int, into: memoryview, settle: Callable[[], Awaitable[None]]
-) -> None:
-    """Read a chunk until `settle` finds it to be what was written.
+class Read(NamedTuple):
+    """Bytes of a file, by its name, and the memory that they go to."""
+
+    name: str
+    offset: int
+    into: memoryview
+
+
+async def read_and_settle(suppliers: Suppliers, reads: Sequence[Read], settle: Callable[[], Awaitable[None]]) -> None:
+    """Read these until `settle` finds them to be what was written.
 
     Raises:
         SourceError, SourceInvalid, CheckpointCorrupt: no source is left; this is what came of the last one.
     """
     while True:
-        supplier = await suppliers.read(name, offset, into)
+        given = [await suppliers.read(*read) for read in reads]
         try:
             await settle()
         except CheckpointCorrupt as wrong:
-            log.warning("%s sent something else: %s", supplier.source.url, wrong.message)
-            suppliers.blame(supplier, wrong)
+            for supplier in dict.fromkeys(given):
+                log.warning("%s sent something else: %s", supplier.source.url, wrong.message)
+                suppliers.blame(supplier, wrong)
         else:
             return

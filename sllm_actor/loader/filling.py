@@ -5,6 +5,7 @@ Concurrent orders of one checkpoint are one load. Knows nothing of engines; belo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ from sllm_actor.loader.mover import LoadStatus
 from sllm_actor.loader.order import Order
 from sllm_actor.loader.pool import HostPool
 from sllm_actor.loader.reservation import Reservation
+from sllm_actor.loader.window import Window
 from sllm_actor.units import format_bytes
 
 
@@ -126,9 +128,7 @@ class Filling:
     def _begin_window(self, order: Order) -> Load:
         """Load through a few chunks that are free again after."""
         self._loads.check_room()
-        count = min(self._window_chunks, self._memory.obtainable_chunks)
-        self._memory.make_room(count)
-        window = self._pool.take(count)
+        window = self._take_window(self._window_chunks)
 
         def whole(status: LoadStatus) -> Grant:
             self._pool.give_back(window)
@@ -137,33 +137,44 @@ class Filling:
         return self._loads.begin(
             lambda: order.plan((), window),
             files=(),
-            chunks=count,
+            chunks=len(window),
             whole=whole,
             undo=lambda _: self._pool.give_back(window),
         )
 
-    async def reserve(self, order: Order, memory: memoryview) -> Reservation:
+    async def reserve(self, order: Order, memory: memoryview, window_chunks: int) -> Reservation:
         """Take room that the caller fills; `memory` is the whole pool's.
 
         Raises:
-            ModelTooLarge, NoCapacity, Draining: as `obtain` does.
+            ModelTooLarge, NoCapacity, AlreadyThere, Draining: as `Loader.reserve` says.
         """
-        needed = self._needed(order)
+        needed = self._chunks_of(order) if window_chunks else self._needed(order)
+        at_least = max(1, -(-order.checkpoint.digest_bytes // self._pool.chunk_bytes))
+        if window_chunks and at_least > self._pool.chunks:
+            raise ModelTooLarge(
+                f"each digest of {order.checkpoint.path} covers {self._bytes(at_least)} and the host pool has "
+                f"{self._bytes(self._pool.chunks)}"
+            )
         while not self._loads.closing and self._memory.obtainable_chunks < needed:
             if self._memory.obtainable_chunks + self._loads.abandoned_chunks() < needed:
-                self._refuse(order, needed)
+                if window_chunks and self._memory.obtainable_chunks >= at_least:
+                    return self._reserve_window(order, memory, max(window_chunks, 2 * at_least))
+                self._refuse(order, at_least if window_chunks else needed)
             await self._loads.until_one_ends()
         if self._loads.closing:
             raise Draining("the loader is closing")
         if self._memory.find(order.key) is not None:
             raise AlreadyThere(f"{order.checkpoint.path} is in the host pool already")
         self._memory.make_room(needed)
+        return self._reserve_whole(order, memory)
+
+    def _reserve_whole(self, order: Order, memory: memoryview) -> Reservation:
         files = self._take(order)
 
-        def commit(report: LoadReport) -> HostLease:
+        def commit(report: LoadReport) -> Callable[[str], HostLease]:
             held = self._memory.hold(order.key, files, order.checkpoint.size_bytes)
             held.verified = order.checks
-            return self._memory.grant(held, report, LOAD)
+            return partial(self._memory.grant, held, report)
 
         give_back = partial(self._memory.give_back, files)
         reserved = Reservation(order, files, memory, self._pool.chunk_bytes, self._loads, commit, give_back)
@@ -174,14 +185,40 @@ class Filling:
             raise
         return reserved
 
+    def _reserve_window(self, order: Order, memory: memoryview, chunks: int) -> Reservation:
+        window = self._take_window(chunks)
+
+        def commit(report: LoadReport) -> Callable[[str], HostLease]:
+            return lambda _: HostLease((), report, lambda: None)
+
+        give_back = partial(self._pool.give_back, window)
+        return Reservation(order, Window(window), memory, self._pool.chunk_bytes, self._loads, commit, give_back)
+
+    def _take_window(self, chunks: int) -> tuple[int, ...]:
+        """Take so many chunks, or as many as can be had."""
+        count = min(chunks, self._memory.obtainable_chunks)
+        self._memory.make_room(count)
+        return self._pool.take(count)
+
     def _take(self, order: Order) -> tuple[HostFile, ...]:
         return tuple(
             HostFile(file.name, file.size_bytes, self._memory.take(file.size_bytes)) for file in order.checkpoint.files
         )
 
+    def check_fits(self, order: Order) -> None:
+        """See that the pool is large enough.
+
+        Raises:
+            ModelTooLarge: it is not; the message has both sizes.
+        """
+        self._needed(order)
+
+    def _chunks_of(self, order: Order) -> int:
+        return sum(self._pool.chunks_for(file.size_bytes) for file in order.checkpoint.files)
+
     def _needed(self, order: Order) -> int:
         """Count the chunks; only what goes on to a device may need more than the pool has."""
-        needed = sum(self._pool.chunks_for(file.size_bytes) for file in order.checkpoint.files)
+        needed = self._chunks_of(order)
         if needed > self._pool.chunks and not order.targets:
             raise ModelTooLarge(
                 f"{order.checkpoint.path} takes {self._bytes(needed)} of host memory and the host pool has "

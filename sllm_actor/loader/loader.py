@@ -14,12 +14,7 @@ from typing import Self
 import msgspec
 
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.errors import (
-    ConfigInvalid,
-    Draining,
-    InvalidInput,
-    ModelNotFound,
-)
+from sllm_actor.errors import ConfigInvalid, Draining, InvalidInput, ModelNotFound
 from sllm_actor.loader.choice import use_native
 from sllm_actor.loader.device import Device
 from sllm_actor.loader.filling import Filling
@@ -29,7 +24,7 @@ from sllm_actor.loader.lease import DeviceTarget, HostLease, LoadReport, Residen
 from sllm_actor.loader.loads import Loads, OnProgress, OnReading
 from sllm_actor.loader.mover import ByteMover, MoverOptions, Paths, SlabFacts
 from sllm_actor.loader.native import NativeMover
-from sllm_actor.loader.order import OnPlaced, Order, bytes_in_page_cache, files_in_place, key_of
+from sllm_actor.loader.order import OnPlaced, Order, bytes_in_page_cache, check_targets, files_in_place, key_of
 from sllm_actor.loader.pool import HostPool
 from sllm_actor.loader.portable import PortableMover
 from sllm_actor.loader.reservation import PoolMemory, Reservation
@@ -214,17 +209,7 @@ class Loader:
             DeviceError: the device has no room, or refused or lost a copy.
             NoCapacity, CheckpointChanged, CheckpointCorrupt, ReadFailed, Draining: as `lease` does.
         """
-        if not targets:
-            raise InvalidInput(f"{checkpoint.path}: no file is to be loaded")
-        sizes = {file.name: file.size_bytes for file in checkpoint.files}
-        for name, target in targets.items():
-            if name not in sizes:
-                raise InvalidInput(f"{checkpoint.path} has no file {name}")
-            if not 0 <= target.offset <= target.buffer.size_bytes - sizes[name]:
-                raise InvalidInput(
-                    f"{name} of {sizes[name]} bytes does not fit at {target.offset} of a device buffer of "
-                    f"{target.buffer.size_bytes}"
-                )
+        check_targets(checkpoint, targets)
         order = Order(checkpoint, targets, priority, verify, None, on_progress)
         self._check(order)
         return await self._filling.obtain(order)
@@ -282,18 +267,31 @@ class Loader:
             return None
         return self._memory.grant(held, LoadReport(pool_bytes=held.size_bytes, total_bytes=held.size_bytes), who)
 
+    def check_fits(self, checkpoint: Checkpoint) -> None:
+        """See that the pool is large enough for a checkpoint, whatever is in it now.
+
+        Raises:
+            ModelTooLarge: it is not; the message has both sizes.
+        """
+        self._filling.check_fits(Order(checkpoint, {}, 0, False, None, None))
+
     async def reserve(
-        self, checkpoint: Checkpoint, targets: Mapping[str, DeviceTarget], *, on_placed: OnPlaced | None = None
+        self, checkpoint: Checkpoint, *, on_placed: OnPlaced | None = None, window_chunks: int = 0
     ) -> Reservation:
         """Take room for every file of `checkpoint`, which the caller fills; it must not be in the pool already.
 
+        Where there is no room for the whole, and `window_chunks` is not 0, it only goes through about so many.
+
         Raises:
-            ModelTooLarge, NoCapacity, Draining: as `lease` does.
+            ModelTooLarge, NoCapacity, Draining: as `lease` does; through a window, no model is too large.
+            AlreadyThere: it is in the pool.
             ConfigInvalid: its digests can't be compared in chunks of this pool.
         """
-        order = Order(checkpoint, targets, 0, checkpoint.digest_bytes > 0, on_placed, None)
-        self._check(order)
-        return await self._filling.reserve(order, await self._pool_memory.open())
+        order = Order(checkpoint, {}, 0, checkpoint.digest_bytes > 0, on_placed, None)
+        self._check_open()
+        if order.checks and checkpoint.digest_bytes % self.chunk_bytes:
+            self._check(order)
+        return await self._filling.reserve(order, await self._pool_memory.open(), window_chunks)
 
     async def close(self) -> None:
         """End every load, the threads and the pool. What engines have mapped stays theirs."""

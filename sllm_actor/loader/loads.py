@@ -71,6 +71,11 @@ class Loads:
         if len(self._running) >= self._max_loads:
             raise NoCapacity(f"{len(self._running)} loads run, which is as many as may")
 
+    async def until_few(self) -> None:
+        """Wait until at most half of the loads that may run do so: small ones of a larger whole leave others room."""
+        while not self.closing and len(self._running) > self._max_loads // 2:
+            await self.until_one_ends()
+
     def begin(
         self,
         make_plan: Callable[[], LoadPlan],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from sllm_actor.checkpoint.folder import Checkpoint, WeightFile
+from sllm_actor.errors import InvalidInput
 from sllm_actor.loader.host_memory import Key
 from sllm_actor.loader.lease import DeviceTarget, LoadReport
 from sllm_actor.loader.loads import OnProgress
@@ -82,6 +83,25 @@ def key_of(checkpoint: Checkpoint) -> Key:
     if checkpoint.identity:
         return Key(checkpoint.fingerprint, checkpoint.identity, ())
     return Key(checkpoint.fingerprint, str(checkpoint.path), tuple(file.inode for file in checkpoint.files))
+
+
+def check_targets(checkpoint: Checkpoint, targets: Mapping[str, DeviceTarget]) -> None:
+    """See that files of a checkpoint are to go where there is room for them.
+
+    Raises:
+        InvalidInput: there is no target, one names no file, or one is too small.
+    """
+    if not targets:
+        raise InvalidInput(f"{checkpoint.path}: no file is to be loaded")
+    sizes = {file.name: file.size_bytes for file in checkpoint.files}
+    for name, target in targets.items():
+        if name not in sizes:
+            raise InvalidInput(f"{checkpoint.path} has no file {name}")
+        if not 0 <= target.offset <= target.buffer.size_bytes - sizes[name]:
+            raise InvalidInput(
+                f"{name} of {sizes[name]} bytes does not fit at {target.offset} of a device buffer of "
+                f"{target.buffer.size_bytes}"
+            )
 
 
 def bytes_in_page_cache(checkpoint: Checkpoint) -> int:

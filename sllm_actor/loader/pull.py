@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable
 
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.loader.fetch import Chunk, read_and_settle
+from sllm_actor.loader.chunk_place import ChunkPlace
+from sllm_actor.loader.fetch import Read, read_and_settle
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.suppliers import Suppliers
 from sllm_actor.runtime.tasks import TaskScope
@@ -32,7 +33,7 @@ class Pull:
         self._partial = partial
         self._chunk_bytes = chunk_bytes
         self._on_arrived = on_arrived
-        self._todo: deque[Chunk] = deque(partial.missing())
+        self._todo: deque[ChunkPlace] = deque(partial.missing())
 
     async def run(self) -> None:
         """Return when every chunk is stored.
@@ -63,4 +64,4 @@ class Pull:
             await self._partial.write(file, index, into)
 
         name = self._checkpoint.files[file].name
-        await read_and_settle(self._suppliers, name, index * self._chunk_bytes, into, settle)
+        await read_and_settle(self._suppliers, [Read(name, index * self._chunk_bytes, into)], settle)

@@ -9,22 +9,24 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+
+import msgspec
 
 from sllm_actor.errors import CheckpointCorrupt, Draining, SllmError
 from sllm_actor.loader.cards import Card
-from sllm_actor.loader.fetch import Fetch, Storing
-from sllm_actor.loader.holder import COPY
+from sllm_actor.loader.fetch import MAX_READS, Fetch
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.load_queue import LoadQueue, Turn
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.loads import OnProgress
-from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.meter import Meter
-from sllm_actor.loader.order import OnPlaced
+from sllm_actor.loader.order import Order
 from sllm_actor.loader.reservation import Reservation
+from sllm_actor.loader.shared_load import SharedLoad, Waiter
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.ssd_tier import SsdTier
+from sllm_actor.loader.storing import Storing
 from sllm_actor.loader.suppliers import Supplier, Suppliers
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.tasks import TaskScope
@@ -33,52 +35,12 @@ from sllm_actor.sources.source import Source
 
 log = logging.getLogger(__name__)
 
+# What a checkpoint goes through where the pool has no room for it: chunks that arrive, and as many that go on.
+_WINDOW_CHUNKS = 2 * MAX_READS
+
 OpenSource = Callable[[str], Source]
 Mirrors = Callable[[str], Sequence[str]]
 """Where else a model may be, by its id: URLs of places that are asked beside its own source."""
-
-
-class _Running:
-    """A load under way, and those who wait for it."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-        self.arrived_bytes = 0
-        self.waiters = 0
-        self.abandoned = False
-        self.files: tuple[HostFile, ...] | None = None
-        self.on_placed: list[OnPlaced] = []
-        self.on_progress: list[OnProgress] = []
-        self.task: asyncio.Task[HostLease | None]
-
-    def placed(self, files: tuple[HostFile, ...]) -> None:
-        self.files = files
-        for tell in self.on_placed:
-            try:
-                tell(files)
-            except SllmError as wrong:
-                # The engine of one who waits has died, which he will hear of; the load is not his alone.
-                log.warning("an engine can't be told where its weights will lie: %s", wrong)
-
-    def arrived(self, size_bytes: int) -> None:
-        self.arrived_bytes += size_bytes
-        for tell in self.on_progress:
-            # On its own turn of the loop, so that its failure is not ours.
-            asyncio.get_running_loop().call_soon(tell, self.arrived_bytes, self.size_bytes)
-
-    def forget(self, on_placed: OnPlaced | None, on_progress: OnProgress | None) -> None:
-        if on_placed in self.on_placed:
-            self.on_placed.remove(on_placed)
-        if on_progress in self.on_progress:
-            self.on_progress.remove(on_progress)
-
-    def watch(self, on_placed: OnPlaced | None, on_progress: OnProgress | None) -> None:
-        if on_placed is not None:
-            self.on_placed.append(on_placed)
-            if self.files is not None:
-                on_placed(self.files)
-        if on_progress is not None:
-            self.on_progress.append(on_progress)
 
 
 class RemoteLoads:
@@ -93,8 +55,10 @@ class RemoteLoads:
         clock: Clock,
         chance: Callable[[], float],
         mirrors: Mirrors,
+        pressing: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._mirrors = mirrors
+        self._pressing = pressing
         self._loader = loader
         self._ssd = ssd
         self._open_source = open_source
@@ -103,7 +67,7 @@ class RemoteLoads:
         self._chance = chance
         self._scope = TaskScope("remote-loads")
         self._writers = TaskScope("remote-loads/writers")
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, SharedLoad] = {}
         self._closed = False
         # Ends a pull of an identity, for a load that goes on with what it has stored.
         self.take_over: Callable[[str], Awaitable[None]] | None = None
@@ -114,8 +78,8 @@ class RemoteLoads:
 
     def progress(self, identity: str) -> tuple[int, int] | None:
         """Tell how many bytes of a checkpoint have arrived, and of how many; None where none is on its way."""
-        running = self._running.get(identity)
-        return None if running is None else (running.arrived_bytes, running.size_bytes)
+        load = self._running.get(identity)
+        return None if load is None else (load.arrived_bytes, load.size_bytes)
 
     def copies(self) -> list[asyncio.Task[None]]:
         """List the copies that are being written to the SSD from the pool, which holds their bytes until then."""
@@ -134,89 +98,112 @@ class RemoteLoads:
         self, card: Card, on_progress: OnProgress | None
     ) -> tuple[asyncio.Task[HostLease | None] | None, asyncio.Task[None] | None]:
         """Give the load of a checkpoint, and the writing of its copy to the SSD, as far as there is one."""
-        running = self._running.get(card.checkpoint.identity)
-        if running is not None and on_progress is not None:
-            running.on_progress.append(on_progress)
-        return (None if running is None else running.task), self._copies.get(card.checkpoint.identity)
+        load = self._running.get(card.checkpoint.identity)
+        if load is not None and on_progress is not None:
+            load.watch(on_progress)
+        return (None if load is None else load.task), self._copies.get(card.checkpoint.identity)
 
-    async def lease(
-        self, card: Card, *, priority: int, on_placed: OnPlaced | None, on_progress: OnProgress | None
-    ) -> HostLease | None:
-        """Bring the checkpoint of `card` into the pool from its sources; None where a higher tier has it by now.
+    async def lease(self, card: Card, order: Order) -> HostLease | None:
+        """Bring the checkpoint of `card` into the pool from its sources, and to the targets of `order`.
+
+        Where there are targets, and the pool has no room for the whole, its bytes only go through, as with
+        `Loader.load_to_device`. None: it could not share what is there by now, in a higher tier or on its way, or
+        that was not for it; it is to be asked for again.
 
         Raises:
             SourceError, SourceInvalid, CheckpointCorrupt: no source gives it.
+            DeviceError: a copy to one of the targets failed.
             ModelTooLarge, NoCapacity, Draining: as `Loader.lease` does.
         """
-        running = await self._join(card, priority)
-        running.waiters += 1
+        if not order.targets:
+            self._loader.check_fits(card.checkpoint)
+        load = await self._join(card, order.priority)
+        waiter = load.join(order)
         try:
-            running.watch(on_placed, on_progress)
-            lease = await asyncio.shield(running.task)
-            mine = self._loader.lease_resident(card.checkpoint) if lease is not None else None
-            if lease is None or mine is None:
-                return None
-            return HostLease(mine.files, lease.report, mine.release, mine.holder)
-        except asyncio.CancelledError:
-            if running.task.cancelled() and not is_cancelled():
-                raise Draining("the loader is closing") from None
-            raise
+            await load.wait(waiter)
+            return self._granted(card, load, waiter)
         finally:
-            running.forget(on_placed, on_progress)
-            running.waiters -= 1
-            if not running.waiters:
-                _leave(running)
+            try:
+                if waiter.copying is not None:
+                    await waiter.copying.close()
+            finally:
+                load.leave(waiter)
 
-    async def _join(self, card: Card, priority: int) -> _Running:
+    def _granted(self, card: Card, load: SharedLoad, waiter: Waiter) -> HostLease | None:
+        copied_bytes = 0
+        if load.task.done():
+            if load.task.cancelled():
+                if load.abandoned:  # It went through to the devices of others, who have left.
+                    return None
+                raise Draining("the loader is closing")
+            if load.task.result() is None:
+                return None
+        if waiter.copying is not None:
+            if not waiter.is_copied_to:
+                return None
+            copied_bytes = waiter.copying.done.result()
+        lease = load.task.result()
+        assert lease is not None
+        report = msgspec.structs.replace(lease.report, device_bytes=copied_bytes)
+        if not lease.files:
+            return HostLease((), report, lambda: None) if copied_bytes else None
+        mine = self._loader.lease_resident(card.checkpoint)
+        return None if mine is None else HostLease(mine.files, report, mine.release, mine.holder)
+
+    async def _join(self, card: Card, priority: int) -> SharedLoad:
         identity = card.checkpoint.identity
         if self._closed:
             raise Draining("the loader is closing")
-        while (running := self._running.get(identity)) is not None:
-            if not running.abandoned:
-                return running
-            await asyncio.wait([running.task])
-        running = self._running[identity] = _Running(card.checkpoint.size_bytes)
-        work = self._load(card, running, priority)
-        running.task = self._scope.spawn(work, f"load-{identity[:12]}", on_failure=lambda _: None)
-        running.task.add_done_callback(lambda _: self._running.pop(identity, None))
-        return running
+        while (load := self._running.get(identity)) is not None:
+            if not load.abandoned:
+                return load
+            await asyncio.wait([load.task])
+        load = self._running[identity] = SharedLoad(card.checkpoint.size_bytes)
+        work = self._load(card, load, priority)
+        load.start(self._scope.spawn(work, f"load-{identity[:12]}", on_failure=lambda _: None))
+        load.task.add_done_callback(lambda _: self._running.pop(identity, None))
+        return load
 
-    async def _load(self, card: Card, running: _Running, priority: int) -> HostLease | None:
+    async def _load(self, card: Card, load: SharedLoad, priority: int) -> HostLease | None:
         lease: HostLease | None = None
         try:
             async with (
-                self._queue.turn(card.checkpoint.size_bytes, priority, lambda: running.arrived(0)) as turn,
+                self._queue.turn(card.checkpoint.size_bytes, priority, lambda: load.arrived(0)) as turn,
                 self.suppliers(card) as suppliers,
             ):
                 await self._end_others(card)
                 # It has waited: a pull, or another name's load, may have been through.
                 if not self.is_stored(card) and not self._loader.holds(card.checkpoint):
-                    lease = await self._fetch(card, running, suppliers, turn)
+                    lease = await self._fetch(card, load, suppliers, turn)
         except BaseException:
             if lease is not None:
                 lease.release()
             raise
         return lease
 
-    async def _fetch(self, card: Card, running: _Running, suppliers: Suppliers, turn: Turn) -> HostLease:
+    async def _fetch(self, card: Card, load: SharedLoad, suppliers: Suppliers, turn: Turn) -> HostLease:
         partial = await self._take_partial(card)
         storing: Storing | None = None
         writing: asyncio.Task[None] | None = None
         try:
-            reserved = await self._loader.reserve(card.checkpoint, {}, on_placed=running.placed)
+            window_chunks = _WINDOW_CHUNKS if load.wants_devices else 0
+            reserved = await self._loader.reserve(card.checkpoint, on_placed=load.placed, window_chunks=window_chunks)
         except BaseException:
             if partial is not None:
                 await partial.pause()
             raise
+        fetch = Fetch(card.checkpoint, reserved, suppliers, partial, self._clock, _both(load.arrived, turn))
         try:
-            fetch = Fetch(card.checkpoint, reserved, suppliers, partial, self._clock, _both(running.arrived, turn))
+            load.fetching(fetch, goes_through=reserved.goes_through)
             storing = fetch.storing
             if storing is not None:
                 writing = self._writers.spawn(storing.run(), "store")
-            with self.meter.running():
+            # What goes through a window is held up where the SSD is.
+            with self.meter.running(), self._pressing() if reserved.goes_through else nullcontext():
                 lease = await fetch.run()
             self.meter.add(lease.report.remote_bytes)
         except BaseException:
+            fetch.leave()
             if storing is not None and writing is not None:
                 await _stop(storing, writing)
             reserved.abandon()
@@ -252,8 +239,6 @@ class RemoteLoads:
 
     def _keep(self, card: Card, storing: Storing, writing: asyncio.Task[None], reserved: Reservation) -> None:
         """Finish the SSD's copy from the pool, which holds the bytes until then."""
-        held = self._loader.lease_resident(card.checkpoint, COPY)
-        assert held is not None, "it has just been committed"
         identity = card.checkpoint.identity
         copy = self._scope.spawn(self._finish(card, storing, writing), f"copy-{identity[:12]}")
         self._copies[identity] = copy
@@ -261,7 +246,6 @@ class RemoteLoads:
         def done(_: asyncio.Task[None]) -> None:
             del self._copies[identity]
             reserved.forget()
-            held.release()
 
         copy.add_done_callback(done)
 
@@ -300,8 +284,8 @@ class RemoteLoads:
             source = self._open_source(card.url)
             stack.push_async_callback(source.close)
             suppliers = Suppliers([Supplier(source, card.files)], self._clock, self._chance)
-            # Bytes of several sources are put together only where digests tell what they should be.
-            for url in self._mirrors(card.model_id) if card.checkpoint.digest_bytes else ():
+            # Bytes of several sources are put together only where digests tell of each chunk what it should be.
+            for url in self._mirrors(card.model_id) if 0 < card.checkpoint.digest_bytes <= self.chunk_bytes else ():
                 mirror = self._open_source(url)
                 stack.push_async_callback(mirror.close)
                 scope.spawn(_add_mirror(suppliers, mirror, card), "list")
@@ -350,14 +334,3 @@ def is_cancelled() -> bool:
     """Tell whether it is the caller itself that was cancelled, and not what it waits for."""
     current = asyncio.current_task()
     return current is not None and current.cancelling() > 0
-
-
-def _leave(running: _Running) -> None:
-    """End a load that nobody waits for, or give back what it has brought."""
-    running.abandoned = True
-    if not running.task.done():
-        running.task.cancel()
-    elif not running.task.cancelled() and running.task.exception() is None:
-        lease = running.task.result()
-        if lease is not None:
-            lease.release()

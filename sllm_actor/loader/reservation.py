@@ -1,7 +1,7 @@
 """Room in the host pool that whoever reserved it fills, chunk by chunk, in any order and from anywhere.
 
 The loader reads files by itself; what comes through a network is read by others, into chunks that are reserved here.
-Each is then checked and copied on to devices by the byte mover, as one that it has read.
+Each is then checked, and copied on to devices, by the byte mover, as one that it has read.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-from sllm_actor.checkpoint.digests import DIGEST_BYTES
+from sllm_actor.checkpoint.digests import DIGEST_BYTES, ChunkDigests, chunk_count
 from sllm_actor.errors import CheckpointCorrupt, Draining
-from sllm_actor.loader.lease import HostLease, LoadReport
+from sllm_actor.loader.chunk_place import ChunkPlace
+from sllm_actor.loader.holder import COPY, LOAD
+from sllm_actor.loader.lease import DeviceTarget, HostLease, LoadReport
 from sllm_actor.loader.loads import Grant, Loads
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.mover import FilePlan, LoadPlan, LoadStatus
 from sllm_actor.loader.order import Order
+from sllm_actor.loader.window import Window
+from sllm_actor.runtime.threads import on_thread
 
-Commit = Callable[[LoadReport], HostLease]
+Commit = Callable[[LoadReport], Callable[[str], HostLease]]
+"""Note that the checkpoint is in the pool; what it returns leases it for somebody."""
 
 
 class PoolMemory:
@@ -58,116 +63,205 @@ class PoolMemory:
 
 
 class Reservation:
-    """Chunks for every file of a checkpoint, empty at first. Ends with `commit` or `abandon`, once."""
+    """Room for a checkpoint, empty at first: a chunk for each of its own, or a window that all of them go through.
+
+    Ends with `commit` or `abandon`, once. Who reads the chunks after `commit` says so by `use` and `forget`; who made
+    the reservation is the first of them.
+    """
 
     def __init__(
         self,
         order: Order,
-        files: tuple[HostFile, ...],
+        room: tuple[HostFile, ...] | Window,
         memory: memoryview,
         chunk_bytes: int,
         loads: Loads,
         commit: Commit,
         give_back: Callable[[], None],
     ) -> None:
-        self.files = files
         self.chunk_bytes = chunk_bytes
+        self._room = room
         self._checkpoint = order.checkpoint
         self._memory = memory
         self._loads = loads
-        self._targets = order.targets
         self._commit = commit
         self._give_back = give_back
+        self._users = 1
         self._under_way = 0
         self._ended = False
 
-    def chunk(self, file: int, index: int) -> memoryview:
-        """Give the memory of chunk `index` of the file of number `file`: as many bytes as the file has there.
+    @property
+    def goes_through(self) -> bool:
+        """Whether the checkpoint only goes through: nothing of it is in the pool at the end."""
+        return isinstance(self._room, Window)
 
-        After `commit` it is the lease that keeps them there, and they are only read.
+    @property
+    def open(self) -> bool:
+        """Whether it is neither committed nor abandoned."""
+        return not self._ended
+
+    def groups(self) -> Iterator[tuple[ChunkPlace, ...]]:
+        """Give all chunks, together those that one digest covers: they are filled and settled together."""
+        span = max(1, self._checkpoint.digest_bytes // self.chunk_bytes)
+        for number, file in enumerate(self._checkpoint.files):
+            count = chunk_count(file.size_bytes, self.chunk_bytes)
+            for first in range(0, count, span):
+                yield tuple(ChunkPlace(number, index) for index in range(first, min(first + span, count)))
+
+    async def take(self, group: Sequence[ChunkPlace]) -> None:
+        """Wait for room for a group of chunks: of a window, they have it until all those who share them have left."""
+        if isinstance(self._room, Window):
+            await self._room.take(group)
+
+    def share(self, chunk: ChunkPlace, users: int) -> None:
+        """Say how many need a settled chunk, each until it calls `leave`."""
+        if isinstance(self._room, Window):
+            self._room.share(chunk, users)
+
+    def leave(self, chunk: ChunkPlace) -> None:
+        """Say that one who needed a chunk is done with it."""
+        if isinstance(self._room, Window):
+            self._room.leave(chunk)
+
+    def chunk(self, chunk: ChunkPlace) -> memoryview:
+        """Give a chunk's memory: as many bytes as its file has there.
+
+        After `commit` it is only read.
         """
-        begin = self.files[file].chunks[index] * self.chunk_bytes
-        return self._memory[begin : begin + self._length(file, index)]
+        begin = self._slot(chunk) * self.chunk_bytes
+        return self._memory[begin : begin + self._length(chunk)]
 
-    def _length(self, file: int, index: int) -> int:
-        return min(self.chunk_bytes, self.files[file].size_bytes - index * self.chunk_bytes)
+    def _slot(self, chunk: ChunkPlace) -> int:
+        if isinstance(self._room, Window):
+            return self._room.slot(chunk)
+        return self._room[chunk.file].chunks[chunk.chunk]
 
-    async def settle(self, file: int, index: int) -> int:
-        """Compare a chunk that has been filled with its digests and copy it on; return the bytes that were copied.
+    def _length(self, chunk: ChunkPlace) -> int:
+        return min(self.chunk_bytes, self._checkpoint.files[chunk.file].size_bytes - chunk.chunk * self.chunk_bytes)
+
+    async def settle(self, group: Sequence[ChunkPlace]) -> None:
+        """Compare a group of chunks that have been filled with their digests, where there are any.
 
         Raises:
-            CheckpointCorrupt: it is not what it should be; it can be filled again. The message names file and chunk.
-            DeviceError: the copy failed.
+            CheckpointCorrupt: they are not what they should be, and can be filled again; the message names file and
+                chunks.
         """
-        described = self._checkpoint.files[file]
-        target = self._targets.get(described.name)
-        digests = self._digests(file, index)
-        if target is None and not digests:
-            return 0
-        at = index * self.chunk_bytes
-        plan = LoadPlan(
-            files=(
-                FilePlan(
-                    path=str(self._checkpoint.path / described.name),
-                    size_bytes=self._length(file, index),
-                    mtime_ns=0,
-                    inode=0,
-                    chunks=(self.files[file].chunks[index],),
-                    digests=digests,
-                    target=None if target is None else target.buffer.target,
-                    target_offset=0 if target is None else target.offset + at,
-                ),
-            ),
-            resident=True,
-            digest_bytes=self._checkpoint.digest_bytes if digests else 0,
-        )
-        self._under_way += 1
-        load = self._loads.begin(lambda: plan, files=(), chunks=0, whole=self._settled, undo=self._unsettled)
-        try:
-            lease = await self._loads.wait(load, None)
-        except CheckpointCorrupt:
+        digests = self._digests(group)
+        if not digests:
+            return
+        if len(group) > 1 or self._checkpoint.digest_bytes > self.chunk_bytes:
+            right = await on_thread(self._has_digest, group, digests)
+        else:
+            right = await self._check(group[0], digests)
+        if not right:
+            first, at = group[0], group[0].chunk * self.chunk_bytes
+            chunks = f"chunk {first.chunk}" if len(group) == 1 else f"chunks {first.chunk} to {group[-1].chunk}"
             raise CheckpointCorrupt(
-                f"{described.name} of {self._checkpoint.path}: chunk {index}, of {plan.files[0].size_bytes} bytes from "
-                f"byte {at} on, is not what was written"
-            ) from None
-        return lease.report.device_bytes
+                f"{self._checkpoint.files[first.file].name} of {self._checkpoint.path}: {chunks}, of "
+                f"{sum(map(self._length, group))} bytes from byte {at} on, is not what was written"
+            )
 
-    def _digests(self, file: int, index: int) -> bytes:
-        digests, digest_bytes = self._checkpoint.files[file].digests, self._checkpoint.digest_bytes
+    async def _check(self, chunk: ChunkPlace, digests: bytes) -> bool:
+        try:
+            await self._move(chunk, digests=digests)
+        except CheckpointCorrupt:
+            return False
+        return True
+
+    def _has_digest(self, group: Sequence[ChunkPlace], expected: bytes) -> bool:
+        found = ChunkDigests(self._checkpoint.digest_bytes)
+        for chunk in group:
+            with self.chunk(chunk) as data:
+                found.update(data)
+        return b"".join(found.finish()) == expected
+
+    def _digests(self, group: Sequence[ChunkPlace]) -> bytes:
+        digests, digest_bytes = self._checkpoint.files[group[0].file].digests, self._checkpoint.digest_bytes
         if not digests:
             return b""
-        per_chunk = self.chunk_bytes // digest_bytes * DIGEST_BYTES
-        return digests[index * per_chunk : (index + 1) * per_chunk]
+        begin = group[0].chunk * self.chunk_bytes // digest_bytes
+        end = chunk_count((group[-1].chunk + 1) * self.chunk_bytes, digest_bytes)
+        return digests[begin * DIGEST_BYTES : end * DIGEST_BYTES]
 
-    def _settled(self, status: LoadStatus) -> Grant:
-        self._end_one()
-        return lambda: HostLease((), LoadReport(device_bytes=status.device_bytes), lambda: None)
+    async def copy(self, chunk: ChunkPlace, target: DeviceTarget, priority: int) -> int:
+        """Copy a settled chunk to where its file goes, and `leave` it; return how many bytes that were.
 
-    def _unsettled(self, _: LoadStatus | None) -> None:
-        self._end_one()
+        Raises:
+            DeviceError: the copy failed.
+            ConfigInvalid: the byte mover has no devices.
+        """
+        return (await self._move(chunk, target=target, priority=priority)).report.device_bytes
 
-    def _end_one(self) -> None:
-        self._under_way -= 1
-        self._leave_if_quiet()
+    async def _move(
+        self, chunk: ChunkPlace, *, digests: bytes = b"", target: DeviceTarget | None = None, priority: int = 0
+    ) -> HostLease:
+        """Have the mover look at one chunk. Until it has ended, however that is, the chunk stays where it is."""
+        described = self._checkpoint.files[chunk.file]
+
+        def plan() -> LoadPlan:
+            file = FilePlan(
+                path=str(self._checkpoint.path / described.name),
+                size_bytes=self._length(chunk),
+                mtime_ns=0,
+                inode=0,
+                chunks=(self._slot(chunk),),
+                digests=digests,
+                target=None if target is None else target.buffer.target,
+                target_offset=0 if target is None else target.offset + chunk.chunk * self.chunk_bytes,
+            )
+            digest_bytes = self._checkpoint.digest_bytes if digests else 0
+            return LoadPlan((file,), priority, resident=True, digest_bytes=digest_bytes)
+
+        def ended(_: LoadStatus | None) -> None:
+            if target is not None:
+                self.leave(chunk)
+            self._under_way -= 1
+            self._leave_if_quiet()
+
+        def whole(status: LoadStatus) -> Grant:
+            ended(status)
+            return lambda: HostLease((), LoadReport(device_bytes=status.device_bytes), lambda: None)
+
+        self._under_way += 1
+        try:
+            await self._loads.until_few()
+        except BaseException:
+            ended(None)
+            raise
+        return await self._loads.wait(self._loads.begin(plan, files=(), chunks=0, whole=whole, undo=ended), None)
 
     def commit(self, report: LoadReport) -> HostLease:
-        """Say that every chunk is filled and right: the checkpoint is in the pool, and leased."""
-        assert not self._ended and not self._under_way, "chunks are still being settled"
+        """Say that every chunk was filled and right: the checkpoint is in the pool, if it has room, and leased."""
+        assert not self._ended, "it ends once"
         self._ended = True
-        return self._commit(report)
+        grant = self._commit(report)
+        if not self.goes_through:
+            self._give_back = grant(COPY).release
+        return grant(LOAD)
+
+    def use(self) -> None:
+        """Be one more of those for whom the chunks are kept after `commit`."""
+        self._users += 1
 
     def forget(self) -> None:
-        """Look at the memory no more: after `commit`, when nobody reads the chunks from here."""
-        self._memory.release()
+        """Be no more of those for whom the chunks are kept."""
+        self._users -= 1
+        self._leave_if_quiet()
 
     def abandon(self) -> None:
-        """Give the chunks back, as soon as no thread looks at them any more."""
+        """Give the chunks back, as soon as no thread looks at them any more, whoever uses them."""
         if not self._ended:
             self._ended = True
+            self._users = 0
             self._leave_if_quiet()
 
     def _leave_if_quiet(self) -> None:
-        if self._ended and not self._under_way:
+        if self._ended and self._users <= 0 and not self._under_way:
             # An error that somebody keeps would keep the pool mapped.
             self._memory.release()
-            self._give_back()
+            give_back, self._give_back = self._give_back, _nothing
+            give_back()
+
+
+def _nothing() -> None:
+    pass

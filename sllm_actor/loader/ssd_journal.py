@@ -10,26 +10,19 @@ import os
 import struct
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import xxhash
 
 from sllm_actor.checkpoint.digests import DIGEST_BYTES
 from sllm_actor.errors import ReadFailed
 from sllm_actor.loader import ssd_files
+from sllm_actor.loader.chunk_place import ChunkPlace
 
 _PLACE = struct.Struct(">II")
 _CHECK_BYTES = 8
 # Chunks that were discarded and written again take further entries; what is beyond this bound is not read.
 _MAX_ENTRIES_PER_CHUNK = 4
 _SPARE_ENTRIES = 1024
-
-
-class ChunkPlace(NamedTuple):
-    """A chunk of a partial: which file, and which chunk of it."""
-
-    file: int
-    chunk: int
 
 
 class Journal:

@@ -19,7 +19,8 @@ from sllm_actor.checkpoint.bounded import read_bounded
 from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.errors import CheckpointInvalid, ReadFailed, WriteFailed
 from sllm_actor.loader import ssd_files
-from sllm_actor.loader.ssd_journal import ChunkPlace, Journal
+from sllm_actor.loader.chunk_place import ChunkPlace
+from sllm_actor.loader.ssd_journal import Journal
 from sllm_actor.loader.ssd_quota import HeldModel, HeldPartial
 from sllm_actor.loader.ssd_record import (
     MAX_PLAN_BYTES,

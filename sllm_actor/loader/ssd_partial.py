@@ -17,14 +17,10 @@ from typing import Protocol
 
 from sllm_actor.checkpoint.digests import DIGEST_BYTES, ChunkDigests, chunk_count
 from sllm_actor.checkpoint.manifest import Manifest
-from sllm_actor.errors import (
-    AlreadyThere,
-    CheckpointCorrupt,
-    CheckpointTruncated,
-    TargetBusy,
-)
+from sllm_actor.errors import AlreadyThere, CheckpointCorrupt, CheckpointTruncated, TargetBusy
 from sllm_actor.loader import ssd_files, ssd_layout
-from sllm_actor.loader.ssd_journal import ChunkPlace, Journal
+from sllm_actor.loader.chunk_place import ChunkPlace
+from sllm_actor.loader.ssd_journal import Journal
 from sllm_actor.loader.ssd_quota import SsdEntry
 from sllm_actor.loader.ssd_record import Plan, PlannedFile, Record, make_record
 from sllm_actor.loader.ssd_work import DiskWork

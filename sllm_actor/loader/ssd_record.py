@@ -32,7 +32,7 @@ from sllm_actor.checkpoint.manifest import (
     parse_manifest,
 )
 from sllm_actor.errors import CheckpointCorrupt, CheckpointInvalid, CheckpointTruncated, ConfigInvalid, InvalidName
-from sllm_actor.loader.ssd_journal import ChunkPlace
+from sllm_actor.loader.chunk_place import ChunkPlace
 from sllm_actor.sources.source import MAX_FILES, SourceFile, is_file_name
 
 FORMAT_VERSION = 1

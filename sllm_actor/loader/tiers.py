@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from functools import partial
 
@@ -17,12 +17,12 @@ import msgspec
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.errors import CheckpointInvalid, NoCapacity, ReadFailed, SllmError
 from sllm_actor.loader.cards import Card, Cards
-from sllm_actor.loader.lease import HostLease
+from sllm_actor.loader.lease import DeviceTarget, HostLease
 from sllm_actor.loader.load_queue import LoadQueue
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mover import PathFacts
-from sllm_actor.loader.order import OnPlaced
+from sllm_actor.loader.order import OnPlaced, Order, check_targets
 from sllm_actor.loader.pulls import Pulls
 from sllm_actor.loader.remote_loads import Mirrors, OpenSource, RemoteLoads
 from sllm_actor.loader.ssd_tier import SsdTier
@@ -68,7 +68,7 @@ class Tiers:
         self._chance = chance
         self._ssd_queue = LoadQueue(SSD_LOADS, lambda: loader.paths().ssd.bytes_per_s or FIRST_SSD_BYTES_PER_S)
         self._remote_queue = LoadQueue(REMOTE_LOADS, lambda: self.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S)
-        self._remote = RemoteLoads(loader, ssd, open_source, self._remote_queue, clock, chance, mirrors)
+        self._remote = RemoteLoads(loader, ssd, open_source, self._remote_queue, clock, chance, mirrors, pressing)
         self._pulls = Pulls(self._remote, LoadQueue(PULLS, lambda: self.remote_path().bytes_per_s))
         self._remote.take_over = self._pulls.give_way
 
@@ -121,10 +121,39 @@ class Tiers:
         Raises:
             SllmError: as `Loader.lease` and, for what is not on this node, as `RemoteLoads.lease` does.
         """
+        order = Order(_checkpoint(wanted), {}, priority, verify, on_placed, on_progress)
+        return await self._obtain(wanted, order, in_place=in_place)
+
+    async def load_to_device(
+        self,
+        wanted: Checkpoint | Card,
+        targets: Mapping[str, DeviceTarget],
+        *,
+        priority: int = 0,
+        verify: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> HostLease:
+        """Have files of a checkpoint, by name, in device memory: through the host pool, and to stay there, too.
+
+        A chunk goes up as soon as it has arrived and been compared, wherever from. Where the pool has no room for the
+        whole checkpoint, its bytes only go through: the lease then has no files. While it loads, and when it fails,
+        the targets hold anything; once this has ended, they may be closed.
+
+        Raises:
+            InvalidInput: a target names no file of the checkpoint, or has no room for it.
+            DeviceError: the device has no room, or refused or lost a copy; what the SSD has of the checkpoint stays.
+            SllmError: as `lease` does.
+        """
+        checkpoint = _checkpoint(wanted)
+        check_targets(checkpoint, targets)
+        order = Order(checkpoint, targets, priority, verify, None, on_progress)
+        return await self._obtain(wanted, order, in_place=False)
+
+    async def _obtain(self, wanted: Checkpoint | Card, order: Order, *, in_place: bool) -> HostLease:
         while True:
             copies = self._remote.copies()
             try:
-                return await self._lease(wanted, priority, verify, in_place, on_placed, on_progress)
+                found = await self._try(wanted, order, in_place=in_place)
             except NoCapacity:
                 # One that has begun meanwhile keeps room, too.
                 copies = copies or self._remote.copies()
@@ -132,48 +161,48 @@ class Tiers:
                     raise
                 with self._pressing():
                     await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                if found is not None:
+                    return found
 
-    async def _lease(
-        self,
-        wanted: Checkpoint | Card,
-        priority: int,
-        verify: bool,
-        in_place: bool,
-        on_placed: OnPlaced | None,
-        on_progress: OnProgress | None,
-    ) -> HostLease:
-        checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
-        if self.loader.holds(checkpoint):
-            return await self.loader.lease(
-                checkpoint, priority=priority, verify=verify, on_placed=on_placed, on_progress=on_progress
-            )
+    async def _try(self, wanted: Checkpoint | Card, order: Order, *, in_place: bool) -> HostLease | None:
+        """Take it from the highest tier that has it; None where that is another one by now."""
+        if self.loader.holds(order.checkpoint):
+            return await self._up(order, in_place=False)
 
         async def read(found: Checkpoint) -> HostLease:
-            waits = None if on_progress is None else partial(on_progress, 0, found.size_bytes)
-            async with self._ssd_queue.turn(found.size_bytes, priority, waits) as turn:
+            waits = None if order.on_progress is None else partial(order.on_progress, 0, found.size_bytes)
+            async with self._ssd_queue.turn(found.size_bytes, order.priority, waits) as turn:
 
                 def progress(arrived_bytes: int, total_bytes: int) -> None:
                     turn.arrive(arrived_bytes)
-                    if on_progress is not None:
-                        on_progress(arrived_bytes, total_bytes)
+                    if order.on_progress is not None:
+                        order.on_progress(arrived_bytes, total_bytes)
 
-                return await self.loader.lease(
-                    found,
-                    priority=priority,
-                    verify=verify,
-                    in_place=in_place,
-                    on_placed=on_placed,
-                    on_progress=progress,
-                )
+                return await self._up(order._replace(checkpoint=found, on_progress=progress), in_place=in_place)
 
         if not isinstance(wanted, Card):
             return await read(wanted)
-        found = await self._from_ssd(wanted, read)
-        if found is None:
-            found = await self._remote.lease(wanted, priority=priority, on_placed=on_placed, on_progress=on_progress)
-        if found is None:  # Nothing was left to fetch when its turn had come.
-            return await self._lease(wanted, priority, verify, in_place, on_placed, on_progress)
-        return found
+        return await self._from_ssd(wanted, read) or await self._remote.lease(wanted, order)
+
+    async def _up(self, order: Order, *, in_place: bool) -> HostLease:
+        """Load what is on a disk of this node, or in host memory."""
+        if order.targets:
+            return await self.loader.load_to_device(
+                order.checkpoint,
+                order.targets,
+                priority=order.priority,
+                verify=order.verify,
+                on_progress=order.on_progress,
+            )
+        return await self.loader.lease(
+            order.checkpoint,
+            priority=order.priority,
+            verify=order.verify,
+            in_place=in_place,
+            on_placed=order.on_placed,
+            on_progress=order.on_progress,
+        )
 
     async def _from_ssd(self, card: Card, read: Callable[[Checkpoint], Awaitable[HostLease]]) -> HostLease | None:
         """Load what the SSD has whole. A copy that can't be read, or is no longer what it was, is given up."""
@@ -242,3 +271,7 @@ class Tiers:
         """End every load and pull from a source."""
         await self._pulls.close()
         await self._remote.close()
+
+
+def _checkpoint(wanted: Checkpoint | Card) -> Checkpoint:
+    return wanted.checkpoint if isinstance(wanted, Card) else wanted

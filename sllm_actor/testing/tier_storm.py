@@ -31,7 +31,7 @@ from sllm_actor.checkpoint.manifest import (
 )
 from sllm_actor.errors import Conflict, ModelNotFound, NoCapacity
 from sllm_actor.loader.cards import card_key
-from sllm_actor.loader.ssd_journal import ChunkPlace
+from sllm_actor.loader.chunk_place import ChunkPlace
 from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.ssd_record import PlannedFile, make_plan, make_record
 from sllm_actor.loader.ssd_tier import SsdTier
