@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from web_server import WebServer, running_nginx
+from web_server import WebServer, running_web_server
 
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
@@ -32,7 +32,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
 @pytest.fixture(scope="session")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     """A real nginx; each test serves a subfolder of its own in `web.folder`."""
-    with running_nginx(tmp_path_factory.mktemp("web")) as running:
+    with running_web_server(tmp_path_factory.mktemp("web")) as running:
         yield running
 
 

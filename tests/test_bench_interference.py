@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-from test_bench_load import ROOT, TMPFS
+from tiny_benchmarks import REPEATS, tiny_report
 
-REPEATS = 5
 RATIOS = {"beside_unthrottled_share", "beside_ours_share", "ours_write_share"}
 
 
 def test_interference_measures_every_case_and_leaves_no_file(tmp_path: Path) -> None:
-    if shutil.which(os.environ.get("CC", "cc")) is None:
-        pytest.skip("the limits need a C compiler")
-    kind = subprocess.run(["stat", "--file-system", "--format=%t", str(tmp_path)], capture_output=True, check=True)
-    if int(kind.stdout, 16) == TMPFS:
-        pytest.skip("files on tmpfs can't be made cold")
-    written = tmp_path / "report.json"
-    subprocess.run(
-        [
-            sys.executable, "-m", "benchmarks", "interference", "--tiny", "--repeats", str(REPEATS),
-            "--json", str(written), "--work-dir", str(tmp_path),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")}, cwd=ROOT, check=True, timeout=300,
-    )  # fmt: skip
-    report = json.loads(written.read_text())
-    assert report.keys() == {"bench", "command", "versions", "machine", "rows", "ratios"}
+    report = tiny_report("interference", tmp_path)
     assert report["command"] == f"scripts/bench interference --repeats {REPEATS} --tiny"
     assert report["ratios"].keys() == RATIOS
     assert all(spread["n"] == REPEATS for spread in report["ratios"].values())

@@ -7,37 +7,18 @@ nginx's own `limit_rate` gives each request its first second's bytes at once, wh
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import socket
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.actors_process import Commands, serve
+from sllm_actor.testing.nginx import running_nginx
 
 UNPACKED = Path(".servers")
 PIECE_BYTES = 256 * 1024
 # What the allowance may save up while nobody reads.
 BURST_S = 0.02
-CONFIG = """
-daemon off;
-{user}
-pid {own}/pid;
-events {{ worker_connections 512; }}
-http {{
-    access_log off;
-    sendfile on;
-    client_body_temp_path {own}/temp;
-    proxy_temp_path {own}/temp;
-    fastcgi_temp_path {own}/temp;
-    uwsgi_temp_path {own}/temp;
-    scgi_temp_path {own}/temp;
-    server {{ listen 127.0.0.1:{port}; location / {{ alias {folder}/; }} }}
-}}
-"""
 
 
 class Allowance:
@@ -65,37 +46,11 @@ async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, all
     writer.close()
 
 
-def _nginx() -> tuple[str, Mapping[str, str]]:
-    installed = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if installed is not None:
-        return installed, {}
-    unpacked = UNPACKED.absolute() / "usr" / "sbin" / "nginx"
-    if not unpacked.exists():
-        raise SystemExit("nginx is not here; scripts/bench remote brings it")
-    libraries = [*UNPACKED.absolute().glob("usr/lib/*-linux-gnu*"), *UNPACKED.absolute().glob("lib/*-linux-gnu*")]
-    return str(unpacked), {"LD_LIBRARY_PATH": ":".join(map(str, libraries))}
-
-
 async def origin(folder: str, bytes_per_s: str) -> tuple[dict[str, Any], Commands]:
     """Start both."""
     stack = ExitStack()
     own = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    binary, environment = _nginx()
-    with socket.create_server(("127.0.0.1", 0), backlog=511) as listener:
-        port = listener.getsockname()[1]
-        # Its worker would become somebody who may not look into a folder of root's.
-        user = "user root;" if os.getuid() == 0 else ""
-        config = CONFIG.format(own=own, port=port, folder=Path(folder).absolute(), user=user)
-        (own / "nginx.conf").write_text(config)
-        inherited = {"NGINX": f"{listener.fileno()};"}
-        command = [binary, "-p", str(own), "-c", str(own / "nginx.conf"), "-e", str(own / "error.log")]
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            env={**os.environ, **environment, **inherited},
-            pass_fds=[listener.fileno()],
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-        )
+    port = stack.enter_context(running_nginx(own, f"location / {{ alias {Path(folder).absolute()}/; }}", UNPACKED))
     allowance = Allowance(float(bytes_per_s))
 
     async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,8 +61,6 @@ async def origin(folder: str, bytes_per_s: str) -> tuple[dict[str, Any], Command
 
     async def stop() -> None:
         relay.close()
-        process.terminate()
-        await process.wait()
         stack.close()
 
     return {"port": relay.sockets[0].getsockname()[1]}, {"stop": stop}
