@@ -23,7 +23,7 @@ from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.mapping import map_files
 from sllm_actor.loader.order import files_in_place
 
-COUNTED = ("open", "open_direct", "fstat", "nowait", "buffered", "direct", "read", "populate", "effects")
+COUNTED = ("open", "open_direct", "fstat", "nowait", "buffered", "direct", "ring", "read", "populate", "effects")
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -47,6 +47,11 @@ def lease_in_a_process(
     return _in_a_process(shim, folder, rules, files, "cached" if cached else "dropped", threads)
 
 
+def lease_by_io_uring(shim: Path, folder: Path, *rules: str, threads: int = 1) -> tuple[Outcome, dict[str, int]]:
+    """Lease `folder` in such a child whose direct reads go through io_uring."""
+    return _in_a_process(shim, folder, rules, ".safetensors", "io_uring", threads)
+
+
 def map_in_a_process(shim: Path, folder: Path, *rules: str, threads: int = 1) -> tuple[Outcome, dict[str, int]]:
     """Map the files of `folder` in place in such a child, by so many threads."""
     return _in_a_process(shim, folder, rules, ".safetensors", "mapped", threads)
@@ -56,6 +61,7 @@ def _in_a_process(
     shim: Path, folder: Path, rules: Sequence[str], files: str, way: str, threads: int
 ) -> tuple[Outcome, dict[str, int]]:
     counts = folder.parent / f"{folder.name}.counts"
+    counts.unlink(missing_ok=True)
     said = subprocess.run(
         [sys.executable, __file__, folder, way, str(threads)],
         env={
@@ -113,7 +119,7 @@ async def _main(folder: Path, way: str, threads: int) -> Outcome:
         after = _map(checkpoint, threads) if error else ([], "", "")
         return Outcome(digests, error, message, *after[:2])
     # Leaving it checks that no descriptor, thread or mapping is left.
-    async with opened(reading_threads=threads, io_uring=False) as loader:
+    async with opened(reading_threads=threads, io_uring=way == "io_uring") as loader:
         arm(1)
         try:
             digests, error, message = await _lease(loader, checkpoint)

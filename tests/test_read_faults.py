@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from checkpoints import folder_of
 from compiled import shared_library
-from leasing_process import Outcome, digests_of, lease_in_a_process, map_in_a_process
-from loaders import CHUNK, on_disk
+from leasing_process import Outcome, digests_of, lease_by_io_uring, lease_in_a_process, map_in_a_process
+from loaders import CHUNK, on_disk, opened
 from loaders import mover as mover
 
 from sllm_actor.checkpoint.folder import read_folder
@@ -132,6 +132,26 @@ def test_a_direct_open_that_fails_as_no_refusal_does_is_a_failed_read(
         assert (outcome, counts["open_direct"]) == (Outcome(digests=right), 0)
     else:
         check_failed(outcome, right, name_of(errno.EIO))
+
+
+@pytest.mark.parametrize("when", ["1", "4", "1-"])
+@pytest.mark.parametrize("threads", [1, 4])
+async def test_a_read_by_io_uring_that_fails_is_reported_with_its_file_and_the_reason(
+    shim: Path, folder: Path, right: list[str], mover: str, when: str, threads: int
+) -> None:
+    if mover == "portable":
+        pytest.skip("the portable mover has no io_uring")
+    async with opened() as loader:
+        if not loader.facts().io_uring:
+            pytest.skip("io_uring is not allowed here")
+    sound, counts = lease_by_io_uring(shim, folder, UNCACHED, threads=threads)
+    assert sound == Outcome(digests=right)
+    assert counts["ring"] >= CHUNKS
+    assert counts["direct"] == 0
+    rules = (UNCACHED, f"ring:{when}:fail={errno.EIO}")
+    outcome, counts = lease_by_io_uring(shim, folder, *rules, threads=threads)
+    check_failed(outcome, right, name_of(errno.EIO))
+    assert counts["effects"] > counts["nowait"]
 
 
 # ---- reads that stutter ----

@@ -3,19 +3,22 @@
 // SLLM_FAULT_PATH   What the path of a file must contain for the shim to look at it.
 // SLLM_FAULT_RULES  CALL:WHEN:WHAT, several of them with spaces between; the first that fits a call has effect.
 //   CALL  open, open_direct (O_DIRECT), fstat, nowait (a read with RWF_NOWAIT), buffered, direct; read: the last two;
-//         populate: madvise(MADV_POPULATE_READ) on a mapping of the file.
+//         populate: madvise(MADV_POPULATE_READ) on a mapping of the file; ring: a read by io_uring, of which only
+//         fail=EIO can be asked.
 //   WHEN  which of those calls, counted from 1: "3", "3-5", "3-" (and all after it).
 //   WHAT  fail=ERRNO; short=SEED: fewer bytes than there are, and rubbish where the others would be; end: no bytes;
 //         truncate=BYTES, rewrite, replace, unlink: this happens to the file just before the call, which then goes on.
-// SLLM_FAULT_COUNTS A file, to which the counts of the calls are mapped: nine uint64, the last that of the effects.
+// SLLM_FAULT_COUNTS A file, to which the counts of the calls are mapped: ten uint64, the last that of the effects.
 // SLLM_FAULT_DISARMED=1: the shim does nothing until the process calls fault_shim_arm(1).
 //
 // Thread safety: everything is set up before main, but for the counts and the switch, which are atomic.
 // Ownership: the mapping of the counts lives as long as the process.
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <linux/io_uring.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -34,9 +37,9 @@
 
 namespace {
 
-enum Call { kOpen, kOpenDirect, kFstat, kNowait, kBuffered, kDirect, kRead, kPopulate, kEffects, kCalls };
+enum Call { kOpen, kOpenDirect, kFstat, kNowait, kBuffered, kDirect, kRing, kRead, kPopulate, kEffects, kCalls };
 constexpr const char* kCallNames[kEffects] = {"open",     "open_direct", "fstat", "nowait",
-                                              "buffered", "direct",      "read",  "populate"};
+                                              "buffered", "direct",      "ring",  "read",   "populate"};
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -85,6 +88,10 @@ Rule parsed(const std::string& text) {
   if (dash == std::string::npos) rule.last = rule.first;
   else if (dash + 1 < when.size()) rule.last = std::stoull(when.substr(dash + 1));
   rule.value = value.empty() ? 0 : std::stoull(value);
+  if (rule.call == kRing && (rule.what != What::kFail || rule.value != EIO)) {
+    std::fprintf(stderr, "fault_shim: a read by io_uring can only be made to fail with EIO\n");
+    std::abort();
+  }
   return rule;
 }
 
@@ -105,6 +112,9 @@ class Shim {
     if (mapped == MAP_FAILED) std::abort();
     close(fd);
     counts_ = static_cast<std::atomic<uint64_t>*>(mapped);
+    // Open from the beginning: tests count descriptors.
+    unreadable_ = real<int(const char*, int, ...)>("open")("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+    if (unreadable_ < 0) std::abort();
     armed_ = std::getenv("SLLM_FAULT_DISARMED") == nullptr;
   }
 
@@ -131,6 +141,9 @@ class Shim {
     return {};
   }
 
+  // A descriptor of which every read at its beginning fails with EIO: no process has anything at that address.
+  int unreadable() const { return unreadable_; }
+
   static std::string path_of(int fd) {
     char link[64];
     char path[4096];
@@ -156,6 +169,7 @@ class Shim {
   std::string path_;
   std::vector<Rule> rules_;
   std::atomic<uint64_t>* counts_ = nullptr;
+  int unreadable_ = -1;
   std::atomic<bool> armed_{false};
 };
 
@@ -276,6 +290,41 @@ int populating(void* address, std::size_t length, int advice) {
   return really(address, length, advice);
 }
 
+// The one io_uring of this process, seen from beside: the kernel gives its memory to whoever maps it. Requests are put
+// there and never pass a function, but their submission does. Set up before the first of them.
+struct WatchedRing {
+  int fd = -1;
+  unsigned char* rings = nullptr;
+  io_uring_sqe* entries = nullptr;
+  io_uring_params params{};
+};
+WatchedRing watched;
+
+void watch(int fd, const io_uring_params& params) {
+  const auto map = [fd](std::size_t length, off_t offset) {
+    void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
+    if (mapped == MAP_FAILED) std::abort();
+    return mapped;
+  };
+  watched.params = params;
+  watched.rings = static_cast<unsigned char*>(
+      map(params.sq_off.array + params.sq_entries * sizeof(unsigned), IORING_OFF_SQ_RING));
+  watched.entries = static_cast<io_uring_sqe*>(map(params.sq_entries * sizeof(io_uring_sqe), IORING_OFF_SQES));
+  watched.fd = fd;
+}
+
+// Looks at the request that is about to be submitted; one that is to fail is made to read what nobody can.
+void submitting() {
+  const auto field = [](uint32_t offset) { return reinterpret_cast<unsigned*>(watched.rings + offset); };
+  const auto& offsets = watched.params.sq_off;
+  const unsigned last = (*field(offsets.tail) - 1) & *field(offsets.ring_mask);
+  io_uring_sqe& entry = watched.entries[field(offsets.array)[last]];
+  if (!shim().concerns(entry.fd) || shim().next(kRing).what != What::kFail) return;
+  entry.fd = shim().unreadable();
+  entry.opcode = IORING_OP_READ;
+  entry.off = 0;
+}
+
 mode_t mode_of(int flags, va_list rest) {
   return (flags & (O_CREAT | O_TMPFILE)) != 0 ? static_cast<mode_t>(va_arg(rest, int)) : 0;
 }
@@ -286,6 +335,19 @@ mode_t mode_of(int flags, va_list rest) {
 extern "C" {
 
 void fault_shim_arm(int armed) { shim().arm(armed != 0); }
+
+long syscall(long number, ...) noexcept {
+  va_list rest;
+  va_start(rest, number);
+  long given[6];
+  for (long& each : given) each = va_arg(rest, long);
+  va_end(rest);
+  if (number == __NR_io_uring_enter && given[0] == watched.fd && given[1] > 0) submitting();
+  const long answer = real<long(long, ...)>("syscall")(number, given[0], given[1], given[2], given[3], given[4], given[5]);
+  if (number == __NR_io_uring_setup && answer >= 0)
+    watch(static_cast<int>(answer), *reinterpret_cast<const io_uring_params*>(given[1]));
+  return answer;
+}
 
 #define SLLM_OPEN(NAME)                                                                                      \
   int NAME(const char* path, int flags, ...) {                                                               \
