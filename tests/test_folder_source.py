@@ -42,6 +42,21 @@ async def test_what_is_listed_is_what_is_read(tmp_path: Path) -> None:
         await source.close()
 
 
+async def test_one_file_is_found_as_it_is_listed_and_nothing_else_is(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(b"secret")
+    folder = folder_of(tmp_path / "model", 1000, 2000)
+    (folder / "tokenizer.json").mkdir()
+    (folder / "merges.txt").symlink_to("../outside")
+    (folder / "notes.md").write_text("of nobody's business")
+    source = FolderSource(folder)
+    assert (await refused(SourceInvalid, source.find("merges.txt"))).message.count("out of the folder") == 1
+    for name in ("vocab.json", "tokenizer.json", "notes.md", "../outside", ""):
+        assert str(folder) in (await refused(SourceMissing, source.find(name))).message
+    (folder / "merges.txt").unlink()
+    assert [await source.find(file.name) for file in await source.files()] == list(await source.files())
+    await source.close()
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_range_is_that_of_the_file(tmp_path: Path, data: st.DataObject) -> None:

@@ -57,9 +57,9 @@ class HeldCard:
         if file != self._described(known):
             raise SourceChanged(f"{file.name} is no longer the one that was listed")
         if file.name in self._card.small_paths():
-            await _read(self._small, file.name, offset, into)
+            await self._small.read(await self._small.find(file.name), offset, into)
         elif self._ssd is not None:
-            await _read(self._ssd, file.name, offset, into)
+            await self._ssd.read(await self._ssd.find(file.name), offset, into)
         else:
             await on_thread(self._copy, self._in_memory[file.name], offset, into)
 
@@ -77,14 +77,6 @@ class HeldCard:
         if self._ssd is not None:
             await self._ssd.close()
         self._pool.release()
-
-
-async def _read(source: FolderSource, name: str, offset: int, into: memoryview) -> None:
-    for file in await source.files():
-        if file.name == name:
-            await source.read(file, offset, into)
-            return
-    raise SourceMissing(f"it has no file {name} any more", param="source")
 
 
 class RegisteredModels:

@@ -55,6 +55,14 @@ class FolderSource:
         """List the regular files of the folder that belong to a checkpoint; see `Source.files`."""
         return await self._under_way.run(_on_thread(lambda _: self._list()))
 
+    async def find(self, name: str) -> SourceFile:
+        """Describe one file as `files` does, without a look at the others.
+
+        Raises:
+            SourceMissing: it is not there, no regular file, or belongs to no checkpoint.
+        """
+        return await self._under_way.run(_on_thread(lambda _: self._find(name)))
+
     async def read(self, file: SourceFile, offset: int, into: memoryview) -> None:
         """Fill `into`; see `Source.read`.
 
@@ -82,6 +90,13 @@ class FolderSource:
         if not found:
             raise SourceMissing(f"{folder} has no file of a checkpoint", param="source")
         return tuple(sorted(found, key=lambda file: file.name))
+
+    def _find(self, name: str) -> SourceFile:
+        with _told(self._path / name[:200]):
+            found = _describe(self._path.resolve(strict=True), name) if belongs(name) else None
+        if found is None:
+            raise SourceMissing(f"{self._path} has no file {name[:200]!r} of a checkpoint", param="source")
+        return found
 
     def _read(self, file: SourceFile, offset: int, into: memoryview, stop: threading.Event) -> None:
         if not belongs(file.name):
