@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart, interference, load, remote
+from benchmarks import actors, coldstart, gateway, interference, load, remote
 from benchmarks.report import Report
 
-BENCHES = ("actors", "coldstart", "interference", "load", "remote")
+BENCHES = ("actors", "coldstart", "gateway", "interference", "load", "remote")
 SECONDS = 0.8
 
 
@@ -47,6 +47,8 @@ def main() -> None:
         load.run(report, arguments.repeats, chosen)
     elif arguments.name == "interference":
         interference.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
+    elif arguments.name == "gateway":
+        gateway.run(report, arguments.repeats)
     elif arguments.name == "remote":
         remote.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     else:
