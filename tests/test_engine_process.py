@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import shutil
@@ -11,10 +12,14 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
+import random_answers
 import torch
+from random_answers import DEMO, END, compiled, decode
 from safetensors.torch import load_file
 from tiny_models import (
     CONTEXT_TOKENS,
@@ -40,7 +45,9 @@ from sllm_actor.errors import (
     EngineDied,
     FrameTooLong,
     GenerationFailed,
+    InvalidRequest,
     SllmError,
+    TokenizerInvalid,
     UnsupportedArchitecture,
 )
 from sllm_actor.messages.engine import (
@@ -263,6 +270,45 @@ async def test_a_request_that_can_not_be_computed_fails_alone(start: Start, pool
     with pytest.raises(GenerationFailed):
         await answer(engine, ask([VOCABULARY_TOKENS + 5], 5))
     assert await answer(engine, ask(prompt_of(5), 5)) == run_transformers(llama, prompt_of(5), 5)
+
+
+def held(**changes: Any) -> Generate:
+    request: Any = ask(prompt_of(4), 40)
+    changed: Generate = msgspec.structs.replace(request, **changes)
+    return changed
+
+
+async def test_an_answer_keeps_to_its_grammar_and_what_is_none_fails_its_request_alone(
+    start: Start, pool: Pool, llama: Path, tmp_path: Path
+) -> None:
+    schema = {"type": "array", "items": {"enum": ["a", 1]}, "minItems": 2, "maxItems": 3}
+    grammar = compiled(json.dumps(schema))
+    folder = save_model(tmp_path, "LlamaForCausalLM", vocab_size=random_answers.VOCABULARY_TOKENS)
+    shutil.copy(Path(DEMO) / "tokenizer.json", folder)
+    engine = await serving(start, pool, folder, eos=(END,))
+    for wrong in ("nonsense", grammar.replace('"vocab_size":600', '"vocab_size":512')):
+        with pytest.raises(InvalidRequest, match="no grammar for this model"):
+            await answer(engine, held(grammar=wrong))
+    for seed in range(3):
+        sampling = Sampling(max_tokens=40, temperature=1.0, top_p=1.0, seed=seed)
+        request = held(sampling=sampling, grammar=grammar)
+        tokens = await answer(engine, request)
+        value = json.loads(decode(tokens))
+        assert len(value) in (2, 3) and set(value) <= {"a", 1}
+        for cut in (1, len(tokens) // 2, len(tokens) - 1):
+            resumed = held(sampling=sampling, grammar=grammar, generated=pack_uint32(tokens[:cut]))
+            async with aclosing(engine.generate(resumed)) as items:
+                rest = [
+                    token
+                    for item in [item async for item in items]
+                    if isinstance(item, Tokens)
+                    for token in item.token_ids
+                ]
+            assert tokens[:cut] + rest == tokens
+    other = await serving(start, pool, llama)
+    with pytest.raises(TokenizerInvalid):
+        await answer(other, held(grammar=grammar))
+    assert len(await answer(other, ask(prompt_of(4), 3))) == 3
 
 
 async def test_a_request_over_the_frame_bound_is_refused_and_the_engine_goes_on(

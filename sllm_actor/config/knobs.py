@@ -188,6 +188,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     text_timeout_s: Annotated[
         float, Meta(ge=0.1, le=600, title="s", description="longest templating and tokenizing of one prompt")
     ] = 10.0
+    grammar_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="longest compilation of the form that an answer is to have")
+    ] = 5.0
+    grammar_memory_bytes: Annotated[
+        int, Meta(ge=64 * MIB, le=64 * GIB, title="bytes", description="memory that compilations of forms may take")
+    ] = GIB
+    grammar_bytes: Annotated[
+        int, Meta(ge=64 * KIB, le=GIB, title="bytes", description="largest compiled form of an answer")
+    ] = 8 * MIB
+    grammar_cache_bytes: Annotated[
+        int, Meta(ge=64 * KIB, le=64 * GIB, title="bytes", description="memory of compiled forms")
+    ] = 64 * MIB
     drain_timeout_s: Annotated[
         float,
         Meta(ge=0, le=86400, title="s", description="time given to running answers when the node stops"),

@@ -18,6 +18,7 @@ from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import EngineLimits, FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine import skeleton
+from sllm_actor.engine.grammar import GrammarConstraint, Grammars
 from sllm_actor.engine.runner import Generation, Runner
 from sllm_actor.errors import EngineStartFailed, SllmError, UnsupportedArchitecture
 from sllm_actor.messages.engine import (
@@ -99,6 +100,7 @@ class EngineProcess:
         self._files: tuple[PooledFile, ...] = ()
         self._mapped: Mapping[str, memoryview] = {}
         self._runner: Runner | None = None
+        self._grammars: Grammars | None = None
         self._running: dict[RequestId, _Running] = {}
         torch.set_num_threads(threads)
         torch.set_num_interop_threads(1)
@@ -191,6 +193,7 @@ class EngineProcess:
         if self._runner is None:
             raise EngineStartFailed("a request came before the weights")
         try:
+            constraint = self._constrain(message) if message.grammar else None
             generation = self._runner.begin(
                 unpack_uint32(message.prompt),
                 message.sampling,
@@ -202,11 +205,20 @@ class EngineProcess:
         except SllmError as error:
             self._channel.send(GenerationError(request_id=message.request_id, code=error.code, text=error.message))
             return
+        generation.sampler.constraint = constraint
         running = _Running(message.request_id, generation)
         if generation.finish is not None:
             self._channel.send(running.finished(generation.finish))
             return
         self._running[message.request_id] = running
+
+    def _constrain(self, message: Generate) -> GrammarConstraint:
+        if self._grammars is None:
+            prepared, model = self._prepared, self._model
+            assert prepared is not None and model is not None
+            vocabulary_tokens = int(model.config.get_text_config().vocab_size)
+            self._grammars = Grammars(prepared.path, vocabulary_tokens, prepared.eos_token_ids)
+        return self._grammars.constrain(message.grammar, unpack_uint32(message.generated))
 
     def _cancel(self, request_id: RequestId) -> None:
         running = self._running.pop(request_id, None)

@@ -26,6 +26,7 @@ class Wish(NamedTuple):
     arrived_s: float
     spans: tuple[Span, ...]
     priority: int = 0
+    grammar: str = ""
 
 
 class Piece(NamedTuple):
@@ -76,6 +77,7 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
         arrived_s=wish.arrived_s,
         spans=wish.spans,
         priority=wish.priority,
+        grammar=wish.grammar,
     )
     prompt_tokens = len(wish.prompt)
     async with aclosing(router.stream(request)) as items:

@@ -18,6 +18,7 @@ from sllm_actor.domain.names import is_request_id
 from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, RequestTimeout
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import Connections
+from sllm_actor.frontend.grammars import GrammarService
 from sllm_actor.frontend.metrics import Metrics
 from sllm_actor.frontend.progress import Progress
 from sllm_actor.frontend.schema import parse
@@ -61,6 +62,7 @@ class Gateway:
         manager: ActorRef,
         coordinator: ActorRef,
         text: TextService,
+        grammars: GrammarService,
         clock: Clock,
         limits: Limits,
         observe: Callable[[], Any],
@@ -72,6 +74,7 @@ class Gateway:
         self.manager = manager
         self.coordinator = coordinator
         self.text = text
+        self.grammars = grammars
         self.clock = clock
         self.limits = limits
         # Gives the counts of the actors, the connections and the loop.

@@ -13,6 +13,7 @@ from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.answer import Piece, Wish
 from sllm_actor.frontend.choices import Choice, Counts, choices
 from sllm_actor.frontend.deadline import timeout_of, within
+from sllm_actor.frontend.forms import grammar_of
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
 from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, StreamOptions
 from sllm_actor.frontend.shapes import ChatShape, CompletionShape, Shape, WholeChoice
@@ -39,6 +40,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     prompt = await gateway.text.render(model.path, turns)
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
     wish = _wish(request, model, list(prompt), body, arrived_s, text_span)
+    wish = wish._replace(grammar=await grammar_of(gateway.grammars, model, body))
     return await _reply(request, gateway, of_choices([wish], body.n), body, ChatShape(wish, gateway.clock.wall_s()))
 
 

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from sllm_actor.domain import TierChoice
 from sllm_actor.errors import InvalidRequest, UnsupportedField
+from sllm_actor.frontend.response_format import ResponseFormat
 
 MAX_STOPS = 4
 MAX_STOP_TOKENS = 128
@@ -103,6 +104,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ChatRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     max_completion_tokens: TokenCount | None = None
+    response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
     metadata: (

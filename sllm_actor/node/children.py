@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine.process import EngineProcess
 from sllm_actor.engine.warm import warm
+from sllm_actor.frontend.grammar_process import GrammarProcess
 from sllm_actor.frontend.text_process import TextProcess
 from sllm_actor.loader.mapping import HostFile, InPlace, map_files
-from sllm_actor.messages import engine, text
+from sllm_actor.messages import engine, grammar, text
 from sllm_actor.messages.engine import PooledFile
-from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
+from sllm_actor.node.limits import ENGINE_THREADS, GRAMMAR_BYTES, GRAMMAR_MEMORY_BYTES, MAX_FRAME_BYTES
 from sllm_actor.runtime.blocking import BlockingChannel
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.frames import Codec
@@ -54,4 +55,11 @@ def run_text(fds: Sequence[int]) -> int:
     return TextProcess(channel).run()
 
 
-ENTRIES = {"engine": run_engine, "text": run_text}
+def run_grammar(fds: Sequence[int]) -> int:
+    """Be a grammar process: `fds` is its socket."""
+    codec = Codec(grammar.FROM_GRAMMAR, grammar.TO_GRAMMAR, _max_frame_bytes())
+    channel = BlockingChannel(socket.socket(fileno=fds[0]), codec)
+    return GrammarProcess(channel, int(os.environ[GRAMMAR_MEMORY_BYTES]), int(os.environ[GRAMMAR_BYTES])).run()
+
+
+ENTRIES = {"engine": run_engine, "grammar": run_grammar, "text": run_text}

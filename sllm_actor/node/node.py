@@ -28,6 +28,7 @@ from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
+from sllm_actor.frontend.grammars import GrammarService
 from sllm_actor.frontend.server import HttpServer, bind
 from sllm_actor.frontend.telemetry import Telemetry, open_telemetry
 from sllm_actor.frontend.text import TextService
@@ -36,7 +37,7 @@ from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.metadata import SqliteStore
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.node.held_models import RegisteredModels
-from sllm_actor.node.limits import ENGINE_THREADS, MAX_FRAME_BYTES
+from sllm_actor.node.limits import ENGINE_THREADS, GRAMMAR_BYTES, GRAMMAR_MEMORY_BYTES, MAX_FRAME_BYTES
 from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.node.storage import open_storage
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, SystemClock
@@ -125,7 +126,12 @@ class Node:
 
         forks = ForkServer(
             "sllm_actor.node.children",
-            {ENGINE_THREADS: str(config.engine_threads), MAX_FRAME_BYTES: str(config.max_frame_bytes)},
+            {
+                ENGINE_THREADS: str(config.engine_threads),
+                MAX_FRAME_BYTES: str(config.max_frame_bytes),
+                GRAMMAR_BYTES: str(min(config.grammar_bytes, config.max_frame_bytes // 2)),
+                GRAMMAR_MEMORY_BYTES: str(config.grammar_memory_bytes),
+            },
         )
         stack.push_async_callback(forks.stop)
         # The imports of the fork server take seconds; the pool is faulted in beside them.
@@ -144,6 +150,8 @@ class Node:
         stack.push_async_callback(engines.close, config.engine_stop_timeout_s)
         text = TextService(forks, timeout_s=config.text_timeout_s, max_frame_bytes=config.max_frame_bytes)
         stack.push_async_callback(text.close)
+        grammars = self._grammars(forks)
+        stack.push_async_callback(grammars.close)
         registry = Registry(store, self._examiner(engines, text, tiers), tiers, self.clock)
         stack.push_async_callback(registry.close)
         text.restore = registry.restore
@@ -151,7 +159,7 @@ class Node:
         stack.push_async_callback(self.system.close)
 
         await self.system.spawn(PeerServer(RegisteredModels(registry, tiers), max_reads=config.peer_reads), PEER_ACTOR)
-        gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, tasks)
+        gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, grammars, tasks)
         self._http = HttpServer(gateway, knobs_of(ConnectionLimits, config))
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
@@ -175,6 +183,14 @@ class Node:
         except (AddressInUse, ConfigInvalid) as error:
             knob = "advertise" if error.param == "advertise" else knob
             raise type(error)(f"{knob}: {error.message}", param=knob) from None
+
+    def _grammars(self, forks: ForkServer) -> GrammarService:
+        return GrammarService(
+            forks,
+            timeout_s=self.config.grammar_timeout_s,
+            cache_bytes=self.config.grammar_cache_bytes,
+            max_frame_bytes=self.config.max_frame_bytes,
+        )
 
     def _examiner(self, engines: EnginePool, text: TextService, tiers: Tiers) -> Examiner:
         async def inspect(path: str) -> TokenizerFacts:
@@ -217,6 +233,7 @@ class Node:
         tiers: Tiers,
         engines: EnginePool,
         text: TextService,
+        grammars: GrammarService,
         tasks: TaskScope,
     ) -> Gateway:
         config = self.config
@@ -264,6 +281,7 @@ class Node:
         return Gateway(
             **actors,
             text=text,
+            grammars=grammars,
             clock=self.clock,
             limits=knobs_of(GatewayLimits, config),
             observe=self._observe,

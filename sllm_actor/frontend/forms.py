@@ -1,0 +1,25 @@
+"""The form that a chat request gives its answer: found, compiled, and checked against the request's other fields."""
+
+from __future__ import annotations
+
+from sllm_actor.domain import Model
+from sllm_actor.errors import InvalidRequest
+from sllm_actor.frontend.grammars import GrammarService
+from sllm_actor.frontend.response_format import Source, source_of
+from sllm_actor.frontend.schema import ChatRequest
+
+
+async def grammar_of(grammars: GrammarService, model: Model, body: ChatRequest) -> str:
+    """Compile what an answer must look like; empty where any text will do.
+
+    Raises:
+        InvalidRequest: it can't be compiled within bounds, or the request has fields that do not go with it.
+    """
+    source: Source | None = source_of(body.response_format)
+    if source is None:
+        return ""
+    if body.ignore_eos:
+        raise InvalidRequest("ignore_eos: an answer of a given form ends where the form does", param="ignore_eos")
+    if body.min_tokens:
+        raise InvalidRequest("min_tokens: an answer of a given form ends where the form does", param="min_tokens")
+    return await grammars.compile(model, source.form, source.text, source.param)
