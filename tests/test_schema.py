@@ -63,7 +63,7 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (CompletionRequest, "echo", 1), (CompletionRequest, "best_of", 0), (CompletionRequest, "best_of", 2),
 ]  # fmt: skip
 NESTED_WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
-    (ChatRequest, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    (ChatRequest, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     (ChatRequest, {"messages": [{"role": "user"}]}, "messages[0].content"),
     (ChatRequest, {"messages": [{"content": "x"}]}, "messages[0].role"),
     (ChatRequest, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),

@@ -68,7 +68,9 @@ def test_a_completions_tokens_are_columns_and_offsets_go_on_from_chunk_to_chunk(
 def test_where_none_are_asked_for_they_are_null() -> None:
     silent = wish(top_logprobs=None)
     for shape in (ChatShape(silent, 0), CompletionShape(silent, 0, [""])):
-        assert shape.chunk(0, "x", ())["choices"][0]["logprobs"] is None
+        chunk = shape.chunk(0, "x", ())
+        assert chunk is not None
+        assert chunk["choices"][0]["logprobs"] is None
         assert shape.last_chunk(0, "stop")["choices"][0]["logprobs"] is None
         assert shape.whole([WholeChoice(0, "x", "stop", ())], {})["choices"][0]["logprobs"] is None
 

@@ -25,6 +25,10 @@ _KINDS = {
     "Metaspace": xgrammar.VocabType.BYTE_FALLBACK,
 }
 
+# Special tokens that a grammar may name (by their id, as it names no other): models begin tool calls with them.
+TOOL_MARKERS = frozenset({"<tool_call>", "[TOOL_CALLS]", "<|tool_call|>"})
+# xgrammar takes a token without text for one that can't come at all. This text fits nowhere in JSON on one line.
+_UNWRITABLE = "\r\r\r\r"
 # Characters below the space, as either kind writes them in its vocabulary.
 _CONTROL = {
     xgrammar.VocabType.BYTE_LEVEL: re.compile("[\x00-\x1f\u0100-\u011f]"),
@@ -81,6 +85,9 @@ def read_vocabulary(path: str, vocabulary_tokens: int, stop_token_ids: Sequence[
         if 0 <= added.id < vocabulary_tokens:
             written[added.id] = "" if added.special else added.content
     written = ["" if _CONTROL[kind].search(text) else text for text in written]
+    for added in tokenizer.added_tokens:
+        if added.special and added.content in TOOL_MARKERS and 0 <= added.id < vocabulary_tokens:
+            written[added.id] = _UNWRITABLE
     return xgrammar.TokenizerInfo(
         written, vocab_type=kind, vocab_size=vocabulary_tokens, stop_token_ids=list(stop_token_ids)
     )

@@ -27,6 +27,8 @@ class Wish(NamedTuple):
     spans: tuple[Span, ...]
     priority: int = 0
     grammar: str = ""
+    # The special token that a tool call begins with, which is to be written out.
+    marker: int | None = None
 
 
 class Piece(NamedTuple):
@@ -68,7 +70,7 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
     Raises:
         SllmError: whatever went wrong, by its type.
     """
-    writer = Writer(text, wish.model.path, wish.prompt, wish.stops)
+    writer = Writer(text, wish.model.path, wish.prompt, wish.stops, wish.marker)
     request = Generate(
         request_id=wish.request_id,
         model=wish.model.name,

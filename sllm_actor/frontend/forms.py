@@ -5,17 +5,24 @@ from __future__ import annotations
 from sllm_actor.domain import Model
 from sllm_actor.errors import InvalidRequest
 from sllm_actor.frontend.grammars import GrammarService
-from sllm_actor.frontend.response_format import Source, source_of
+from sllm_actor.frontend.response_format import source_of
 from sllm_actor.frontend.schema import ChatRequest
+from sllm_actor.frontend.tools import source_of_calls
+from sllm_actor.messages.text import Encoded
 
 
-async def grammar_of(grammars: GrammarService, model: Model, body: ChatRequest) -> str:
-    """Compile what an answer must look like; empty where any text will do.
+async def grammar_of(grammars: GrammarService, model: Model, body: ChatRequest, prompt: Encoded) -> str:
+    """Compile what an answer must look like; empty where any text will do. `prompt` says how the model writes calls.
 
     Raises:
         InvalidRequest: it can't be compiled within bounds, or the request has fields that do not go with it.
     """
-    source: Source | None = source_of(body.response_format)
+    source = source_of(body.response_format)
+    if source is not None and prompt.tool_format:
+        raise InvalidRequest("response_format: an answer that may be a tool call has no other form", param=source.param)
+    if prompt.tool_format:
+        parallel = body.parallel_tool_calls
+        source = source_of_calls(body.tools, body.tool_choice, prompt.tool_format, prompt.marker, parallel=parallel)
     if source is None:
         return ""
     if body.ignore_eos:

@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from sllm_actor.domain import Model, RequestId, Span
+from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.answer import Piece, Wish
 from sllm_actor.frontend.choices import Choice, Counts, choices
@@ -18,10 +19,13 @@ from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_respo
 from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, StreamOptions
 from sllm_actor.frontend.shapes import ChatShape, CompletionShape, Shape, WholeChoice
 from sllm_actor.frontend.sse import EventStream
+from sllm_actor.frontend.tool_formats import FORMATS
+from sllm_actor.frontend.tool_shape import ToolShape
+from sllm_actor.frontend.tools import written_tools
 from sllm_actor.frontend.visit import VISIT
 from sllm_actor.frontend.wishes import check_vocabulary, of_choices, sampling_of
 from sllm_actor.messages.models import ListModels, ModelStatus
-from sllm_actor.messages.text import ChatTurn
+from sllm_actor.messages.text import Encoded
 from sllm_actor.runtime import tracing
 
 routes = web.RouteTableDef()
@@ -36,12 +40,23 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     if not model.chat:
         raise InvalidRequest(f"{model.name} has no chat template; use /v1/completions", param="model")
     begin_s = gateway.clock.monotonic_s()
-    turns = [ChatTurn(role=message.template_role(), content=message.text()) for message in body.messages]
-    prompt = await gateway.text.render(model.path, turns)
+    turns = [message.turn() for message in body.messages]
+    rendered = await gateway.text.render(model.path, turns, written_tools(body.tools, body.tool_choice))
+    prompt = unpack_uint32(rendered.token_ids)
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
     wish = _wish(request, model, list(prompt), body, arrived_s, text_span)
-    wish = wish._replace(grammar=await grammar_of(gateway.grammars, model, body))
-    return await _reply(request, gateway, of_choices([wish], body.n), body, ChatShape(wish, gateway.clock.wall_s()))
+    grammar = await grammar_of(gateway.grammars, model, body, rendered)
+    wish = wish._replace(grammar=grammar, marker=rendered.marker)
+    return await _reply(request, gateway, of_choices([wish], body.n), body, _chat_shape(wish, body, rendered, gateway))
+
+
+def _chat_shape(wish: Wish, body: ChatRequest, rendered: Encoded, gateway: Gateway) -> ChatShape:
+    now_s = gateway.clock.wall_s()
+    if not rendered.tool_format:
+        return ChatShape(wish, now_s)
+    names = {tool.function.name for tool in body.tools or ()}
+    form = FORMATS[rendered.tool_format]
+    return ToolShape(wish, now_s, form, names, n=body.n, parallel=body.parallel_tool_calls)
 
 
 @routes.post("/v1/completions")

@@ -16,6 +16,8 @@ from msgspec import Meta
 from sllm_actor.domain import TierChoice
 from sllm_actor.errors import InvalidRequest, UnsupportedField
 from sllm_actor.frontend.response_format import ResponseFormat
+from sllm_actor.frontend.tools import MAX_CALLS, MAX_TOOLS, AssistantCall, Tool, ToolChoice, check_tools
+from sllm_actor.messages.text import ChatTurn, PastCall
 
 MAX_STOPS = 4
 MAX_STOP_TOKENS = 128
@@ -41,18 +43,54 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[AssistantCall], Meta(max_length=MAX_CALLS)] | None = None
+    tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
+    # What OpenAI's own answers have, sent back to us.
+    refusal: None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
 
     def template_role(self) -> str:
         """Give the role as chat templates know it: OpenAI's newer name for a system message is known to none."""
         return "system" if self.role == "developer" else self.role
 
+    def check(self, where: str) -> None:
+        """Refuse what msgspec can't see.
+
+        Raises:
+            InvalidRequest: a field that this role needs, or does not have; `where` says whose.
+        """
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise InvalidRequest(f"{where}.content: this field is required", param=f"{where}.content")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise InvalidRequest(f"{where}.tool_calls: only an assistant calls tools", param=f"{where}.tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise InvalidRequest(
+                f"{where}.tool_call_id: a message of the role tool has one, and no other", param=f"{where}.tool_call_id"
+            )
+
+    def turn(self) -> ChatTurn:
+        """Give the message as chat templates know it."""
+        calls = [
+            PastCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+            for call in self.tool_calls or ()
+        ]
+        return ChatTurn(
+            role=self.template_role(),
+            content=self.text(),
+            name=self.name or "",
+            tool_calls=tuple(calls),
+            tool_call_id=self.tool_call_id or "",
+        )
+
     def text(self) -> str:
         """Give the content as one string, whichever way it was written."""
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
 
 
@@ -105,6 +143,9 @@ class ChatRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     max_completion_tokens: TokenCount | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
     metadata: (
@@ -121,6 +162,9 @@ class ChatRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs: only where logprobs is true", param="top_logprobs")
+        check_tools(self.tools, self.tool_choice)
+        for at, message in enumerate(self.messages):
+            message.check(f"messages[{at}]")
         if self.store:
             raise UnsupportedField("store: answers are not stored here", param="store")
 

@@ -35,7 +35,7 @@ class ChatShape:
     def first_chunk(self, index: int) -> dict[str, Any] | None:
         return self._chunk(index, {"role": "assistant", "content": ""}, None)
 
-    def chunk(self, index: int, text: str, entries: Sequence[Entry]) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, entries: Sequence[Entry]) -> dict[str, Any] | None:
         return self._chunk(index, {"content": text}, None, self._logprobs(entries))
 
     def last_chunk(self, index: int, finish: str) -> dict[str, Any]:

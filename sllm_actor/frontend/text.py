@@ -107,7 +107,7 @@ class _TextClient:
         if answer is None or answer.done():
             return
         if isinstance(message, TextFailed):
-            answer.set_exception(from_code(message.code, message.text))
+            answer.set_exception(from_code(message.code, message.text, message.param or None))
         else:
             answer.set_result(message)
 
@@ -153,16 +153,16 @@ class TextService:
         await self._writer.ask(lambda call: LoadTokenizer(call=call, path=path))
         return loaded
 
-    async def render(self, path: str, turns: Sequence[ChatTurn]) -> Sequence[int]:
-        """Apply the chat template and tokenize.
+    async def render(self, path: str, turns: Sequence[ChatTurn], tools: str = "") -> Encoded:
+        """Apply the chat template and tokenize; `tools` is a JSON list of OpenAI's tools.
 
         Raises:
             InvalidRequest: the template refuses the turns.
         """
         encoded: Encoded = await self._ask(
-            self._reader, path, lambda call: RenderChat(call=call, path=path, turns=tuple(turns))
+            self._reader, path, lambda call: RenderChat(call=call, path=path, turns=tuple(turns), tools=tools)
         )
-        return unpack_uint32(encoded.token_ids)
+        return encoded
 
     async def encode(self, path: str, text: str) -> Sequence[int]:
         """Tokenize a bare prompt."""
@@ -186,10 +186,10 @@ class TextService:
                 raise
             return await client.ask(make)
 
-    def detokenizer(self, path: str, prompt: Sequence[int]) -> Detokenizer:
-        """Begin to write the answer to `prompt`."""
+    def detokenizer(self, path: str, prompt: Sequence[int], marker: int | None = None) -> Detokenizer:
+        """Begin to write the answer to `prompt`; of all special tokens, `marker` alone is written out."""
         ask = partial(self._ask, self._writer, path)
-        return Detokenizer(ask, path, list(prompt[-CONTEXT_TOKENS:]))
+        return Detokenizer(ask, path, list(prompt[-CONTEXT_TOKENS:]), marker)
 
     async def close(self) -> None:
         """End both processes."""
@@ -203,8 +203,9 @@ class Detokenizer:
     The text process keeps nothing of it, so losing that process loses no answer.
     """
 
-    def __init__(self, ask: Callable[[Any], Awaitable[Any]], path: str, context: list[int]) -> None:
+    def __init__(self, ask: Callable[[Any], Awaitable[Any]], path: str, context: list[int], marker: int | None) -> None:
         self._ask = ask
+        self._marker = marker
         self._path = path
         self._window = context
         self._read = len(context)
@@ -216,7 +217,9 @@ class Detokenizer:
             return ""
         window = pack_uint32(self._window)
         decoded: Detokenized = await self._ask(
-            lambda call: Detokenize(call=call, path=self._path, token_ids=window, read=self._read, final=final)
+            lambda call: Detokenize(
+                call=call, path=self._path, token_ids=window, read=self._read, final=final, marker=self._marker
+            )
         )
         if decoded.complete:
             self._window = self._window[self._read :]

@@ -6,6 +6,7 @@ process of their own they block no event loop and can be killed.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
 from sllm_actor.errors import InvalidRequest, SllmError, TokenizerInvalid
 from sllm_actor.frontend.token_bytes import TokenBytes
+from sllm_actor.frontend.tool_templates import as_dictionary, check_template, marker_of
 from sllm_actor.messages.text import (
     DescribeTokens,
     Detokenize,
@@ -50,7 +52,9 @@ class TextProcess:
                 try:
                     answer = self._answer(question)
                 except SllmError as error:
-                    answer = TextFailed(call=question.call, code=error.code, text=error.message)
+                    answer = TextFailed(
+                        call=question.call, code=error.code, text=error.message, param=error.param or ""
+                    )
                 self._channel.send(answer)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return 0
@@ -114,26 +118,35 @@ def _has_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, question: RenderChat) -> Encoded:
-    turns = [{"role": turn.role, "content": turn.content} for turn in question.turns]
+    form = check_template(tokenizer, question)
+    tools = json.loads(question.tools) if question.tools else None
+    turns = [as_dictionary(turn) for turn in question.turns]
     try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, tokenize=False)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
     # The template has written the special tokens out; the tokenizer must not add them once more.
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    return Encoded(call=question.call, token_ids=pack_uint32(token_ids))
+    token_ids = pack_uint32(tokenizer.encode(text, add_special_tokens=False))
+    if form is None:
+        return Encoded(call=question.call, token_ids=token_ids)
+    return Encoded(call=question.call, token_ids=token_ids, tool_format=form.name, marker=marker_of(tokenizer, form))
 
 
 def _detokenize(tokenizer: PreTrainedTokenizerBase, question: Detokenize) -> Detokenized:
     token_ids = list(unpack_uint32(question.token_ids))
-    before = _decode(tokenizer, token_ids[: question.read])
-    whole = _decode(tokenizer, token_ids)
+    before = _decode(tokenizer, token_ids[: question.read], question.marker)
+    whole = _decode(tokenizer, token_ids, question.marker)
     if whole.endswith(TORN) and not question.final:
         return Detokenized(call=question.call, text="", complete=False)
     return Detokenized(call=question.call, text=whole[len(before) :], complete=True)
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], marker: int | None) -> str:
+    if marker is not None and marker in token_ids:
+        at = token_ids.index(marker)
+        written = tokenizer.convert_ids_to_tokens(marker)
+        assert isinstance(written, str)
+        return _decode(tokenizer, token_ids[:at], None) + written + _decode(tokenizer, token_ids[at + 1 :], marker)
     text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text

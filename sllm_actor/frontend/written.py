@@ -33,10 +33,12 @@ class Written(NamedTuple):
 class Writer:
     """Writes one answer. `stopped` once a stop string is whole; `tokens` counts all that were taken."""
 
-    def __init__(self, text: TextService, path: str, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, text: TextService, path: str, prompt: Sequence[int], stops: Sequence[str], marker: int | None = None
+    ) -> None:
         self._text = text
         self._path = path
-        self._detokenizer = text.detokenizer(path, prompt)
+        self._detokenizer = text.detokenizer(path, prompt, marker)
         self._scanner = StopScanner(stops)
         # Entries whose text is not shown yet, with the character at which it begins. Bounded like the text that waits.
         self._waiting: deque[tuple[int, Entry]] = deque()

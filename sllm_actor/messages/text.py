@@ -8,12 +8,24 @@ from __future__ import annotations
 from sllm_actor.messages.declare import message
 
 
+@message("text.tool_call")
+class PastCall:
+    """A tool call that the model has made before; `arguments` is JSON, if the model wrote any."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 @message("text.chat_turn")
 class ChatTurn:
-    """One message of a conversation, as chat templates expect it."""
+    """One message of a conversation, as chat templates expect it. `tool_call_id` is that of the call it answers."""
 
     role: str
     content: str
+    name: str = ""
+    tool_calls: tuple[PastCall, ...] = ()
+    tool_call_id: str = ""
 
 
 @message("text.load")
@@ -35,11 +47,15 @@ class TokenizerLoaded:
 
 @message("text.render")
 class RenderChat:
-    """Apply the chat template and tokenize. Answered by `Encoded` or `TextFailed`."""
+    """Apply the chat template and tokenize. Answered by `Encoded` or `TextFailed`.
+
+    `tools` is a JSON list of OpenAI's tools, empty where there are none.
+    """
 
     call: int
     path: str
     turns: tuple[ChatTurn, ...]
+    tools: str = ""
 
 
 @message("text.encode")
@@ -53,17 +69,23 @@ class EncodeText:
 
 @message("text.encoded")
 class Encoded:
-    """Token ids, little-endian uint32."""
+    """Token ids, little-endian uint32.
+
+    Where tools were rendered: the name of the format that the model calls them in, and the special token, if it is
+    one, that a call begins with.
+    """
 
     call: int
     token_ids: bytes
+    tool_format: str = ""
+    marker: int | None = None
 
 
 @message("text.decode")
 class Detokenize:
     """Say what `token_ids[read:]` add to the text of `token_ids[:read]`; `final` flushes a torn character.
 
-    Answered by `Detokenized` or `TextFailed`.
+    Special tokens write nothing, but for the `marker`. Answered by `Detokenized` or `TextFailed`.
     """
 
     call: int
@@ -71,6 +93,7 @@ class Detokenize:
     token_ids: bytes
     read: int
     final: bool
+    marker: int | None = None
 
 
 @message("text.decoded")
@@ -101,11 +124,12 @@ class TokensDescribed:
 
 @message("text.failed")
 class TextFailed:
-    """The question `call` can't be answered."""
+    """The question `call` can't be answered; `param` is the field that is wrong, where one is."""
 
     call: int
     code: str
     text: str
+    param: str = ""
 
 
 TO_TEXT = (LoadTokenizer, RenderChat, EncodeText, Detokenize, DescribeTokens)
