@@ -19,6 +19,7 @@ import pytest
 import pytest_asyncio
 import random_answers
 import torch
+from msgspec import structs
 from random_answers import DEMO, END, compiled, decode
 from safetensors.torch import load_file
 from tiny_models import (
@@ -34,8 +35,9 @@ from tiny_models import (
 from sllm_actor.checkpoint.convert import convert
 from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.checkpoint.manifest import read_manifest
-from sllm_actor.domain import FinishReason, ModelName, RequestId, Sampling
+from sllm_actor.domain import FinishReason, ModelName, RequestId, Resume, Sampling, TokenLogprobs
 from sllm_actor.domain.tokens import pack_uint32
+from sllm_actor.engine.architectures import MODULES
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import (
@@ -215,7 +217,7 @@ async def test_an_engine_is_warm_checks_attaches_and_generates_what_transformers
     assert await answer(engine, ask(prompt_of(7), 90)) == run_transformers(llama, prompt_of(7), 90)
 
 
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "OPTForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("architecture", sorted(MODULES.keys() - {"LlamaForCausalLM"}))
 async def test_no_architecture_imports_anything_after_the_fork(
     architecture: str, start: Start, pool: Pool, tmp_path: Path
 ) -> None:
@@ -564,3 +566,53 @@ async def test_slices_for_ranks_are_refused_before_their_weights_are_read(
     engine.prepare(prepare(ranks))
     with pytest.raises(UnsupportedArchitecture, match="split for 2 ranks"):
         await engine.check()
+
+
+# Resuming in another process.
+
+
+def changed(request: Any, **changes: Any) -> Generate:
+    wanted: Generate = structs.replace(request, **changes)
+    return wanted
+
+
+async def drawn(engine: Engine, request: Generate) -> tuple[list[int], list[TokenLogprobs], Finished]:
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    begin = len(request.generated) // 4
+    async with aclosing(engine.generate(request)) as items:
+        async for item in items:
+            if isinstance(item, Tokens):
+                assert item.index == begin + len(token_ids)
+                token_ids += item.token_ids
+                logprobs += item.logprobs
+    assert isinstance(item, Finished)
+    return token_ids, logprobs, item
+
+
+@pytest.mark.parametrize("resume", Resume)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_an_answer_goes_on_in_another_process_wherever_it_was_cut(
+    resume: Resume, temperature: float, start: Start, pool: Pool, llama: Path
+) -> None:
+    """Exact: the logarithms of the probabilities are equal in all their digits, with other requests beside them."""
+    first, second = await serving(start, pool, llama), await serving(start, pool, llama)
+    wish = Sampling(max_tokens=16, temperature=temperature, top_p=0.95, seed=11, top_logprobs=3)
+    for length in (1, 40):
+        whole = changed(ask(prompt_of(length, seed=length), 16), sampling=wish, resume=resume)
+        tokens, logprobs, _ = await drawn(first, whole)
+        assert len(tokens) == len(logprobs) == 16
+        cuts = [changed(whole, generated=pack_uint32(tokens[:at])) for at in range(17)]
+        for cut, (rest, its_logprobs, finished) in zip(
+            range(17), await asyncio.gather(*(drawn(second, request) for request in cuts)), strict=True
+        ):
+            assert tokens[:cut] + rest == tokens
+            assert finished.generated_tokens == 16
+            if resume is Resume.EXACT:
+                assert its_logprobs == logprobs[cut:]
+
+
+async def test_a_prompt_that_was_computed_before_says_so(start: Start, pool: Pool, llama: Path) -> None:
+    engine = await serving(start, pool, llama)
+    cached = [(await drawn(engine, ask(prompt_of(20), 3)))[2].cached_tokens for _ in range(2)]
+    assert cached == [0, 19]
