@@ -22,13 +22,14 @@ from sllm_actor.actors import Router
 from sllm_actor.actors.model_manager import Limits, ModelManager
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.scheduler import BEGIN_WITHIN_S
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId
-from sllm_actor.errors import NoCapacity
+from sllm_actor.errors import Conflict, NoCapacity
 from sllm_actor.loader.load_queue import LoadQueue
 from sllm_actor.messages.generation import Finished, Generate
-from sllm_actor.messages.instances import InstanceStarted, StartInstance, StartProgress
+from sllm_actor.messages.instances import EndStart, InstanceStarted, StartInstance, StartProgress
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import NodeReport, Placement, PlaceModel
 from sllm_actor.runtime import Actor, ActorSystem, handles
@@ -43,6 +44,7 @@ class Starting(Actor):
 
     def __init__(self, steps_s: list[float]) -> None:
         self._steps_s = steps_s
+        self.begun = 0
         self.ended = False
 
     @handles(GetModel)
@@ -57,6 +59,8 @@ class Starting(Actor):
 
     @handles(StartInstance)
     async def start(self, message: StartInstance) -> AsyncIterator[StartProgress | InstanceStarted]:
+        self.begun += 1
+        self.ended = False
         try:
             for done, step_s in enumerate(self._steps_s):
                 await self.context.system.clock.sleep(step_s)
@@ -109,9 +113,59 @@ async def test_a_start_that_stands_still_is_given_up_after_its_limit() -> None:
     await made.close()
 
 
+@virtually
+async def test_a_start_ends_when_the_last_who_waits_for_it_leaves_and_no_sooner() -> None:
+    made, everything = await routed([200.0] * 3)
+    scope, answers = TaskScope("test"), made.ref("router")
+
+    async def asking(name: str) -> list[Any]:
+        return [item async for item in answers.stream(generate(name))]
+
+    first, second = (scope.spawn(asking(name), name) for name in ("first", "second"))
+    await made.clock.sleep(100.0)
+    first.cancel()
+    await asyncio.wait([first])
+    await made.clock.sleep(200.0)
+    assert (everything.begun, everything.ended) == (1, False)
+    second.cancel()
+    await asyncio.wait([second])
+    await made.clock.sleep(1.0)
+    assert everything.ended
+    assert [type(item) for item in await asking("third")] == [Finished]
+    assert everything.begun == 2, "a later request begins anew"
+    await made.close()
+
+
+@virtually
+async def test_a_start_that_is_ended_tells_all_who_wait_for_it_why() -> None:
+    made, everything = await routed([200.0] * 3)
+    scope, router = TaskScope("test"), made.ref("router")
+
+    async def asking(name: str) -> None:
+        with pytest.raises(Conflict, match="m was stopped while it started"):
+            _ = [item async for item in router.stream(generate(name))]
+
+    asked = [scope.spawn(asking(name), name) for name in ("first", "second")]
+    await made.clock.sleep(100.0)
+    end = EndStart(model=ModelName("m"), why="stopped")
+    assert await router.ask(end, timeout_s=5.0)
+    await asyncio.gather(*asked)
+    assert everything.ended
+    assert not await router.ask(end, timeout_s=5.0)
+    await made.close()
+
+
+async def test_a_grant_that_was_never_used_runs_out_soon(system: ActorSystem, clock: HandClock) -> None:
+    scheduler(system).tell(report(slots=1))
+    await ask(system, question("a"))
+    clock.now_s += BEGIN_WITHIN_S + 1
+    assert (await ask(system, question("b"))).node == "node-1"
+
+
 async def test_a_grant_stays_as_long_as_its_start_goes_on(system: ActorSystem, clock: HandClock) -> None:
     scheduler(system).tell(report(slots=1))
     placement = await ask(system, question("a"))
+    scheduler(system).tell(report(slots=1, starting=(placement.placement_id,)))
     for _ in range(3):  # The lease is 60 s.
         clock.now_s += 50
         scheduler(system).tell(report(slots=1, starting=(placement.placement_id,)))

@@ -309,6 +309,43 @@ def test_a_source_that_is_none_is_refused_without_repeating_its_password(node: N
     assert "secret" not in reply.body.decode()
 
 
+def connections_to(port: int) -> int:
+    """Count the established connections from this machine to a port of it."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
+
+
+@pytest.mark.parametrize("how", ["leave", "stop", "rm"])
+def test_a_start_that_nobody_waits_for_ends_its_download_and_keeps_what_has_come(
+    web: WebServer, served: Path, start_node: StartNode, how: str
+) -> None:
+    with proxied(web, served, Fault(stall_after_bytes=1000), after=2 * MIB) as (proxy, url), start_node() as node:
+        node.deploy(url, "demo")
+        asking = node.connect()
+        body = json.dumps({"model": "demo", "prompt": QUESTION})
+        asking.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        while not any(0 < entry["done_bytes"] < entry["size_bytes"] for entry in tiers(node)["ssd"]):
+            pass
+        assert connections_to(proxy.port)
+        if how == "leave":
+            asking.close()
+        elif how == "stop":
+            assert node.call("POST", "/admin/models/demo/unload") == {"stopped": 0, "ended_starts": 1}
+        else:
+            node.call("DELETE", "/admin/models/demo")
+        if how != "leave":
+            reply = asking.getresponse()
+            assert (reply.status, json.loads(reply.read())["error"]["code"]) == (409, "conflict")
+            asking.close()
+        while any(entry["leases"] for entry in tiers(node)["ssd"]) or connections_to(proxy.port):
+            pass
+        assert stored(node) == [False]
+        assert tiers(node)["ssd"][0]["done_bytes"]
+        if how == "leave":
+            proxy.choose = None
+            assert ANSWER in node.chat("demo", QUESTION)
+
+
 def test_who_closes_the_connection_ends_the_pull(web: WebServer, served: Path, start_node: StartNode) -> None:
     with proxied(web, served, Fault(stall_after_bytes=1000), after=2 * MIB) as (_, url), start_node() as node:
         connection = node.connect()

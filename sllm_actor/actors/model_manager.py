@@ -206,6 +206,7 @@ class ModelManager(Actor):
 
     async def _start(self, message: StartInstance, on_progress: OnProgress) -> InstanceStarted:
         self._starting[message.placement_id] = message.model
+        self._report()
         try:
             model = self._registry.find(message.model)
             started = await self._starter.start(model, await self._registry.wanted(model), on_progress)

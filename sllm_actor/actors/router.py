@@ -10,7 +10,7 @@ from sllm_actor.actors.request_log import RequestLog, RequestRecord
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, Span, Timeline
-from sllm_actor.errors import ActorDied, Draining, NoCapacity, NoSuchActor, SllmError
+from sllm_actor.errors import ActorDied, Conflict, Draining, NoCapacity, NoSuchActor, SllmError
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.generation import (
     Finished,
@@ -21,12 +21,21 @@ from sllm_actor.messages.generation import (
     RequestLocation,
     Tokens,
 )
-from sllm_actor.messages.instances import InstanceGone, InstanceStarted, StartInstance
+from sllm_actor.messages.instances import EndStart, InstanceGone, InstanceStarted, StartInstance
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import Placement, PlaceModel
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 
 MAX_ATTEMPTS = 3
+
+
+class _Start:
+    """A start under way, and how many requests wait for it."""
+
+    def __init__(self) -> None:
+        self.waiters = 0
+        self.ended: SllmError = Draining("the node is stopping")
+        self.task: asyncio.Task[tuple[InstanceStarted, tuple[Span, ...]]]
 
 
 class Router(Actor):
@@ -55,7 +64,7 @@ class Router(Actor):
         self._placement_timeout_s = placement_timeout_s
         self._start_timeout_s = start_timeout_s
         self._routes: dict[ModelName, InstanceStarted] = {}
-        self._starts: dict[ModelName, asyncio.Task[tuple[InstanceStarted, tuple[Span, ...]]]] = {}
+        self._starts: dict[ModelName, _Start] = {}
 
     @handles(Generate)
     async def generate(self, request: Generate) -> AsyncGenerator[Tokens | Finished, None]:
@@ -100,13 +109,46 @@ class Router(Actor):
             return self._routes[model]
         record.cold = True
         with self._room.place(model):
-            if model not in self._starts:
-                start = self.context.tasks.spawn(self._start(request), f"start-{model}", on_failure=lambda _: None)
-                self._starts[model] = start
-                start.add_done_callback(lambda _: self._starts.pop(model, None))
-            instance, spans = await asyncio.shield(self._starts[model])
+            instance, spans = await self._share(request)
         record.spans.extend(spans)
         return instance
+
+    async def _share(self, request: Generate) -> tuple[InstanceStarted, tuple[Span, ...]]:
+        """Wait for the start of the request's model; it ends when the last who waits for it leaves."""
+        start = self._starts.get(request.model)
+        if start is None:
+            start = self._starts[request.model] = _Start()
+            work = self._start(request)
+            start.task = self.context.tasks.spawn(work, f"start-{request.model}", on_failure=lambda _: None)
+            begun = start
+            start.task.add_done_callback(lambda _: self._over(request.model, begun))
+        start.waiters += 1
+        try:
+            await asyncio.wait([start.task])
+        finally:
+            start.waiters -= 1
+            if not start.waiters and not start.task.done():
+                start.task.cancel()
+                self._over(request.model, start)
+        if start.task.cancelled():
+            raise start.ended
+        return start.task.result()
+
+    def _over(self, model: ModelName, start: _Start) -> None:
+        """Let the next request begin anew."""
+        if self._starts.get(model) is start:
+            del self._starts[model]
+
+    @handles(EndStart, concurrent=True)
+    async def end_start(self, message: EndStart) -> bool:
+        start = self._starts.get(message.model)
+        if start is None:
+            return False
+        start.ended = Conflict(f"{message.model} was {message.why} while it started", param="model")
+        start.task.cancel()
+        self._over(message.model, start)
+        await asyncio.wait([start.task])
+        return True
 
     async def _start(self, request: Generate) -> tuple[InstanceStarted, tuple[Span, ...]]:
         begin_s = self._clock.monotonic_s()

@@ -17,6 +17,9 @@ from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
 
+# A placement whose start has not begun by then was given to somebody who has left.
+BEGIN_WITHIN_S = 10.0
+
 
 class _Waiting(NamedTuple):
     question: PlaceModel
@@ -107,13 +110,14 @@ class Scheduler(Actor):
 
     def _grant(self, question: PlaceModel, start: Start, now_s: float) -> Placement:
         placement_id = f"placement-{next(self._placements)}"
-        self._grants[placement_id] = Grant(start.report.node, question.host_bytes, now_s + self._lease_s)
+        lease_s = min(self._lease_s, BEGIN_WITHIN_S)
+        self._grants[placement_id] = Grant(start.report.node, question.host_bytes, now_s + lease_s)
         return Placement(
             placement_id=placement_id,
             node=start.report.node,
             manager=start.report.manager,
             estimate_s=start.estimate_s,
-            lease_s=self._lease_s,
+            lease_s=lease_s,
             reason=start.reason,
         )
 

@@ -246,9 +246,13 @@ def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) 
 
 @app.command()
 def stop(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """Unload a model's instances once their running answers are finished; it stays registered."""
+    """Unload a model's instances once their running answers are finished, and end its start; it stays registered."""
     answer = ask(url, api_key, lambda client: client.call("POST", f"/admin/models/{name}/unload"), as_json=as_json)
-    print_json(answer) if as_json else out.print(f"stopped {answer['stopped']} instance(s) of {name}")
+    if as_json:
+        print_json(answer)
+        return
+    ended = " and ended its start" if answer["ended_starts"] else ""
+    out.print(f"stopped {answer['stopped']} instance(s) of {name}{ended}")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from sllm_actor.frontend.openapi import SHIPPED
 from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest
 from sllm_actor.frontend.sse import write_in_time
 from sllm_actor.messages.generation import GetTimeline, ListRequests
-from sllm_actor.messages.instances import ListInstances, StopInstances
+from sllm_actor.messages.instances import EndStart, ListInstances, StopInstances
 from sllm_actor.messages.migration import MigrateRequest
 from sllm_actor.messages.models import (
     EvictModel,
@@ -141,6 +141,7 @@ async def remove(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     model = await gateway.model(request.match_info["name"])
     await gateway.manager.ask(RemoveModel(name=model.name), timeout_s=gateway.limits.deploy_timeout_s)
+    await _end_start(gateway, model, "removed")
     return json_response({"removed": model.name})
 
 
@@ -148,8 +149,15 @@ async def remove(request: web.Request) -> web.Response:
 async def unload(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     model = await gateway.model(request.match_info["name"])
+    ended = await _end_start(gateway, model, "stopped")
     stopped = await gateway.manager.ask(StopInstances(model=model.name), timeout_s=gateway.limits.deploy_timeout_s)
-    return json_response({"stopped": stopped})
+    return json_response({"stopped": stopped, "ended_starts": int(ended)})
+
+
+async def _end_start(gateway: Gateway, model: Model, why: str) -> bool:
+    message = EndStart(model=model.name, why=why)
+    ended: bool = await gateway.router.ask(message, timeout_s=gateway.limits.ask_timeout_s)
+    return ended
 
 
 @routes.post("/admin/models/{name:.+}/pin")

@@ -37,6 +37,17 @@ class InstanceStarted:
     spans: tuple[Span, ...]
 
 
+@message("instances.end_start")
+class EndStart:
+    """End the start of `model` that is under way: those who wait for it fail with `Conflict`, which says `why`.
+
+    Answered by whether there was one.
+    """
+
+    model: ModelName
+    why: str
+
+
 @message("instances.stop")
 class StopInstances:
     """Stop instances of `model`; with `instance_id` that one alone, with `only_idle` none that generates.

@@ -24,7 +24,7 @@ class PlaceModel:
 
 @message("placement.granted")
 class Placement:
-    """The right to start one instance on `node`, kept for `lease_s`; `reason` is for people."""
+    """The right to start one instance on `node`, to be used within `lease_s`; `reason` is for people."""
 
     placement_id: str
     node: NodeId
