@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from raw_server import RawServer, Request
 
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import CLI, NodeProcess
@@ -80,6 +82,67 @@ def test_no_node_is_an_exit_code_of_its_own(arguments: list[str]) -> None:
     ran = cli(*arguments, *UNREACHABLE)
     assert ran.returncode == 3
     assert "sllm-node start" in ran.stderr
+
+
+def test_a_url_needs_no_scheme(node: NodeProcess) -> None:
+    assert cli_json("ls", "--url", node.url.removeprefix("http://"))["models"]
+    assert cli_json("ls", "--url", "127.0.0.1:9", status=3)["error"]["message"].startswith(
+        "no node answers at http://127.0.0.1:9: Connection refused; "
+    )
+
+
+REGISTERED = b'{"status": "registered", "model": {"name": "m"}}\n{"status": "pulling", "completed": 67, "total": 250}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body"),
+    [
+        (["pull", "http://h/m/"], REGISTERED),
+        (["run", "m", "hello"], b'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": null}]}\n\n'),
+        (["ls"], b'{"models": ['),
+    ],
+    ids=["pull", "run", "ls"],
+)
+def test_a_node_that_goes_away_in_the_middle_of_an_answer_is_no_traceback(arguments: list[str], body: bytes) -> None:
+    def answer(request: Request) -> None:
+        known = b'{"models": [{"model": {"name": "m", "chat": true}}]}'
+        if arguments[0] != "ls" and request.path == "/admin/models":
+            request.reply(200, {"Content-Type": "application/json"}, known)
+        else:
+            request.reply(200, {"Content-Type": "application/json", "Content-Length": len(body) + 1}, body)
+
+    with RawServer(answer) as server:
+        ran = cli(*arguments, "--url", server.url)
+        assert ran.returncode == 3
+        assert "went away in the middle of its answer" in ran.stderr
+        assert ("at 67 B of 250 B; the same command goes on" in ran.stderr) == (arguments[0] == "pull")
+        ran = cli(*arguments, "--url", server.url, "--json")
+        assert ran.returncode == 3
+        assert json.loads(ran.stdout.splitlines()[-1])["error"]["code"] == "node_unreachable"
+
+
+def test_what_is_no_node_is_told_so() -> None:
+    with RawServer(lambda request: request.reply(200, {"Content-Type": "text/html"}, b"<p>")) as server:
+        assert cli_json("ls", "--url", server.url, status=3)["error"]["message"].endswith(
+            "is no node; name one with --url"
+        )
+
+
+def test_a_pull_that_is_interrupted_says_how_far_it_was() -> None:
+    def answer(request: Request) -> None:
+        request.reply(200, {"Content-Type": "application/x-ndjson", "Content-Length": None}, REGISTERED)
+        request.hold()
+
+    with RawServer(answer) as server:
+        words = [str(CLI), "pull", "http://h/m/", "--json", "--url", server.url]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pulling:
+            assert pulling.stdout is not None
+            while '"completed": 67' not in pulling.stdout.readline():
+                pass
+            pulling.send_signal(signal.SIGINT)
+            _, told = pulling.communicate(timeout=60)
+        assert pulling.returncode == 130
+        assert "stopped at 67 B of 250 B; the same command goes on from there" in told
 
 
 def test_wrong_usage_is_an_exit_code_of_its_own() -> None:

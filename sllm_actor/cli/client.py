@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +16,7 @@ MAX_EVENT_BYTES = 1024 * 1024
 
 
 class NodeUnreachable(Exception):
-    """Nothing answers at the URL."""
+    """No node answers at the URL, or the one that did has gone."""
 
 
 class NodeRefused(Exception):
@@ -31,7 +32,7 @@ class NodeClient:
     """Speaks to one node. Use as `async with NodeClient(url, key) as client`."""
 
     def __init__(self, url: str, api_key: str) -> None:
-        self._url = url.rstrip("/")
+        self._url = (url if "://" in url else f"http://{url}").rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -51,15 +52,20 @@ class NodeClient:
         self, method: str, path: str, body: dict[str, Any] | None, headers: dict[str, str] | None = None
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         assert self._session is not None
+        answered = False
         try:
             async with self._session.request(method, self._url + path, json=body, headers=headers) as response:
+                answered = True
                 if response.status >= 400:
                     raise _refusal(response.status, await response.text())
                 yield response
-        except (aiohttp.ClientConnectionError, TimeoutError, aiohttp.InvalidURL) as error:
-            raise NodeUnreachable(
-                f"no node answers at {self._url} ({error}); start one with 'sllm-node start', or name it with --url"
-            ) from error
+        except aiohttp.ContentTypeError:
+            raise NodeUnreachable(f"what answers at {self._url} is no node; name one with --url") from None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if answered:
+                raise NodeUnreachable(f"the node at {self._url} went away in the middle of its answer") from error
+            missing = f"no node answers at {self._url}: {_why(error)}"
+            raise NodeUnreachable(f"{missing}; start one with 'sllm-node start', or name it with --url") from error
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Ask and give the JSON answer.
@@ -107,9 +113,23 @@ class NodeClient:
             raise NodeRefused("the answer ended before it was complete", "stream_cut")
 
 
+def _why(error: Exception) -> str:
+    """Say in a few words why there is no connection."""
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "its name is unknown"
+    if isinstance(error, aiohttp.ClientOSError) and error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error, TimeoutError):
+        return f"silence for {CONNECT_TIMEOUT_S:g} s"
+    return "the URL is none" if isinstance(error, aiohttp.InvalidURL) else str(error) or type(error).__name__
+
+
 def _refusal(status: int, text: str) -> NodeRefused:
     try:
-        return _from_error(json.loads(text)["error"])
+        refused = _from_error(json.loads(text)["error"])
+        if status == 401:
+            refused.args = (f"{refused}; here: --api-key KEY, or SLLM_API_KEY",)
+        return refused
     except (ValueError, KeyError, TypeError):
         return NodeRefused(f"HTTP {status}: {text[:200]}", f"http_{status}")
 

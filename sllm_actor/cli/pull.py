@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from sllm_actor.cli.client import NodeClient
+from sllm_actor.cli.client import NodeClient, NodeUnreachable
 from sllm_actor.cli.show import err, out, print_json
 from sllm_actor.units import format_bytes
+
+GO_ON = "the same command goes on from there"
 
 
 def default_name(source: str) -> str:
@@ -30,14 +33,29 @@ async def pull_model(client: NodeClient, body: dict[str, Any], *, as_json: bool)
         TimeRemainingColumn(),
     )
     model: dict[str, Any] = {}
+    reached = ""
     with Progress(*columns, console=err, disable=as_json or not err.is_terminal, transient=True) as progress:
         task = progress.add_task(body["name"], total=None)
-        async for line in client.lines("/admin/pull", body):
-            if as_json:
-                print_json(line)
-            if line["status"] == "registered":
-                model = line["model"]
-            elif line["status"] == "pulling":
-                progress.update(task, completed=line["completed"], total=line["total"])
+        try:
+            async for line in client.lines("/admin/pull", body):
+                if as_json:
+                    print_json(line)
+                if line["status"] == "registered":
+                    model = line["model"]
+                elif line["status"] == "pulling":
+                    done_bytes, total_bytes = line["completed"], line["total"]
+                    # What an earlier pull has brought is no part of this one's speed.
+                    change = progress.update if reached else progress.reset
+                    change(task, completed=done_bytes, total=total_bytes)
+                    reached = f" at {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+        except NodeUnreachable as error:
+            if not model:
+                raise
+            raise NodeUnreachable(f"{error}{reached}; {GO_ON}") from error
+        except asyncio.CancelledError:
+            if model:
+                progress.stop()
+                err.print(f"stopped{reached}; {GO_ON}")
+            raise
     if not as_json:
         out.print(f"pulled [bold]{model['name']}[/bold]: {format_bytes(model['size_bytes'])} from {model['source']}")

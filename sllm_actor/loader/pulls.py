@@ -28,6 +28,9 @@ class _Pulling:
 
     def arrived(self, size_bytes: int) -> None:
         self.done_bytes += size_bytes
+        self.tell()
+
+    def tell(self) -> None:
         for tell in list(self.waiters.values()):
             if tell is not None:
                 tell(self.done_bytes, self.total_bytes)
@@ -102,6 +105,7 @@ class Pulls:
                 return
             partial = await self._loads.begin(card)
             pulling.done_bytes = turn.arrived_bytes = partial.done_bytes
+            pulling.tell()
 
             def arrived(size_bytes: int) -> None:
                 turn.arrive(turn.arrived_bytes + size_bytes)

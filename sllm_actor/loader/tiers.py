@@ -246,10 +246,15 @@ class Tiers:
     async def pulled(self, card: Card) -> AsyncGenerator[tuple[int, int], None]:
         """Pull, and give how much has arrived and of how much, in bytes, as that changes; the last is the whole."""
         size_bytes = card.checkpoint.size_bytes
-        yield 0, size_bytes
+        yield self._stored_bytes(card), size_bytes
         async with aclosing(followed(lambda told: self.pull(card, told))) as steps:
             async for step in steps:
                 yield step or (size_bytes, size_bytes)
+
+    def _stored_bytes(self, card: Card) -> int:
+        """Count what the SSD has of a checkpoint that is not there whole."""
+        identity = card.checkpoint.identity
+        return next((entry.done_bytes for entry in self.ssd.entries() if entry.model_id == identity), 0)
 
     def arriving(self, card: Card) -> tuple[int, int] | None:
         """Tell how much of a checkpoint has arrived from its sources, and of how much, in bytes."""
