@@ -104,6 +104,13 @@ def test_knobs_that_are_right_alone_and_wrong_together_are_refused() -> None:
     assert resolve(flags={"chunk_bytes": "16MiB", "host_pool_bytes": "16MiB"}).config.chunk_bytes == 16 * MIB
 
 
+def test_a_quota_that_is_not_worth_its_name_is_refused_and_none_is_allowed() -> None:
+    with pytest.raises(ConfigInvalid, match="flag: ssd_quota_bytes: 10 bytes is less than 16 MiB; write a unit"):
+        resolve(flags={"ssd_quota_bytes": "10"})
+    assert resolve(flags={"ssd_quota_bytes": "0"}).config.ssd_quota_bytes == 0
+    assert resolve(flags={"ssd_quota_bytes": "16MiB"}).config.ssd_quota_bytes == 16 * MIB
+
+
 def test_an_unknown_knob_is_refused_wherever_it_stands(tmp_path: Path) -> None:
     file = toml(tmp_path, "prot = 1")
     with pytest.raises(ConfigInvalid, match=re.escape(f"{file}: there is no knob 'prot'")):

@@ -74,6 +74,7 @@ class NoSsd:
     """An SSD tier that has nothing and is never asked to keep anything."""
 
     quota_bytes = used_bytes = 0
+    given_up = ()
 
     def holds(self, model_id: str) -> bool:
         return False

@@ -266,11 +266,19 @@ def test_one_copy_serves_two_names(web: WebServer, served: Path, start_node: Sta
 def test_a_model_larger_than_the_quota_starts_and_is_not_stored(
     web: WebServer, served: Path, start_node: StartNode
 ) -> None:
-    with start_node("ssd_quota_bytes=2MiB") as node:
+    with start_node("ssd_quota_bytes=0") as node:
         told = pull(node, web.url(served.name))
         assert told[-1]["error"]["code"] == "model_too_large"
         assert ANSWER in node.chat("demo", QUESTION)
         assert tiers(node)["ssd"] == []
+
+
+def test_what_a_smaller_quota_gives_up_is_told_by_its_name(web: WebServer, served: Path, tmp_path: Path) -> None:
+    with running_node(tmp_path / "data", *SMALL) as node:
+        pull(node, web.url(served.name))
+    with (tmp_path / "log").open("w") as log, running_node(tmp_path / "data", *SMALL, "ssd_quota_bytes=0", log=log):
+        pass
+    assert "demo (3.4 MB) was given up on the SSD: the quota of 0 B does not hold it" in (tmp_path / "log").read_text()
 
 
 def test_a_node_starts_a_model_from_another_node(start_node: StartNode, tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ class Registry:
             if model.card:
                 with contextlib.suppress(CheckpointInvalid):  # It is made anew when it is needed.
                     self._wanted[model.name] = await self._tiers.card(model.card)
+        for held in self._tiers.ssd.given_up:
+            names = ", ".join(self.names_by_model_id().get(held.model_id, ())) or held.model_id
+            size, quota = format_bytes(held.size_bytes), format_bytes(self._tiers.ssd.quota_bytes)
+            log.warning("%s (%s) was given up on the SSD: the quota of %s does not hold it", names, size, quota)
 
     def models(self) -> list[Model]:
         """List the registrations by name."""

@@ -11,6 +11,7 @@ from msgspec import Meta
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.units import GIB, KIB, MIB
 
+MIN_QUOTA_BYTES = 16 * MIB
 Text = Annotated[str, Meta(max_length=4096)]
 
 
@@ -76,7 +77,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # Models from elsewhere.
     ssd_quota_bytes: Annotated[
         int,
-        Meta(ge=0, le=1024 * 1024 * GIB, title="bytes", description="disk held for copies of models from elsewhere"),
+        Meta(
+            ge=0,
+            le=1024 * 1024 * GIB,
+            title="bytes",
+            description="disk held for copies of models from elsewhere: 0 for none, or 16 MiB and more",
+        ),
     ] = 64 * GIB
     peers: Annotated[
         Text, Meta(title="nodes", description="nodes that may have a model, too: NODE@HOST:PORT, with commas between")
@@ -135,7 +141,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 300.0
     start_timeout_s: Annotated[
         float,
-        Meta(ge=0.1, le=3600, title="s", description="longest wait of a request for a running instance"),
+        Meta(
+            ge=0.1,
+            le=3600,
+            title="s",
+            description="longest wait of a start for a place; its own time has engine_start_timeout_s",
+        ),
     ] = 300.0
     max_waiting_requests: Annotated[
         int,
@@ -241,7 +252,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 1000
     loop_lag_fault_s: Annotated[
         float,
-        Meta(ge=0.001, le=60, title="s", description="loop delay that is logged and counted as a fault"),
+        Meta(ge=0.001, le=60, title="s", description="loop delay that is counted as a fault"),
     ] = 0.05
 
     def __post_init__(self) -> None:
@@ -253,6 +264,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigInvalid(
                 f"host_pool_bytes: {self.host_pool_bytes} is less than one chunk of {self.chunk_bytes}",
                 param="host_pool_bytes",
+            )
+        if 0 < self.ssd_quota_bytes < MIN_QUOTA_BYTES:
+            raise ConfigInvalid(
+                f"ssd_quota_bytes: {self.ssd_quota_bytes} bytes is less than 16 MiB; write a unit, such as 10GiB",
+                param="ssd_quota_bytes",
             )
         if self.advertise and not self.listen:
             raise ConfigInvalid("advertise: there is nothing to advertise where listen is empty", param="advertise")

@@ -111,6 +111,7 @@ class Quota:
         self.quota_bytes = quota_bytes
         self.models: dict[str, HeldModel] = {}
         self.partials: dict[str, HeldPartial] = {}
+        self.given_up: tuple[SsdEntry, ...] = ()
 
     @property
     def used_bytes(self) -> int:
@@ -173,13 +174,14 @@ class Quota:
         return victims
 
     def shrink(self) -> list[Held]:
-        """Remove what is beyond the quota, as far as it may be removed, and return it."""
+        """Remove what is beyond the quota, as far as it may be removed, and return it; `given_up` describes it."""
         over_bytes = self.used_bytes - self.quota_bytes
         victims = self._oldest(over_bytes)
         if victims is None:
             victims = [held for held in self.all() if held.free]
         for held in victims:
             self.remove(held)
+        self.given_up = tuple(held.describe() for held in victims)
         return victims
 
     def _oldest(self, wanted_bytes: int) -> list[Held] | None:

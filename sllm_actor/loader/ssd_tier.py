@@ -59,6 +59,7 @@ class SsdTier:
         self._deleting: set[asyncio.Task[None]] = set()
         self._uses = LastUses(quota, clock, work)
         self._closing: asyncio.Task[None] | None = None
+        self.given_up = quota.given_up  # When this was opened.
 
     @classmethod
     async def open(
