@@ -170,6 +170,7 @@ class Node:
         await text.start()
         await self._load_tokenizers(gateway, text)
         gateway.ready = True
+        self.lag.tell()
         log.info("node %s is ready at %s", node_id, self.url)
 
     async def _listen(self) -> None:
