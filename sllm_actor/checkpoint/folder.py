@@ -166,7 +166,8 @@ def _resolve(path: Path) -> Path:
     try:
         folder = path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError) as wrong:
-        raise CheckpointMissing(f"{path} is not a folder that can be read: {wrong}") from None
+        reason = wrong.strerror if isinstance(wrong, OSError) else wrong  # Else the path would be told twice.
+        raise CheckpointMissing(f"{path} is not a folder that can be read: {reason}") from None
     if not folder.is_dir():
         raise CheckpointMissing(f"{path} is not a folder")
     return folder

@@ -255,7 +255,9 @@ def _check_version(
     length = _length_of(response)
     found = validator_of(response.headers, size_bytes)
     if validator and found and found != validator:
-        raise SourceChanged(f"{place_of(url)} is {found} now and was {validator}")
+        raise SourceChanged(
+            f"{place_of(url)} is {found} now and was {validator}: the source has changed; deploy it again"
+        )
     if told_bytes is None and length not in (None, size_bytes):
         raise SourceChanged(f"{place_of(url)} has {length} bytes now and had {size_bytes}")
     if told_bytes is not None and length not in (None, told_bytes):

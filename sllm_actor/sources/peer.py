@@ -6,6 +6,7 @@ Knows nothing of the tier that they come from there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
@@ -40,6 +41,8 @@ from sllm_actor.sources.source import SourceFile, SourceOptions, belongs
 from sllm_actor.sources.under_way import UnderWay
 from sllm_actor.units import MIB
 
+log = logging.getLogger(__name__)
+
 PEER_ACTOR = "peer"
 # Small, so that one that stalls is noticed soon, a copy does not hold up the loop, and buffers are used again.
 PIECE_BYTES = MIB
@@ -68,7 +71,11 @@ class PeerSource:
             SourceInvalid: it names none.
         """
         address, model = parse_peer_url(url)
-        return cls(system, address, model, options)
+        source = cls(system, address, model, options)
+        peer = source._ref.peer
+        if peer is not None and peer.link is not None and peer.endpoint not in ("", address.endpoint):
+            log.warning("%s: %s is connected at %s, and read from there", source.url, address.node, peer.endpoint)
+        return source
 
     async def files(self) -> tuple[SourceFile, ...]:
         """List the files that the node has of the model, and learn `model_id`; see `Source.files`."""
