@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from web_server import WebServer, running_web_server
 
 from sllm_actor.testing.node_process import NodeProcess, running_node
@@ -17,6 +18,9 @@ SMALL = (
     "host_pool_bytes=64MiB", "chunk_bytes=1MiB", "engine_threads=1",
     "drain_timeout_s=300", "ask_timeout_s=60", "text_timeout_s=120",
 )  # fmt: skip
+# How quickly examples are made says something of the machine only.
+settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("any machine")
 StartNode = Callable[..., AbstractContextManager[NodeProcess]]
 
 

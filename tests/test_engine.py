@@ -20,6 +20,7 @@ from tiny_models import (
     change_tensors,
     finish,
     greedy,
+    logit_gap,
     prompt_of,
     run,
     run_transformers,
@@ -137,7 +138,12 @@ def test_half_precision_answers_are_those_of_transformers(variant: str, dtype: t
     model = attach(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     prompt = prompt_of(LIMITS.prefill_chunk_tokens)
-    assert first_difference(run(model, prompt, greedy(80)), run_transformers(folder, prompt, 80)) is None
+    ours, theirs = run(model, prompt, greedy(80)), run_transformers(folder, prompt, 80)
+    at = first_difference(ours, theirs)
+    if at is not None:
+        # Where memory lies decides the last bit of a sum, and with it between two tokens that are as likely.
+        gap = logit_gap(folder, [*prompt, *theirs[:at]], ours[at], theirs[at])
+        assert gap <= 4 * torch.finfo(dtype).eps, (at, gap)
 
 
 def test_a_seeded_answer_depends_on_its_seed_alone(tmp_path: Path) -> None:

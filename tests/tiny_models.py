@@ -133,6 +133,14 @@ def run_transformers(folder: Path, prompt: Sequence[int], tokens: int) -> list[i
     return list(out[0, len(prompt) :].tolist())
 
 
+def logit_gap(folder: Path, tokens: Sequence[int], one: int, other: int) -> float:
+    """Tell how far apart transformers has the next token's logits of two tokens, relative to the largest of all."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([list(tokens)])).logits[0, -1].float()
+    return float((logits[one] - logits[other]).abs() / logits.abs().max())
+
+
 def prompt_of(tokens: int, seed: int = 0) -> list[int]:
     random = torch.Generator().manual_seed(seed)
     return list(torch.randint(3, VOCABULARY_TOKENS, (tokens,), generator=random).tolist())
