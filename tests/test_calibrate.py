@@ -44,7 +44,9 @@ def cli_json(*arguments: str | Path, status: int = 0, **environment: str) -> Any
 
 
 def finding(folder: Path, *arguments: str) -> dict[str, str]:
-    checks = cli_json("doctor", "--port", "0", "--data-dir", folder, *arguments)["checks"]
+    checks = cli_json("doctor", "--port", "0", "--data-dir", folder, "--set", "host_pool_bytes=64MiB", *arguments)[
+        "checks"
+    ]
     found: dict[str, str] = next(check for check in checks if check["check"] == "disk profile")
     return found
 
