@@ -124,7 +124,7 @@ def test_a_model_starts_from_a_web_server_and_later_without_it(
         assert node.call("GET", "/admin/models")["models"][0]["state"] == "host"
     shutil.rmtree(served)
     with start_node() as node:
-        assert node.call("GET", "/admin/models")["models"][0]["state"] == "cold"
+        assert node.call("GET", "/admin/models")["models"][0]["state"] == "ssd"
         assert ANSWER in node.chat("demo", QUESTION)
         assert not load_tiers(node) & {"source", "host memory"}
 
@@ -164,7 +164,7 @@ def test_the_command_pulls_and_lists_what_each_tier_holds(web: WebServer, served
         shown = command("ps")
         assert "TIER" in shown
         assert "org/demo" in shown
-        assert "remote" not in command("ls")
+        assert " ssd " in command("ls")
 
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "left"])
@@ -367,3 +367,18 @@ def test_who_closes_the_connection_ends_the_pull(web: WebServer, served: Path, s
             pass
         with pytest.raises(http.client.HTTPException):
             connection.getresponse()
+
+
+def test_a_node_that_stops_leaves_a_pull_and_says_that_it_can_be_gone_on_with(
+    web: WebServer, served: Path, start_node: StartNode
+) -> None:
+    stalled = proxied(web, served, Fault(stall_after_bytes=1000), after=2 * MIB)
+    with stalled as (_, url), start_node("drain_timeout_s=3000") as node:
+        told = lines(node, url)
+        while next(told).get("completed", 0) < 2 * MIB:
+            pass
+        node.process.terminate()
+        *_, last = told
+        assert last["error"]["code"] == "draining"
+        assert "goes on from there" in last["error"]["message"]
+        assert node.process.wait(300) == 0

@@ -156,7 +156,8 @@ class ModelManager(Actor):
         elif model.fingerprint in held:
             state = ModelState.HOST
         else:
-            state = ModelState.COLD if self._registry.is_on_disk(model) else ModelState.REMOTE
+            on_disk = ModelState.SSD if model.card else ModelState.COLD
+            state = on_disk if self._registry.is_on_disk(model) else ModelState.REMOTE
         arriving = self._registry.arriving(model)
         return ModelStatus(
             model=model,

@@ -10,10 +10,11 @@ from sllm_actor.domain.names import ModelName
 
 
 class ModelState(enum.StrEnum):
-    """Where a model's bytes are at most, and whether it can answer at once."""
+    """Where a model's bytes are at most, and whether it can answer at once; cold: in a folder of the machine's own."""
 
     REMOTE = "remote"
     COLD = "cold"
+    SSD = "ssd"
     LOADING = "loading"
     HOST = "host"
     RUNNING = "running"

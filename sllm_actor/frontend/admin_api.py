@@ -108,7 +108,7 @@ async def pull(request: web.Request) -> web.StreamResponse:
 
     await write_line({"status": "registered", "model": model})
     try:
-        async with aclosing(gateway.manager.stream(PullModel(name=model.name))) as progress:
+        async with gateway.until_stop(), aclosing(gateway.manager.stream(PullModel(name=model.name))) as progress:
             async for step in progress:
                 line = {"status": "pulling", "completed": step.done_bytes, "total": step.total_bytes}
                 await write_line(line)

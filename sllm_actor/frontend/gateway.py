@@ -6,8 +6,8 @@ import asyncio
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -91,6 +91,7 @@ class Gateway:
         self._answering: Counter[str] = Counter()
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._left_at_stop: set[asyncio.Timeout] = set()
 
     async def read(self, request: web.Request, kind: type[T]) -> T:
         """Read and check a JSON body, within the bounds of size and time.
@@ -163,6 +164,34 @@ class Gateway:
         shown = {"counts": connections.counts(), "closed": dict(connections.closed)}
         in_progress = dict.fromkeys(self.metrics.models(), 0) | self._answering
         return {**self.observe(), "in_progress": in_progress, "connections": shown}
+
+    @asynccontextmanager
+    async def until_stop(self) -> AsyncGenerator[None, None]:
+        """Do in this block what can be gone on with later: it is left when the node stops.
+
+        Raises:
+            Draining: the node is stopping.
+        """
+        stopping = Draining("this node is stopping; the same again goes on from there", retry_after_s=5.0)
+        if self.draining:
+            raise stopping
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._left_at_stop.add(limit)
+                try:
+                    yield
+                finally:
+                    self._left_at_stop.discard(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise stopping from None
+
+    def stop(self) -> None:
+        """Begin no new answers, and leave what need not come to its end."""
+        self.draining = True
+        for limit in self._left_at_stop:
+            limit.reschedule(0.0)
 
     async def drained(self) -> bool:
         """Wait until no answer runs, or the time for that is over; tell which."""

@@ -57,7 +57,7 @@ class HttpServer:
 
     async def drain(self) -> None:
         """Take no new connections and begin no new answers; wait for those that run, within the drain time."""
-        self._gateway.draining = True
+        self._gateway.stop()
         if self._serving is not None:
             self._serving.close()
         if not await self._gateway.drained():
