@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -41,7 +43,7 @@ def test_a_model_is_deployed_listed_asked_stopped_and_removed(node: NodeProcess)
     assert answer["timeline"]["cold"]
     assert [i["model"] for i in cli_json("ps", *at)["instances"] if i["model"] == "cli/demo"] == ["cli/demo"]
     assert cli_json("stop", "cli/demo", *at) == {"stopped": 1, "ended_starts": 0}
-    assert cli_json("rm", "cli/demo", *at) == {"removed": "cli/demo"}
+    assert cli_json("rm", "cli/demo", "--purge", *at) == {"removed": "cli/demo"}
     assert cli_json("rm", "cli/demo", *at, status=1)["error"]["code"] == "model_not_found"
 
 
@@ -121,6 +123,31 @@ def test_a_node_that_goes_away_in_the_middle_of_an_answer_is_no_traceback(argume
         assert json.loads(ran.stdout.splitlines()[-1])["error"]["code"] == "node_unreachable"
 
 
+def test_in_a_chat_an_interrupt_ends_the_answer_alone() -> None:
+    def answer(request: Request) -> None:
+        if request.path == "/admin/models":
+            request.reply(200, {"Content-Type": "application/json"}, b'{"models": []}')
+            return
+        event = b'data: {"choices": [{"delta": {"content": "begun\\n"}, "finish_reason": null}]}\n\n'
+        request.reply(200, {"Content-Type": "text/event-stream", "Content-Length": None}, event)
+        request.hold()
+
+    ours, theirs = pty.openpty()
+    with RawServer(answer) as server:
+        words = [str(CLI), "run", "m", "--url", server.url]
+        with subprocess.Popen(words, stdin=theirs, stdout=subprocess.PIPE, text=True) as chat:
+            assert chat.stdout is not None
+            for _ in range(2):
+                os.write(ours, b"hello\n")
+                while "begun" not in chat.stdout.readline():
+                    pass
+                chat.send_signal(signal.SIGINT)
+            os.write(ours, b"/bye\n")
+            assert chat.wait(60) == 0
+    for end in (ours, theirs):
+        os.close(end)
+
+
 def test_what_is_no_node_is_told_so() -> None:
     with RawServer(lambda request: request.reply(200, {"Content-Type": "text/html"}, b"<p>")) as server:
         assert cli_json("ls", "--url", server.url, status=3)["error"]["message"].endswith(
@@ -149,6 +176,17 @@ def test_wrong_usage_is_an_exit_code_of_its_own() -> None:
     assert cli("deploy").returncode == 2
     assert cli("start", "--port", "many").returncode == 2
     assert cli("nonsense").returncode == 2
+    assert cli("run", "x", *UNREACHABLE, stdin="\n").returncode == 2
+    asked = cli("pull", "Qwen/Qwen2.5-0.5B-Instruct", *UNREACHABLE)
+    assert asked.returncode == 2
+    assert "hf://Qwen/Qwen2.5-0.5B-Instruct" in asked.stderr
+
+
+def test_short_help_and_whole_knob_names_in_a_pipe(tmp_path: Path) -> None:
+    assert "Usage" in cli("ls", "-h").stdout
+    shown = cli("doctor", "--port", "0", "--data-dir", tmp_path).stdout.splitlines()
+    assert [line.split()[1] for line in shown if line.startswith("source_allow_private_redirects")] == ["False"]
+    assert [line.split()[1] for line in shown if line.startswith("host_pool_bytes")] == ["2GiB"]
 
 
 def test_an_unknown_knob_is_named() -> None:

@@ -104,6 +104,11 @@ def test_knobs_that_are_right_alone_and_wrong_together_are_refused() -> None:
     assert resolve(flags={"chunk_bytes": "16MiB", "host_pool_bytes": "16MiB"}).config.chunk_bytes == 16 * MIB
 
 
+def test_an_unknown_knob_that_is_nearly_one_is_guessed() -> None:
+    with pytest.raises(ConfigInvalid, match="no knob 'ssd_quota'; did you mean ssd_quota_bytes"):
+        resolve(flags={"ssd_quota": "10GiB"})
+
+
 def test_a_quota_that_is_not_worth_its_name_is_refused_and_none_is_allowed() -> None:
     with pytest.raises(ConfigInvalid, match="flag: ssd_quota_bytes: 10 bytes is less than 16 MiB; write a unit"):
         resolve(flags={"ssd_quota_bytes": "10"})

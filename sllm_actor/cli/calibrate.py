@@ -82,7 +82,8 @@ def _print(path: Path, profile: DeviceProfile) -> None:
         ],
     )  # fmt: skip
     out.print()
-    out.print(f"{profile.reading_threads} threads read best; stored in {escape(str(path))} for the node's next start")
+    best = f"reading threads that are best: {profile.reading_threads}"
+    out.print(f"{best}; stored in {escape(str(path))} for the node's next start")
 
 
 def _rate(bytes_per_s: float) -> str:

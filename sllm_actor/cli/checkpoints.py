@@ -28,7 +28,7 @@ def progress_bar(label: str, *, shown: bool) -> Iterator[OnProgress]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=True, disable=not shown) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not shown or not err.is_terminal) as progress:
         task = progress.add_task(label, total=None)
 
         def report(done_bytes: int, total_bytes: int) -> None:

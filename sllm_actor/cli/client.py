@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -93,14 +93,18 @@ class NodeClient:
                     return
             raise NodeRefused("the answer ended before it was complete", "stream_cut")
 
-    async def events(self, path: str, body: dict[str, Any], request_id: str) -> AsyncGenerator[dict[str, Any], None]:
-        """Ask for a stream and give its events until `[DONE]`.
+    async def events(
+        self, path: str, body: dict[str, Any], request_id: str, on_comment: Callable[[str], None]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Ask for a stream and give its events until `[DONE]`; comments tell what the answer waits for.
 
         Raises:
             NodeUnreachable, NodeRefused: also where the stream ends early or with an error event.
         """
         async with self._open("POST", path, body, {"X-Request-Id": request_id}) as response:
             async for line in response.content:
+                if line.startswith(b": "):
+                    on_comment(line[len(b": ") :].decode().strip())
                 if not line.startswith(b"data: "):
                     continue
                 data = line[len(b"data: ") :].strip()

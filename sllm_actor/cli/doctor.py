@@ -22,7 +22,7 @@ from sllm_actor.loader.device_profile import read_profile
 from sllm_actor.loader.libc import io_uring_refusal
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.runtime.clock import SystemClock
-from sllm_actor.units import MIB, format_bytes, format_rate
+from sllm_actor.units import GIB, KIB, MIB, format_bytes, format_rate
 
 MIN_OPEN_FILES = 4096
 HUGE_PAGE_BYTES = 2 * MIB
@@ -140,6 +140,18 @@ def _data_folder(config: Config) -> Finding:
     return Finding("data folder", "ok", str(path))
 
 
+def _copies(config: Config) -> Finding:
+    path = Path(config.data_dir).expanduser().absolute()
+    disk = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
+    free_bytes = disk.f_bavail * disk.f_frsize
+    held_bytes = sum(file.stat().st_blocks * 512 for file in (path / "ssd").rglob("*") if file.is_file())
+    quota, free, held = map(format_bytes, (config.ssd_quota_bytes, free_bytes, held_bytes))
+    found = f"a quota of {quota}; {held} are used, {free} free"
+    if config.ssd_quota_bytes > free_bytes + held_bytes:
+        return Finding("disk for copies", "warning", found, "lower ssd_quota_bytes, or free the disk")
+    return Finding("disk for copies", "ok", found)
+
+
 def _direct_io(config: Config) -> Finding:
     path = Path(config.data_dir).expanduser() / "doctor.probe"
     try:
@@ -170,7 +182,7 @@ def _disk_profile(config: Config) -> Finding:
 
 CHECKS: tuple[Callable[[Config], Finding], ...] = (
     _python, _packages, _native, _memory, _memlock, _huge_pages, _io_uring, _open_files, _port, _data_folder,
-    _direct_io, _disk_profile,
+    _copies, _direct_io, _disk_profile,
 )  # fmt: skip
 
 
@@ -204,6 +216,15 @@ def report(resolved: Resolved, *, as_json: bool) -> bool:
     out.print()
     table(
         ("KNOB", "VALUE", "UNIT", "FROM", "WHAT"),
-        [(name, str(value), unit, origin, description) for name, value, unit, origin, description in values],
+        [(name, _shown(value, unit), unit, origin, description) for name, value, unit, origin, description in values],
     )
     return healthy
+
+
+def _shown(value: object, unit: str) -> str:
+    """Write a value as `--set` takes it, bytes with a unit where that is exact."""
+    if unit == "bytes" and isinstance(value, int) and value:
+        for factor, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+            if value % factor == 0:
+                return f"{value // factor}{name}"
+    return str(value)

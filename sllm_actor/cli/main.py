@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the node, or what was asked of it, refused; 2 wrong usage;
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -18,14 +19,16 @@ from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.pull import default_name, pull_model
 from sllm_actor.cli.run import run_model
-from sllm_actor.cli.show import duration, out, print_json, print_tiers, table
+from sllm_actor.cli.show import duration, out, print_json, print_tiers, state, table
 from sllm_actor.config import Resolved, resolve
 from sllm_actor.errors import SllmError
 from sllm_actor.units import format_bytes, parse_bytes
 
 T = TypeVar("T")
+OWNER_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 app = typer.Typer(
     name="sllm-node", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Serve many large language models from few machines: start a node, deploy models, ask them.",
 )  # fmt: skip
 app.add_typer(key_commands.app, name="keys")
@@ -176,7 +179,10 @@ def deploy(
 def registration(source: str, name: str, keep_alive: str, *, replace: bool) -> dict[str, Any]:
     """Give the body of a registration; a folder's name is made absolute here, as the node runs elsewhere."""
     if ":" not in source or source.startswith((".", "/", "~")):
-        source = str(Path(source).expanduser().absolute())
+        folder = Path(source).expanduser()
+        if OWNER_AND_NAME.fullmatch(source) and not folder.exists():
+            raise typer.BadParameter(f"there is no folder {source}; did you mean hf://{source}?", param_hint="SOURCE")
+        source = str(folder.absolute())
     chosen = name or (default_name(source) if ":" in source else Path(source).name)
     body: dict[str, Any] = {"name": chosen, "source": source, "replace": replace}
     return body | {"keep_alive": keep_alive} if keep_alive else body
@@ -204,7 +210,7 @@ def list_models(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False
         return
     rows = [
         (
-            status["model"]["name"], status["state"], format_bytes(status["model"]["size_bytes"]),
+            status["model"]["name"], state(status), format_bytes(status["model"]["size_bytes"]),
             status["model"]["architecture"], status["model"]["dtype"], str(status["model"]["context_tokens"]),
             duration(status["model"]["keep_alive_s"]),
         )
@@ -214,9 +220,20 @@ def list_models(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False
 
 
 @app.command("rm")
-def remove(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """Stop a model and forget it; its files stay where they are."""
-    answer = ask(url, api_key, lambda client: client.call("DELETE", f"/admin/models/{name}"), as_json=as_json)
+def remove(
+    name: str,
+    purge: Annotated[bool, typer.Option("--purge", help="Also give up what memory and SSD have of it.")] = False,
+    url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
+) -> None:  # fmt: skip
+    """Stop a model and forget it; what the tiers have of it stays until room is needed, a folder's files for ever."""
+
+    async def work(client: NodeClient) -> dict[str, Any]:
+        if purge:
+            await client.call("POST", f"/admin/models/{name}/unload")
+            await client.call("POST", f"/admin/models/{name}/evict", {"tier": "all"})
+        return await client.call("DELETE", f"/admin/models/{name}")
+
+    answer = ask(url, api_key, work, as_json=as_json)
     print_json(answer) if as_json else out.print(f"removed {answer['removed']}")
 
 
@@ -272,6 +289,8 @@ def run(
     """
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
+        if not prompt.strip():
+            fail("there is no prompt: nothing was piped in", 2, as_json=as_json)
     options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
 

@@ -57,5 +57,9 @@ async def pull_model(client: NodeClient, body: dict[str, Any], *, as_json: bool)
                 progress.stop()
                 err.print(f"stopped{reached}; {GO_ON}")
             raise
-    if not as_json:
+    if not as_json and not model["card"]:
+        out.print(
+            f"registered [bold]{model['name']}[/bold]: a local folder is served from where it lies, {model['path']}"
+        )
+    elif not as_json:
         out.print(f"pulled [bold]{model['name']}[/bold]: {format_bytes(model['size_bytes'])} from {model['source']}")

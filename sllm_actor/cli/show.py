@@ -16,6 +16,8 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 BAR_CHARACTERS = 40
+# Whoever reads a pipe does not want lines that are folded.
+PIPE_CHARACTERS = 1000
 # The rows of a start, in the order in which a person thinks of them; what a span is called inside is on the left.
 LABELS = {
     "text": "text (template, tokens)",
@@ -38,11 +40,12 @@ def print_json(content: Any) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a plain table, or nothing but its head where there are no rows."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        shown.add_column(column, overflow="fold")
+    for index, column in enumerate(columns):
+        # What is in the first column is there to be copied.
+        shown.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         shown.add_row(*row)
-    out.print(shown)
+    out.print(shown, width=None if out.is_terminal else PIPE_CHARACTERS)
 
 
 def print_tiers(tiers: Mapping[str, Any]) -> None:
@@ -52,7 +55,7 @@ def print_tiers(tiers: Mapping[str, Any]) -> None:
         ("host", tiers["host_bytes"] - tiers["host_free_bytes"], tiers["host_bytes"]),
         ("ssd", tiers["ssd_used_bytes"], tiers["ssd_quota_bytes"]),
     ):
-        rows.append((tier, f"{format_bytes(used_bytes)} of {format_bytes(size_bytes)}", "", "", "", ""))
+        rows.append((tier, "", f"{format_bytes(used_bytes)} of {format_bytes(size_bytes)}", "", "", ""))
         rows += [
             (
                 "", ", ".join(entry["models"]) or f"(not registered) {entry['model_id']}".rstrip(), _held(entry),
@@ -62,6 +65,13 @@ def print_tiers(tiers: Mapping[str, Any]) -> None:
             for entry in tiers[tier]
         ]  # fmt: skip
     table(("TIER", "MODEL", "SIZE", "PINNED", "HELD BY", "IDLE"), rows)
+
+
+def state(status: Mapping[str, Any]) -> str:
+    """Write where a model is, and how far a load is."""
+    if status["state"] != "loading" or not status["loading_bytes"]:
+        return str(status["state"])
+    return f"loading {status['loading_bytes'] * 100 // max(1, status['model']['size_bytes'])}%"
 
 
 def _held(entry: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,7 +106,9 @@ def resolve(
 
     def put(name: str, value: Any, where: str) -> None:
         if name not in known:
-            raise ConfigInvalid(f"{where}: there is no knob {name[:64]!r}", param=name[:64])
+            near = difflib.get_close_matches(name[:64], known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigInvalid(f"{where}: there is no knob {name[:64]!r}{hint}", param=name[:64])
         try:
             values[name] = _from_text(known[name], value) if isinstance(value, str) else value
             check(name, values[name], annotations[name])
