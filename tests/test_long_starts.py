@@ -106,7 +106,7 @@ async def test_a_start_that_goes_on_receiving_bytes_is_waited_for() -> None:
 async def test_a_start_that_stands_still_is_given_up_after_its_limit() -> None:
     begin_s = now_s()
     made, everything = await routed([200.0, 200.0, START_TIMEOUT_S + 1])
-    with pytest.raises(NoCapacity, match="nothing of it came, for 300 s"):
+    with pytest.raises(NoCapacity, match="nothing of it came, for 300 s after 1 B of 3 B"):
         _ = [item async for item in made.ref("router").stream(generate("r"))]
     assert 400 + START_TIMEOUT_S <= now_s() - begin_s < 400 + START_TIMEOUT_S + 1
     assert everything.ended, "what nobody waits for is cancelled"

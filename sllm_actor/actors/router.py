@@ -21,10 +21,11 @@ from sllm_actor.messages.generation import (
     RequestLocation,
     Tokens,
 )
-from sllm_actor.messages.instances import EndStart, InstanceGone, InstanceStarted, StartInstance
+from sllm_actor.messages.instances import EndStart, InstanceGone, InstanceStarted, StartInstance, StartProgress
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import Placement, PlaceModel
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
+from sllm_actor.units import format_bytes
 
 MAX_ATTEMPTS = 3
 
@@ -173,6 +174,7 @@ class Router(Actor):
 
     async def _started(self, manager: ActorRef, message: StartInstance) -> InstanceStarted:
         """Wait for a start as long as it goes on: its time counts from the last bytes that came."""
+        come = ""
         try:
             async with aclosing(manager.stream(message)) as steps:
                 while True:
@@ -180,9 +182,11 @@ class Router(Actor):
                         step = await anext(steps)
                     if isinstance(step, InstanceStarted):
                         return step
+                    if isinstance(step, StartProgress) and step.done_bytes:
+                        come = f" after {format_bytes(step.done_bytes)} of {format_bytes(step.total_bytes)}"
         except TimeoutError:
             raise NoCapacity(
-                f"{message.model} was not running, and nothing of it came, for {self._start_timeout_s:g} s",
+                f"{message.model} was not running, and nothing of it came, for {self._start_timeout_s:g} s{come}",
                 retry_after_s=5.0,
             ) from None
 
