@@ -95,7 +95,7 @@ HEADERS: list[dict[str, Any]] = [
 ]
 # (method, path): summary, body, status of a success, answer (none where `TEXTS` has its kind), statuses of errors
 _NONE: tuple[int, ...] = ()
-_ASKING = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+_ASKING = (400, 401, 403, 404, 408, 409, 413, 429, 500, 502, 503, 504)
 _ADMIN = (400, 401, 403, 404, 429, 500, 503, 504)
 _DEPLOY = (*_ADMIN, 408, 409, 413, 502)
 OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, ...]]] = {
@@ -114,7 +114,9 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
     ("post", "/admin/models"): ("Register a model.", DeployRequest, 201, _object(model=OBJECT), _DEPLOY),
     ("post", "/admin/pull"): ("Register a model and fetch it.", DeployRequest, 200, None, _DEPLOY),
     ("delete", "/admin/models/{name}"): ("Forget a model.", None, 200, _object(removed=STRING), (*_ADMIN, 409)),
-    ("post", "/admin/models/{name}/unload"): ("Stop its instances.", None, 200, _object(stopped=INTEGER), _ADMIN),
+    ("post", "/admin/models/{name}/unload"): (
+        "Stop its instances, and end its start.", None, 200, _object(stopped=INTEGER, ended_starts=INTEGER), _ADMIN,
+    ),
     ("post", "/admin/models/{name}/pin"): (
         "Keep it in tiers.", TierRequest, 200, _object(pinned=STRING, tiers=_list(STRING)), (*_ADMIN, 408, 409, 413),
     ),
