@@ -243,6 +243,7 @@ async def test_a_pull_goes_on_from_where_it_was_stopped_and_shows_how_far_it_is(
         steps = [step async for step in node.tiers.pulled(node.card)]
         assert steps[-1] == (node.card.checkpoint.size_bytes, node.card.checkpoint.size_bytes)
         assert steps == sorted(steps)
+        assert steps[0][0] >= 4 * CHUNK, "what is there is told at once"
         assert len(node.source.reads) - asked <= 17 - 4
         assert node.tiers.is_on_ssd(node.card)
         assert [step async for step in node.tiers.pulled(node.card)][-1] == steps[-1]
