@@ -104,6 +104,11 @@ def test_knobs_that_are_right_alone_and_wrong_together_are_refused() -> None:
     assert resolve(flags={"chunk_bytes": "16MiB", "host_pool_bytes": "16MiB"}).config.chunk_bytes == 16 * MIB
 
 
+def test_a_value_out_of_bounds_is_told_with_its_bound() -> None:
+    with pytest.raises(ConfigInvalid, match=r"flag: host_pool_bytes: .* >= 16777216, not 1$"):
+        resolve(flags={"host_pool_bytes": "1"})
+
+
 def test_an_unknown_knob_that_is_nearly_one_is_guessed() -> None:
     with pytest.raises(ConfigInvalid, match="no knob 'ssd_quota'; did you mean ssd_quota_bytes"):
         resolve(flags={"ssd_quota": "10GiB"})

@@ -288,7 +288,7 @@ def check(name: str, value: Any, annotation: Any) -> None:
     try:
         msgspec.convert(value, annotation)
     except (msgspec.ValidationError, OverflowError) as error:
-        raise ConfigInvalid(f"{name}: {error}", param=name) from error
+        raise ConfigInvalid(f"{name}: {error}, not {str(value)[:64]}", param=name) from error
     # Not-a-number is neither below nor above any bound.
     if value != value:
         raise ConfigInvalid(f"{name}: {value} is not a number", param=name)

@@ -23,7 +23,7 @@ from sllm_actor.config import Config
 from sllm_actor.domain import EngineLimits, check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
-from sllm_actor.errors import AddressInUse, ConfigInvalid, SllmError
+from sllm_actor.errors import AddressInUse, ConfigInvalid, InvalidName, SllmError
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway
@@ -110,7 +110,10 @@ class Node:
 
     async def _start(self) -> None:
         config, stack = self.config, self._stack
-        node_id = check_node_id(config.node_id)
+        try:
+            node_id = check_node_id(config.node_id)
+        except InvalidName as error:
+            raise ConfigInvalid(f"node_id: {error.message}", param="node_id") from None
         self._access = Access(config.api_key_file, self.clock)
         # What fails often and costs nothing comes first: the ports and the folder.
         listening = bind(config.host, config.port, has_key=self._access.needs_key)
