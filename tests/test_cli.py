@@ -43,7 +43,7 @@ def test_a_model_is_deployed_listed_asked_stopped_and_removed(node: NodeProcess)
     assert answer["timeline"]["cold"]
     assert [i["model"] for i in cli_json("ps", *at)["instances"] if i["model"] == "cli/demo"] == ["cli/demo"]
     assert cli_json("stop", "cli/demo", *at) == {"stopped": 1, "ended_starts": 0}
-    assert cli_json("rm", "cli/demo", "--purge", *at) == {"removed": "cli/demo"}
+    assert cli_json("rm", "cli/demo", *at) == {"removed": "cli/demo"}
     assert cli_json("rm", "cli/demo", *at, status=1)["error"]["code"] == "model_not_found"
 
 

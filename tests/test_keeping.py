@@ -200,6 +200,10 @@ def test_pins_and_evictions_by_command(web: WebServer, served: Path, start_node:
         assert node.call("GET", "/admin/models")["models"][0]["state"] == "remote"
         assert ANSWER in node.chat("org/demo", QUESTION)
         assert load_tiers(node) == {"source"}
+        assert ANSWER in node.chat("org/demo", QUESTION)
+        until_stored(node)
+        assert command(node, "rm", "org/demo", "--purge") == {"removed": "org/demo"}
+        assert tiers(node)["host"] == tiers(node)["ssd"] == []
 
 
 def test_a_pin_in_host_memory_ends_with_the_node(web: WebServer, served: Path, start_node: StartNode) -> None:

@@ -293,7 +293,7 @@ def test_stopping_a_model_lets_its_answer_finish(start_node: StartNode) -> None:
         with ThreadPoolExecutor(1) as threads:
             stopping = threads.submit(node.call, "POST", "/admin/models/demo/unload", {})
             assert is_right(LONG, text_of([*begun, *events]))
-            assert stopping.result() == {"stopped": 1}
+            assert stopping.result() == {"stopped": 1, "ended_starts": 0}
         assert instances(node) == []
 
 

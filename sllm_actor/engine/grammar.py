@@ -13,6 +13,7 @@ import torch
 import xgrammar
 import xgrammar.kernels.apply_token_bitmask_inplace_cpu  # Here, and not with the first token.
 
+from sllm_actor.engine.utf8_guard import Utf8Guard
 from sllm_actor.engine.vocabulary import read_vocabulary
 from sllm_actor.errors import GenerationFailed, InvalidRequest
 
@@ -23,9 +24,13 @@ MAX_KEPT_BYTES = 64 * 1024 * 1024
 class GrammarConstraint:
     """The state of one answer. Not thread-safe."""
 
-    def __init__(self, matcher: xgrammar.GrammarMatcher, bitmask: torch.Tensor) -> None:
+    def __init__(
+        self, matcher: xgrammar.GrammarMatcher, bitmask: torch.Tensor, guard: Utf8Guard, last: int | None
+    ) -> None:
         self._matcher = matcher
         self._bitmask = bitmask
+        self._guard = guard
+        self._last = last
 
     @property
     def ended(self) -> bool:
@@ -37,8 +42,11 @@ class GrammarConstraint:
 
         Once the grammar has been satisfied and nothing can follow, the model's end tokens alone are left.
         """
-        if not self._matcher.fill_next_token_bitmask(self._bitmask):
-            return
+        if self._matcher.fill_next_token_bitmask(self._bitmask):
+            self._apply(logits)
+        self._guard.mask(logits, self._last)
+
+    def _apply(self, logits: torch.Tensor) -> None:
         if logits.dtype == torch.float32 and logits.device.type == "cpu":
             xgrammar.apply_token_bitmask_inplace(logits, self._bitmask[0], vocab_size=logits.shape[-1], backend="cpu")
         else:
@@ -53,6 +61,7 @@ class GrammarConstraint:
         """
         if not self._matcher.accept_token(token):
             raise GenerationFailed(f"token {token} does not fit the grammar of the answer")
+        self._last = token
 
 
 def _unpack(words: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -69,6 +78,7 @@ class Grammars:
         self._vocabulary_tokens = vocabulary_tokens
         self._stop_token_ids = stop_token_ids
         self._vocabulary: xgrammar.TokenizerInfo | None = None
+        self._guard = Utf8Guard(())
         self._kept: OrderedDict[str, xgrammar.CompiledGrammar] = OrderedDict()
         self._kept_bytes = 0
 
@@ -80,10 +90,12 @@ class Grammars:
             TokenizerInvalid: the model's tokenizer can't be used with grammars.
         """
         matcher = xgrammar.GrammarMatcher(self._compiled(grammar))
+        token = None
         for at, token in enumerate(generated):
             if not matcher.accept_token(token):
                 raise InvalidRequest(f"token {at} of the answer so far, {token}, does not fit its grammar")
-        return GrammarConstraint(matcher, xgrammar.allocate_token_bitmask(1, self._vocabulary_tokens))
+        bitmask = xgrammar.allocate_token_bitmask(1, self._vocabulary_tokens)
+        return GrammarConstraint(matcher, bitmask, self._guard, token)
 
     def _compiled(self, grammar: str) -> xgrammar.CompiledGrammar:
         if grammar in self._kept:
@@ -91,6 +103,7 @@ class Grammars:
             return self._kept[grammar]
         if self._vocabulary is None:
             self._vocabulary = read_vocabulary(self._path, self._vocabulary_tokens, self._stop_token_ids)
+            self._guard = Utf8Guard(self._vocabulary.decoded_vocab)
         try:
             compiled = xgrammar.CompiledGrammar.deserialize_json(grammar, self._vocabulary)
         except RuntimeError as error:  # The base of all that the library raises.

@@ -31,8 +31,8 @@ MAX_WAITING = 256
 REFUSAL_BYTES = 1024
 
 
-class _TooMuch(InvalidRequest):
-    """What is not remembered: on a machine that is less busy it may go well."""
+class _TooMuch(Exception):
+    """A refusal that is not remembered: on a machine that is less busy it may go well."""
 
 
 class _Known(NamedTuple):
@@ -107,8 +107,8 @@ class GrammarService:
         )
         try:
             return _Known(await self._ask(question), None)
-        except _TooMuch:
-            raise
+        except _TooMuch as fault:
+            raise InvalidRequest(str(fault)) from fault
         except InvalidRequest as refusal:
             return _Known("", refusal)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sllm_actor.node.without_triton  # noqa: F401  # isort: skip
+
 import os
 import socket
 from collections.abc import Mapping, Sequence
