@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import uvloop
@@ -17,12 +18,14 @@ from aiohttp import web
 
 from sllm_actor import Config
 from sllm_actor.domain import FinishReason, Model, ModelName
+from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway, Limits
 from sllm_actor.frontend.server import HttpServer, bind
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.models import GetModel
+from sllm_actor.messages.text import Encoded
 from sllm_actor.node.node import knobs_of
 from sllm_actor.runtime import Actor, ActorSystem, SystemClock, handles
 from sllm_actor.runtime.lag import LoopLag
@@ -61,8 +64,8 @@ class Router(Actor):
 class Text:
     """Templates and tokenizes nothing."""
 
-    async def render(self, *_: Any, **__: Any) -> Sequence[int]:
-        return [1]
+    async def render(self, *_: Any, **__: Any) -> Encoded:
+        return Encoded(call=0, token_ids=pack_uint32([1]))
 
     def detokenizer(self, *_: Any, **__: Any) -> Text:
         return self
@@ -77,19 +80,22 @@ def more_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def ours(tasks: TaskScope) -> str:
+async def ours(tasks: TaskScope, stack: AsyncExitStack) -> str:
     config, clock, system = Config(port=0), SystemClock(), ActorSystem()
+    stack.push_async_callback(system.close)
     router, manager = await system.spawn(Router(), "router"), await system.spawn(Manager(), "manager")
     gateway = Gateway(
-        router=router, manager=manager, coordinator=manager, text=cast(Any, Text()), clock=clock,
+        router=router, manager=manager, coordinator=manager, text=cast(Any, Text()),
+        grammars=cast(Any, None), clock=clock,
         limits=knobs_of(Limits, config), observe=dict, tasks=tasks, access=Access("", clock), telemetry=None,
     )  # fmt: skip
     server = HttpServer(gateway, knobs_of(ConnectionLimits, config))
+    stack.push_async_callback(server.close)
     await server.start(bind("127.0.0.1", 0, has_key=False))
     return server.url
 
 
-async def bare() -> str:
+async def bare(stack: AsyncExitStack) -> str:
     chunk = {"id": "c", "created": 1, "model": "m", "object": "chat.completion.chunk"}
     chunk |= {"choices": [{"index": 0, "delta": {"content": "word "}, "logprobs": None, "finish_reason": None}]}
 
@@ -106,6 +112,7 @@ async def bare() -> str:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", handle)
     runner = web.AppRunner(app, access_log=None)
+    stack.push_async_callback(runner.cleanup)
     await runner.setup()
     listening = bind("127.0.0.1", 0, has_key=False)
     await web.SockSite(runner, listening).start()
@@ -117,9 +124,11 @@ async def main() -> None:
     more_open_files()
     tasks, lag = TaskScope("bench"), LoopLag(SystemClock(), 0.05)
     tasks.spawn(lag.watch(), "lag")
-    print(await ours(tasks) if sys.argv[1] == "ours" else await bare(), flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    print(json.dumps({"worst_s": lag.worst_s, "faults": lag.faults}), flush=True)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(tasks.close)
+        print(await ours(tasks, stack) if sys.argv[1] == "ours" else await bare(stack), flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+        print(json.dumps({"worst_s": lag.worst_s, "faults": lag.faults}), flush=True)
 
 
 if __name__ == "__main__":
