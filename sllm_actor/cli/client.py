@@ -94,7 +94,7 @@ class NodeClient:
             raise NodeRefused("the answer ended before it was complete", "stream_cut")
 
     async def events(
-        self, path: str, body: dict[str, Any], request_id: str, on_comment: Callable[[str], None]
+        self, path: str, body: dict[str, Any], request_id: str, on_comment: Callable[[str], None] = lambda _: None
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Ask for a stream and give its events until `[DONE]`; comments tell what the answer waits for.
 
