@@ -96,8 +96,7 @@ def _run_on_host(
     reasons = systems.failed | folders.failed
     _write_rows(report, cases, found, reasons)
     for name, ratio in RATIOS.items():
-        values = [value for each in found if (value := ratio(each)) is not None]
-        if values:
+        if values := ratio(found):
             report.ratio(name, values)
 
 

@@ -5,7 +5,8 @@ A case is one measurement; a part is the cases that belong together, by which a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 COLD, CACHED, POOL, TWO, WATCHED = "cold", "page-cached", "host pool", "two at once", "cold, watched"
@@ -43,8 +44,10 @@ class Case(NamedTuple):
         return ", ".join(part for part in parts if part)
 
 
-# What was measured of each case in one repeat.
+# What was measured of each case in one repeat, and in all of them.
 Found = Mapping[Case, Mapping[str, Any]]
+Run = Sequence[Found]
+Ratio = Callable[[Run], list[float]]
 
 
 def _ours(state: str, shape: str, *layouts: str) -> list[Case]:
@@ -113,59 +116,53 @@ def in_turn(cases: Sequence[Case], repeat: int, repeats: int) -> list[Case]:
     return ordered
 
 
-def _seconds(found: Found, cases: Sequence[Case]) -> list[float]:
-    return [found[case]["s"] for case in cases if case in found]
+def _fastest(run: Run, cases: Iterable[Case]) -> Case | None:
+    """Pick the case of the lowest median: the lowest of single measurements would be the luckiest."""
+    times = {case: [found[case]["s"] for found in run if case in found] for case in cases}
+    medians = {case: statistics.median(values) for case, values in times.items() if values}
+    return min(medians, key=medians.__getitem__, default=None)
 
 
-def _best(found: Found, cases: Sequence[Case]) -> float | None:
-    return min(_seconds(found, cases), default=None)
+def _over(run: Run, best_of: Iterable[Case], case: Case) -> list[float]:
+    """Divide the fastest of `best_of` by `case`, in each repeat in which both were measured."""
+    best = _fastest(run, best_of)
+    return [found[best]["s"] / found[case]["s"] for found in run if best in found and case in found]
 
 
-def _over(found: Found, best_of: Sequence[Case], case: Case) -> float | None:
-    """Divide the fastest of `best_of` by `case`, where both were measured."""
-    best, own = _best(found, best_of), _best(found, [case])
-    return None if best is None or own is None else best / own
+def _two(run: Run) -> list[float]:
+    """Divide the rate of two loads at once by that of the limit."""
+    best = _fastest(run, LIMITS)
+    return [_rate(found[BOTH]) / _rate(found[best]) for found in run if best in found and BOTH in found]
 
 
-def _two(found: Found) -> float | None:
-    limits = [found[case] for case in LIMITS if case in found]
-    if not limits or BOTH not in found:
-        return None
-    rate = max(limit["size_bytes"] / limit["s"] for limit in limits)
-    both = found[BOTH]
-    return float(both["size_bytes"] / both["s"] / rate)
+def _rate(measured: Mapping[str, Any]) -> float:
+    return float(measured["size_bytes"] / measured["s"])
 
 
-def _copying(found: Found) -> list[Case]:
+def _copying(run: Run) -> list[Case]:
     """Tell which peers have copied, which the peers' own processes found out: none of their tensors is in a file."""
-    return [case for case in PEERS_CACHED if case in found and not found[case]["maps_files"]]
+    return [case for case in PEERS_CACHED if any(case in found and not found[case]["maps_files"] for found in run)]
 
 
-def _many(found: Found) -> float | None:
-    over = _over(found, [MANY_MMAP], MANY_IN_POOL)
-    return None if over is None else 1 / over
+def _of_ours(name: str, case: Case, per_gb: bool = False) -> Ratio:
+    def values(run: Run) -> list[float]:
+        measured = [found[case] for found in run if case in found]
+        return [float(each[name] / (each["size_bytes"] / 1e9 if per_gb else 1)) for each in measured]
+
+    return values
 
 
-def _of_ours(name: str, case: Case, per_gb: bool = False) -> Callable[[Found], float | None]:
-    def value(found: Found) -> float | None:
-        if case not in found:
-            return None
-        return float(found[case][name] / (found[case]["size_bytes"] / 1e9 if per_gb else 1))
-
-    return value
-
-
-# A ratio of one repeat, or None where it was not measured. "best peer" is the fastest in that same repeat.
-RATIOS: dict[str, Callable[[Found], float | None]] = {
-    "cold.share_of_limit": lambda found: _over(found, list(LIMITS), OPTIMIZED_COLD),
-    "cold.over_best_safetensors_reader": lambda found: _over(found, _peers(COLD, MAIN, READERS), OPTIMIZED_COLD),
-    "cold.over_best_peer": lambda found: _over(found, _peers(COLD, MAIN, PEERS), OPTIMIZED_COLD),
-    "stock.share_of_optimized": lambda found: _over(found, [OPTIMIZED_COLD], STOCK_COLD),
-    "pagecached.over_best_peer": lambda found: _over(found, PEERS_CACHED, OPTIMIZED_CACHED),
-    "pool.over_best_copying_peer": lambda found: _over(found, _copying(found), IN_POOL),
-    "pool_huge.over_mmap": lambda found: _over(found, _peers(CACHED, MAIN, [MMAP]), IN_HUGE_POOL),
+# One value for each repeat. The best peer is the one of the lowest median in this run, and so is the best limit.
+RATIOS: dict[str, Ratio] = {
+    "cold.share_of_limit": lambda run: _over(run, LIMITS, OPTIMIZED_COLD),
+    "cold.over_best_safetensors_reader": lambda run: _over(run, _peers(COLD, MAIN, READERS), OPTIMIZED_COLD),
+    "cold.over_best_peer": lambda run: _over(run, _peers(COLD, MAIN, PEERS), OPTIMIZED_COLD),
+    "stock.share_of_optimized": lambda run: _over(run, [OPTIMIZED_COLD], STOCK_COLD),
+    "pagecached.over_best_peer": lambda run: _over(run, PEERS_CACHED, OPTIMIZED_CACHED),
+    "pool.over_best_copying_peer": lambda run: _over(run, _copying(run), IN_POOL),
+    "pool_huge.over_mmap": lambda run: _over(run, _peers(CACHED, MAIN, [MMAP]), IN_HUGE_POOL),
     "cold.cpu_s_per_gb": _of_ours("cpu_s", OPTIMIZED_COLD, per_gb=True),
     "cold.memory_beyond_pool_mib": _of_ours("beyond_pool_mib", BEYOND_POOL),
-    "many.attach_over_load_file": _many,
+    "many.attach_over_load_file": lambda run: _over(run, [MANY_IN_POOL], MANY_MMAP),
     "two.share_of_limit": _two,
 }

@@ -28,7 +28,7 @@ from benchmarks.load_cases import (
     WATCHED,
     Case,
 )
-from benchmarks.load_folders import Folders, read_over
+from benchmarks.load_folders import Folders, use
 from sllm_actor.units import MIB
 
 # `scripts/bench` makes it; what could not be installed there is in the file `failed`.
@@ -210,9 +210,7 @@ class Systems:
     def _in_pool(self, case: Case, digest: bool) -> dict[str, Any]:
         node = self._node(HUGE_PAGES if case.system == HUGE else SMALL_PAGES)
         held = node.call("hold", folder=self._folders.path(case.folder))
-        # As what is page-cached was: on a virtual machine the first access to pages that only the device has written
-        # to takes several times as long as to those that a processor, whichever, has used.
-        read_over(Path(held["pool"]))
+        use(Path(held["pool"]))  # As what is page-cached was.
         answer: dict[str, Any] = self._engine().call("attach", **held, digest=digest)
         node.call("let_go")
         return answer

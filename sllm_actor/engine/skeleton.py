@@ -141,21 +141,29 @@ class MappedTensors:
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
-        self._flat: dict[torch.dtype, torch.Tensor] = {}
+        # By the name of a dtype: torch's, the bytes of one element, and the whole file as such elements.
+        self._flat: dict[str, tuple[torch.dtype, int, torch.Tensor]] = {}
+        # A model has few shapes.
+        self._strides: dict[tuple[int, ...], list[int]] = {}
 
     def view(self, tensor: Tensor) -> torch.Tensor:
         """Look at a tensor's bytes; all views of one file share its memory."""
-        dtype = DTYPES[tensor.dtype]
-        if tensor.begin == tensor.end:
-            return torch.empty(tensor.shape, dtype=dtype)
-        offset, rest = divmod(tensor.begin, dtype.itemsize)
-        if rest:
-            return torch.frombuffer(bytearray(self._data[tensor.begin : tensor.end]), dtype=dtype).view(tensor.shape)
-        flat = self._flat.get(dtype)
-        if flat is None:
-            count = len(self._data) // dtype.itemsize
-            flat = self._flat[dtype] = torch.frombuffer(self._data, dtype=dtype, count=count)
-        return flat.as_strided(tensor.shape, _strides(tensor.shape), offset)
+        dtype, itemsize, flat = self._flat.get(tensor.dtype) or self._hand_over(tensor.dtype)
+        shape, begin = tensor.shape, tensor.begin
+        if begin == tensor.end:
+            return torch.empty(shape, dtype=dtype)
+        if begin % itemsize:
+            return torch.frombuffer(bytearray(self._data[begin : tensor.end]), dtype=dtype).view(shape)
+        strides = self._strides.get(shape)
+        if strides is None:
+            strides = self._strides[shape] = _strides(shape)
+        return torch.as_strided(flat, shape, strides, begin // itemsize)
+
+    def _hand_over(self, name: str) -> tuple[torch.dtype, int, torch.Tensor]:
+        dtype = DTYPES[name]
+        flat = torch.frombuffer(self._data, dtype=dtype, count=len(self._data) // dtype.itemsize)
+        self._flat[name] = dtype, dtype.itemsize, flat
+        return self._flat[name]
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
