@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -318,6 +319,14 @@ def test_a_file_is_handed_to_torch_once_for_each_dtype_however_many_tensors_it_h
     assert all(torch.equal(found[name], value) and found[name].is_contiguous() for name, value in values.items())
     assert len({found[name].untyped_storage().data_ptr() for name, value in values.items() if value.numel()}) == 1
     assert len({id(found[name]._base) for name, value in values.items() if value.numel()}) == 2
+
+
+@pytest.mark.parametrize("architecture", MODULES)
+def test_a_pass_uses_nothing_that_transformers_warns_of(tmp_path: Path, architecture: str) -> None:
+    model = attach(save_model(tmp_path, architecture))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(run(model, prompt_of(5), greedy(2))) == 2
 
 
 def test_a_tensor_that_no_place_takes_is_left_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ shape that its numbers depend on is its own, and replaying it gives the same bit
 from __future__ import annotations
 
 import heapq
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -94,6 +95,9 @@ class Runner:
         self._chunk_tokens = limits.prefill_chunk_tokens
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)
         self._slots = SlotPool(kv_shape(config, model.dtype, model.device), limits.slots, limits.kv_cache_bytes)
+        # transformers 5.24 calls the cache so, and warns of its older name.
+        known = inspect.signature(type(model).forward).parameters
+        self._cache_argument = "cache" if "cache" in known else "past_key_values"
         rope = getattr(config, "rope_parameters", None) or {}
         self._of_whole_passes = rope.get("rope_type") in ROPES_OF_THE_WHOLE_PASS
         self._arrivals = itertools.count()
@@ -281,11 +285,11 @@ class Runner:
             output = self._model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=torch.tensor([positions], device=device),
-                past_key_values=slots,
                 slots=slots,
                 use_cache=True,
                 return_dict=True,
                 logits_to_keep=kept,
+                **{self._cache_argument: slots},
             )
         for (generation, count), (slot, _begin, _size, past) in zip(work, segments, strict=True):
             slot.tokens += generation.tokens_from(past, count)
