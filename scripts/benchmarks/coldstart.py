@@ -6,20 +6,18 @@ each start of the one evicts the other, and the timeline of every start is check
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-import secrets
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
+from benchmarks import coldstart_large
+from benchmarks.asking import first_token, part_rows, see_start
 from benchmarks.report import Report
-from sllm_actor.cli.show import out, timeline_parts
+from sllm_actor.cli.show import out
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
@@ -46,41 +44,10 @@ def ours(node: NodeProcess, subject: Subject) -> tuple[float, dict[str, Any]]:
     """Time a cold start over HTTP with streaming, from the request to its first text; give the timeline, too."""
     node.call("POST", f"/admin/models/{subject.name}/unload", {})
     _read_into_page_cache(subject.folder)
-    body: dict[str, Any] = {"model": subject.name, "stream": True, "max_tokens": 1, "temperature": 0}
-    if subject.chat:
-        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": subject.prompt}]
-    else:
-        path, body["prompt"] = "/v1/completions", subject.prompt
-    request_id = f"bench-{secrets.token_hex(6)}"
-    headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
-    connection = http.client.HTTPConnection(urlsplit(node.url).netloc, timeout=120)
-    begin_s = time.perf_counter()
-    connection.request("POST", path, json.dumps(body), headers)
-    response = connection.getresponse()
-    while not _has_text(response.readline()):
-        pass
-    took_s = time.perf_counter() - begin_s
-    response.read()
-    connection.close()
-    timeline = node.call("GET", f"/admin/requests/{request_id}")
-    tiers = {span["tier"]: span["size_bytes"] for span in timeline["spans"] if span["name"] == "load"}
+    took_s, timeline = first_token(node, subject.name, subject.prompt, chat=subject.chat)
     size_bytes = sum(path.stat().st_size for path in subject.folder.glob("*.safetensors"))
-    if not timeline["cold"] or tiers != {"page cache": size_bytes}:
-        raise SystemExit(f"not the start that was to be measured: cold={timeline['cold']}, bytes {tiers}")
+    see_start(timeline, {"page cache": size_bytes})
     return took_s, timeline
-
-
-def _has_text(line: bytes) -> bool:
-    """Tell whether an event brings the first token: text, or the end of an answer whose token has none."""
-    if not line:
-        raise SystemExit("the stream ended without a token")
-    if not line.startswith(b"data: {"):
-        return False
-    event = json.loads(line[6:])
-    if "error" in event:
-        raise SystemExit(event["error"]["message"])
-    choice = event["choices"][0]
-    return bool(choice.get("text") or choice.get("delta", {}).get("content") or choice["finish_reason"])
 
 
 def fresh(subject: Subject) -> float:
@@ -103,7 +70,7 @@ def fresh(subject: Subject) -> float:
 
 
 def run(report: Report, repeats: int, work_dir: Path) -> None:
-    """Measure both models, ours and fresh by turns."""
+    """Measure both models, ours and fresh by turns; then a large one against what it can't go below."""
     opt = work_dir / "opt-125m"
     command = [sys.executable, "-m", "sllm_actor.testing.shapes", str(opt)]
     command += ["--shapes", str(DATA / "model_layouts"), "--tokenizers", str(DATA / "tokenizers")]
@@ -137,7 +104,6 @@ def run(report: Report, repeats: int, work_dir: Path) -> None:
             ours_s=round(statistics.median(pair[0] for pair in pairs), 4),
             fresh_process_s=round(statistics.median(pair[1] for pair in pairs), 4),
         )
-        for part in timeline_parts(last[name]):
-            label = f"{part.label} (last start, from {part.begin_s:.4f} s) {part.moved}".strip()
-            report.row(model=name, part=label, ours_s=round(part.end_s - part.begin_s, 4), fresh_process_s="")
+        part_rows(report, name, last[name])
         report.ratio(f"{name}.fresh_over_ours", [fresh_s / ours_s for ours_s, fresh_s in pairs])
+    coldstart_large.run(report, repeats, work_dir, DATA)

@@ -1,6 +1,6 @@
 """Checkpoints of real shapes with random weights, saved as stock Hugging Face folders.
 
-`python -m sllm_actor.testing.shapes OUT [--shapes FOLDER] [--tokenizers FOLDER]` writes OPT-125M.
+`python -m sllm_actor.testing.shapes OUT [--shape opt-1.3b] [--shapes FOLDER] [--tokenizers FOLDER]` writes one.
 Imports torch: not for a node's own process.
 """
 
@@ -38,20 +38,27 @@ OPT_125M: dict[str, Any] = {
     "vocab_size": 50272,
     "word_embed_proj_dim": 768,
 }
+# Those that can be written; the larger one as facebook/opt-1.3b is (the same table).
+OPT = {
+    "opt-125m": OPT_125M,
+    "opt-1.3b": OPT_125M
+    | {"ffn_dim": 8192, "hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 24}
+    | {"word_embed_proj_dim": 2048},
+}
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 OPT_TOKENS = 50265
 
 
-def save_opt125m(out: Path, shapes: Path | None = None, tokenizers: Path | None = None) -> None:
-    """Write OPT-125M with seeded random weights in float16, as it was published; keeps what is there.
+def save_opt(out: Path, shape: str, shapes: Path | None = None, tokenizers: Path | None = None) -> None:
+    """Write one of `OPT` with seeded random weights in float16, as it was published; keeps what is there.
 
-    `shapes` may hold `derived_configs/opt-125m/config.json`, and `tokenizers` the `opt_metaseq` vocabulary.
+    `shapes` may hold `derived_configs/SHAPE/config.json`, and `tokenizers` the `opt_metaseq` vocabulary.
     """
     if (out / "config.json").exists():
         return
-    config = OPT_125M
-    if shapes is not None and (shapes / "derived_configs/opt-125m/config.json").is_file():
-        config = json.loads((shapes / "derived_configs/opt-125m/config.json").read_text())
+    config = OPT[shape]
+    if shapes is not None and (shapes / f"derived_configs/{shape}/config.json").is_file():
+        config = json.loads((shapes / f"derived_configs/{shape}/config.json").read_text())
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -86,13 +93,14 @@ def _made_up_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def main() -> None:
-    """Write OPT-125M where the command line says."""
-    parser = argparse.ArgumentParser(description=save_opt125m.__doc__)
+    """Write the shape where the command line says."""
+    parser = argparse.ArgumentParser(description=save_opt.__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=OPT, default="opt-125m")
     parser.add_argument("--shapes", type=Path)
     parser.add_argument("--tokenizers", type=Path)
     arguments = parser.parse_args()
-    save_opt125m(arguments.out, arguments.shapes, arguments.tokenizers)
+    save_opt(arguments.out, arguments.shape, arguments.shapes, arguments.tokenizers)
 
 
 if __name__ == "__main__":
