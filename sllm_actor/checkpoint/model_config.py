@@ -28,16 +28,24 @@ class _Generation(msgspec.Struct, frozen=True):
     do_sample: bool | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
+    max_new_tokens: Size | None = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True):
-    """The facts a server needs. Temperature 0 means greedy."""
+    """The facts a server needs. Temperature 0 means greedy, top-k 0 all tokens."""
 
     context_tokens: int
     vocabulary_tokens: int
     eos_token_ids: tuple[int, ...]
     default_temperature: float
     default_top_p: float
+    default_top_k: int
+    default_min_p: float
+    default_repetition_penalty: float
+    default_max_tokens: int | None
 
 
 def read_model_config(folder: Path, config: dict[str, Any]) -> ModelConfig:
@@ -62,6 +70,10 @@ def read_model_config(folder: Path, config: dict[str, Any]) -> ModelConfig:
         eos_token_ids=_as_tuple(eos),
         default_temperature=0.0 if greedy else _or(generation.temperature, 1.0),
         default_top_p=1.0 if greedy else _or(generation.top_p, 1.0),
+        default_top_k=0 if greedy else max(generation.top_k or 0, 0),
+        default_min_p=0.0 if greedy else _or(generation.min_p, 0.0),
+        default_repetition_penalty=_or(generation.repetition_penalty, 1.0),
+        default_max_tokens=generation.max_new_tokens,
     )
 
 

@@ -31,8 +31,9 @@ class TierChoice(enum.StrEnum):
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A registration.
 
-    `fingerprint` tells whether the folder is still the one that was registered. `default_temperature` and
-    `default_top_p` are the model's own (generation_config.json) and hold where a request is silent.
+    `fingerprint` tells whether the folder is still the one that was registered. What
+    begins with `default` is the model's own (generation_config.json) and holds where a request is silent;
+    `default_max_tokens` of chats alone, None where the model has none.
     `source` is where it was registered from. `card` names what is kept of one that came through a network, whose `path`
     has everything but the weights; it is empty for a folder. `host_bytes` is what it takes of a host pool, in whole
     chunks. `keep_alive_s` may be infinite.
@@ -55,3 +56,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     chat: bool
     keep_alive_s: float
     registered_wall_s: float
+    # Registrations that were stored before these were known lack them.
+    default_top_k: int = 0
+    default_min_p: float = 0.0
+    default_repetition_penalty: float = 1.0
+    default_max_tokens: int | None = None

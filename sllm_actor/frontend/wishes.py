@@ -22,19 +22,19 @@ def sampling_of(model: Model, prompt_tokens: int, body: ChatRequest | Completion
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     check_vocabulary("logit_bias", bias, model)
     check_vocabulary("stop_token_ids", body.stop_token_ids or (), model)
-    limit = max_tokens(model, prompt_tokens, body.limit())
+    limit = _limit(model, prompt_tokens, body)
     if body.min_tokens > limit:
         raise InvalidRequest(
             f"min_tokens: {body.min_tokens} is more than the {limit} that the answer may have", param="min_tokens"
         )
     return Sampling(
         max_tokens=limit,
-        temperature=model.default_temperature if body.temperature is None else body.temperature,
-        top_p=model.default_top_p if body.top_p is None else body.top_p,
+        temperature=_or(body.temperature, model.default_temperature),
+        top_p=_or(body.top_p, model.default_top_p),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        top_k=model.default_top_k if body.top_k is None else max(body.top_k, 0),
+        min_p=_or(body.min_p, model.default_min_p),
+        repetition_penalty=_or(body.repetition_penalty, model.default_repetition_penalty),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=tuple(bias.items()),
@@ -43,6 +43,18 @@ def sampling_of(model: Model, prompt_tokens: int, body: ChatRequest | Completion
         ignore_eos=body.ignore_eos,
         top_logprobs=body.wanted_logprobs(),
     )
+
+
+def _limit(model: Model, prompt_tokens: int, body: ChatRequest | CompletionRequest) -> int:
+    asked = body.limit()
+    limit = max_tokens(model, prompt_tokens, asked)
+    if asked is None and model.default_max_tokens is not None:
+        return min(limit, model.default_max_tokens)
+    return limit
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def check_vocabulary(field: str, token_ids: Iterable[int], model: Model) -> None:
