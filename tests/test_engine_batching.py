@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONTEXT_TOKENS, LIMITS, attach, finish, greedy, prompt_of, run, save_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling
 from sllm_actor.engine import runner as runner_module
@@ -27,8 +29,13 @@ CHUNK_TOKENS = LIMITS.prefill_chunk_tokens
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    return attach(save_model(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM", num_key_value_heads=2))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM", num_key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PreTrainedModel:
+    return attach(folder)
 
 
 def engine(model: PreTrainedModel, *, slots: int = 8, kv_tokens: int = 4096, chunk: int = CHUNK_TOKENS) -> Runner:
@@ -242,6 +249,33 @@ def test_a_running_sequence_gives_what_it_has_and_goes_on(model: PreTrainedModel
     assert second.cached_tokens == 43
     assert first.tokens == run(model, prompt_of(40), greedy(30))
     assert second.tokens == run(model, second.prompt, greedy(30))
+
+
+def test_a_scored_prompt_is_computed_whole_and_has_the_models_own_log_probabilities(
+    model: PreTrainedModel, folder: Path
+) -> None:
+    prompt = prompt_of(2 * CHUNK_TOKENS + 3, 1)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.inference_mode():
+        rows = torch.log_softmax(theirs(torch.tensor([prompt])).logits[0].float(), dim=-1)
+    runner = engine(model)
+    runner.begin(prompt, greedy(2))
+    finish(runner)  # What another one has computed is not taken: it has no logits.
+    wish = msgspec.structs.replace(greedy(0), prompt_logprobs=True, top_logprobs=2)
+    scored, other = runner.begin(prompt, wish), runner.begin(prompt_of(9, 2), greedy(3))
+    finish(runner)
+    assert (scored.tokens, scored.finish, len(other.tokens)) == ([], FinishReason.LENGTH, 3)
+    wanted = [float(rows[at - 1, prompt[at]]) for at in range(1, len(prompt))]
+    assert [found.logprob for found in scored.scored] == pytest.approx(wanted, abs=1e-4)
+    assert [found.top[0][1] for found in scored.scored] == pytest.approx(rows[:-1].amax(-1).tolist(), abs=1e-4)
+
+
+def test_a_prompt_that_made_way_is_scored_once(model: PreTrainedModel) -> None:
+    runner = engine(model, kv_tokens=64)
+    wish = msgspec.structs.replace(greedy(30), prompt_logprobs=True, top_logprobs=0)
+    first, second = runner.begin(prompt_of(20, 1), wish), runner.begin(prompt_of(20, 2), wish)
+    finish(runner)
+    assert (len(first.scored), len(second.scored)) == (19, 19)
 
 
 def test_choices_of_one_prompt_compute_it_once(model: PreTrainedModel) -> None:

@@ -197,6 +197,7 @@ async def answer(engine: Engine, request: Generate) -> list[int]:
                 assert item.index == len(token_ids)
                 token_ids += item.token_ids
             else:
+                assert isinstance(item, Finished)
                 assert item.prompt_tokens == len(request.prompt) // 4
     assert prefills == 1
     assert isinstance(item, Finished)

@@ -122,6 +122,37 @@ def test_prompts_are_echoed_each_before_its_choices(seen: dict[str, Any]) -> Non
     assert len(seen["echo_streamed"]["0"]) > len("1, 2")
 
 
+def test_an_echoed_prompt_has_log_probabilities_too(node: NodeProcess) -> None:
+    answered = complete(node, prompt="1, 2, 3", max_tokens=2, min_tokens=2, echo=True, logprobs=2)
+    choice = answered["choices"][0]
+    columns = choice["logprobs"]
+    assert "".join(columns["tokens"]) == choice["text"]
+    assert len(columns["tokens"]) == answered["usage"]["total_tokens"]
+    assert (columns["token_logprobs"][0], columns["top_logprobs"][0]) == (None, None), "nothing is before it"
+    assert all(value < 0 for value in columns["token_logprobs"][1:])
+    for token, offset in zip(columns["tokens"], columns["text_offset"], strict=True):
+        assert choice["text"][offset:].startswith(token)
+    alone = complete(node, prompt="1, 2, 3", max_tokens=2, min_tokens=2, logprobs=2)["choices"][0]["logprobs"]
+    assert columns["token_logprobs"][-2:] == pytest.approx(alone["token_logprobs"], abs=1e-4)
+
+
+def test_a_prompt_is_scored_alone_and_in_a_stream_as_with_an_answer(node: NodeProcess) -> None:
+    asked: dict[str, Any] = {"prompt": "1, 2, 3", "echo": True, "logprobs": 1, "ignore_eos": True}
+    whole = complete(node, **asked, max_tokens=1)["choices"][0]["logprobs"]["token_logprobs"]
+    alone = complete(node, **asked, max_tokens=0)
+    assert alone["choices"][0]["text"] == "1, 2, 3"
+    assert alone["choices"][0]["logprobs"]["token_logprobs"] == whole[:-1]
+    assert alone["usage"]["completion_tokens"] == 0
+    body = {"model": "demo", "temperature": 0, **asked, "max_tokens": 1}
+    chunks = [event["choices"][0] for event in node.stream(PLAIN, body)]
+    assert "".join(chunk["text"] for chunk in chunks).startswith("1, 2, 3")
+    streamed = [value for chunk in chunks if chunk["logprobs"] for value in chunk["logprobs"]["token_logprobs"]]
+    assert streamed == whole
+    assert complete(node, prompt=[5], echo=True, logprobs=0, max_tokens=0)["choices"][0]["logprobs"][
+        "token_logprobs"
+    ] == [None]
+
+
 def test_a_stop_over_token_borders_cuts_text_and_log_probabilities(seen: dict[str, Any]) -> None:
     for stop, (text, finish, tokens, streamed) in seen["stops"].items():
         whole = ", ".join(map(str, range(3, 21)))
@@ -187,7 +218,7 @@ def test_what_does_not_fit_the_model_is_a_400_that_names_the_field(node: NodePro
         assert (status, param) == (400, field)
         assert "512" in message
     assert refusal(node, max_tokens=3, min_tokens=4)[:2] == (400, "min_tokens")
-    assert refusal(node, echo=True, logprobs=1)[:2] == (400, "echo")
+    assert refusal(node, max_tokens=0)[:2] == (400, "max_tokens")
 
 
 def test_a_choice_that_fails_fails_the_request_and_cancels_the_others(node: NodeProcess) -> None:

@@ -82,7 +82,7 @@ NESTED_WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (CompletionRequest, {"prompt": ["x", [-1]]}, "prompt[1][0]"),
     (CompletionRequest, {"prompt": [True]}, "prompt[0]"),
     (CompletionRequest, {"prompt": ["x"] * 3, "n": 43}, "n"),
-    (CompletionRequest, {"echo": True, "logprobs": 0}, "echo"),
+    (CompletionRequest, {"max_tokens": 0, "logprobs": 0}, "max_tokens"),
     (ChatRequest, {"logit_bias": {"1": 101}}, "logit_bias[...]"),
     (ChatRequest, {"logit_bias": {"1": "x"}}, "logit_bias[...]"),
     (ChatRequest, {"stop_token_ids": [-1]}, "stop_token_ids[0]"),

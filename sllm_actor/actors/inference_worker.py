@@ -8,10 +8,9 @@ from contextlib import aclosing
 
 from sllm_actor.actors.slots import Slots
 from sllm_actor.actors.waiting_room import WaitingRoom
-from sllm_actor.engine.client import Engine
+from sllm_actor.engine.client import Engine, Item
 from sllm_actor.errors import Draining
-from sllm_actor.messages.engine import Prefilled
-from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.generation import Generate
 from sllm_actor.messages.instances import InstanceActivity, InstanceDied, InstanceExpired, Retire
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 
@@ -53,7 +52,7 @@ class InferenceWorker(Actor):
         self._expire_later(max(self._keep_alive_s, FIRST_REQUEST_S))
 
     @handles(Generate)
-    async def generate(self, request: Generate) -> AsyncGenerator[Prefilled | Tokens | Finished, None]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Item, None]:
         if self._retiring or self._engine.died.done():
             raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
         self._count(+1)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from sllm_actor.domain import RequestId, Span, Timeline
 from sllm_actor.errors import InvalidRequest, RequestNotFound
-from sllm_actor.messages.generation import Finished, Generate, RequestLocation, Tokens
+from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, RequestLocation, Tokens
 from sllm_actor.messages.instances import InstanceStarted
 from sllm_actor.runtime.clock import Clock
 
@@ -25,7 +25,7 @@ class RequestRecord:
         self.prompt_tokens = len(request.prompt) // 4
         self.outcome = "running"
 
-    def take(self, item: Tokens | Finished, now_s: float) -> None:
+    def take(self, item: PromptLogprobs | Tokens | Finished, now_s: float) -> None:
         """Note an item of the answer; tokens come in order, each once."""
         if not self.first_token_s:
             self.first_token_s = now_s

@@ -18,6 +18,7 @@ from sllm_actor.messages.generation import (
     GetTimeline,
     ListRequests,
     LocateRequest,
+    PromptLogprobs,
     RequestLocation,
     Tokens,
 )
@@ -28,6 +29,7 @@ from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 from sllm_actor.units import format_bytes
 
 MAX_ATTEMPTS = 3
+Answered = PromptLogprobs | Tokens | Finished
 
 
 class _Start:
@@ -68,7 +70,7 @@ class Router(Actor):
         self._starts: dict[ModelName, _Start] = {}
 
     @handles(Generate)
-    async def generate(self, request: Generate) -> AsyncGenerator[Tokens | Finished, None]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Answered, None]:
         record = self._log.open(request)
         try:
             async for item in self._attempts(request, record):
@@ -83,7 +85,7 @@ class Router(Actor):
         finally:
             self._log.close(record)
 
-    async def _attempts(self, request: Generate, record: RequestRecord) -> AsyncGenerator[Tokens | Finished, None]:
+    async def _attempts(self, request: Generate, record: RequestRecord) -> AsyncGenerator[Answered, None]:
         """Run the request; one that met an instance just leaving has not begun, and is routed again."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
             instance = await self._instance(request, record)

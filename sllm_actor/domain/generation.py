@@ -34,7 +34,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     frequency: what was generated) and of transformers (repetition: the prompt, too), `logit_bias` is added to the
     logits of tokens, no end is drawn before `min_tokens`, `stop_token_ids` end an answer like the model's own ends,
     which `ignore_eos` ignores. `top_logprobs` None asks for no log-probabilities, k for those of the drawn token and
-    of the k likeliest.
+    of the k likeliest; with `prompt_logprobs` the prompt's tokens have them, too, and `max_tokens` may be 0.
     """
 
     max_tokens: int
@@ -52,6 +52,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int | None = None
+    prompt_logprobs: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -37,12 +37,12 @@ from sllm_actor.messages.engine import (
     PrepareModel,
     ShutDown,
 )
-from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 from sllm_actor.runtime.channel import Channel
 from sllm_actor.runtime.forking import Child, ForkServer
 from sllm_actor.runtime.frames import Codec
 
-Item = Prefilled | Tokens | Finished
+Item = Prefilled | PromptLogprobs | Tokens | Finished
 
 
 class Engine:
@@ -188,7 +188,7 @@ class Engine:
         raise self._failure or EngineDied(f"the engine process {self.pid} has left ({self.died.result()})")
 
     def _take(self, message: Any) -> None:
-        if isinstance(message, Tokens | Finished | Prefilled):
+        if isinstance(message, Tokens | Finished | Prefilled | PromptLogprobs):
             queue = self._streams.get(message.request_id)
             if queue is not None:
                 queue.put_nowait(message)

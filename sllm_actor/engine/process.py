@@ -36,13 +36,15 @@ from sllm_actor.messages.engine import (
     PrepareModel,
     ShutDown,
 )
-from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 from sllm_actor.runtime.blocking import BlockingChannel
 from sllm_actor.runtime.clock import Clock
 
 # Maps pooled files into this process: (chunk_bytes, files) -> the bytes of each, kept mapped until it ends.
 MapFiles = Callable[[int, Sequence[PooledFile]], Mapping[str, memoryview]]
 WATCHED = ("torch", "transformers")
+# In one message, each with up to twenty likeliest tokens.
+MAX_SCORED = 256
 
 
 def _modules() -> set[str]:
@@ -66,6 +68,7 @@ class _Running:
             assert self.begin_s is not None
             span = Span(name="prefill", begin_s=self.begin_s, end_s=clock.monotonic_s())
             said.append(Prefilled(request_id=self.request_id, span=span))
+            said += self._prompt_logprobs()
         drawn = generation.drawn
         if drawn is not None and generation.finish is not FinishReason.STOP:
             logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
@@ -74,6 +77,17 @@ class _Running:
         if generation.finish is not None:
             said.append(self.finished(generation.finish))
         return said
+
+    def _prompt_logprobs(self) -> list[object]:
+        if not self.generation.scores_prompt:
+            return []
+        scored = self.generation.scored
+        return [
+            PromptLogprobs(
+                request_id=self.request_id, index=begin + 1, logprobs=tuple(scored[begin : begin + MAX_SCORED])
+            )
+            for begin in range(0, max(len(scored), 1), MAX_SCORED)
+        ]
 
     def finished(self, reason: FinishReason) -> Finished:
         generation = self.generation

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling
+from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
 from sllm_actor.engine.attention import Pass, Segment
 from sllm_actor.engine.kv_cache import Slot, SlotPool, common_prefix, kv_shape
-from sllm_actor.engine.sampling import Drawn, Sampler, draw_rows
+from sllm_actor.engine.sampling import Drawn, Sampler, draw_rows, logprobs_of
 from sllm_actor.errors import GenerationFailed, InvalidRequest, SllmError
 
 # What a forward pass raises: no memory, a number in the config that only now is used.
@@ -45,6 +45,9 @@ class Generation:
         self.started = False
         self.drawn: Drawn | None = None
         self.finish: FinishReason | None = None
+        # Of an answer that goes on, the prompt's log-probabilities have been told.
+        self.scores_prompt = sampler.sampling.prompt_logprobs and not generated
+        self.scored: list[TokenLogprobs] = []  # Of the prompt's tokens from the second on.
 
     @property
     def known(self) -> int:
@@ -66,6 +69,12 @@ class Generation:
             return self.tokens[begin - prompt : begin - prompt + count]
         found = self.prompt[begin : begin + count]
         return found + self.tokens[: count - len(found)]
+
+    def to_score(self, begin: int, count: int) -> range:
+        """Give the prompt's tokens, by position, that the `count` from the `begin`-th on are to tell the chances of."""
+        if not self.scores_prompt:
+            return range(0)
+        return range(max(begin, len(self.scored)) + 1, min(begin + count, len(self.prompt) - 1) + 1)
 
 
 Work = list[tuple[Generation, int]]
@@ -169,8 +178,9 @@ class Runner:
     def _admit(self, step: Step) -> None:
         while self._waiting:
             generation = self._waiting[0][1]
-            # What a pinned one has in its slot must be computed as it was the first time.
-            wanted = () if generation.pinned else generation.tokens_from(0, generation.known - 1)
+            # What a pinned one has in its slot must be computed as it was the first time; what is scored, at all.
+            afresh = generation.pinned or generation.scores_prompt
+            wanted = () if afresh else generation.tokens_from(0, generation.known - 1)
             slot = self._slots.take(generation.known, wanted, generation.adapter)
             if slot is None:
                 return
@@ -227,7 +237,7 @@ class Runner:
         """Take what other slots have of its tokens. False: one that is just computed will have more of them."""
         slot = generation.slot
         assert slot is not None
-        wanted = generation.tokens_from(0, generation.known - 1)
+        wanted = () if generation.scores_prompt else generation.tokens_from(0, generation.known - 1)
         self._slots.adopt(slot, wanted)
         for other, _ in ahead:
             both = common_prefix(other.tokens_from(0, other.known), wanted)
@@ -251,10 +261,13 @@ class Runner:
             if isinstance(result, GenerationFailed):
                 self._fail([generation], result, step)
                 continue
-            generation.drawn = result
-            generation.tokens.append(result.token_id)
             step.advanced.append(generation)
-            self._mark_finish(generation)
+            if generation.sampler.sampling.max_tokens == 0:
+                generation.finish = FinishReason.LENGTH
+            else:
+                generation.drawn = result
+                generation.tokens.append(result.token_id)
+                self._mark_finish(generation)
             if generation.finish is not None:
                 self._leave(generation)
 
@@ -270,17 +283,23 @@ class Runner:
         segments: list[Segment] = []
         ready: list[Generation] = []
         last: list[int] = []
+        scored: list[tuple[Generation, int]] = []
+        scoring: list[int] = []
         for generation, count in work:
             slot, past = generation.slot, generation.written
             assert slot is not None
             segments.append(Segment(slot, len(tokens), count, past))
+            for position in generation.to_score(past, count):
+                scored.append((generation, position))
+                scoring.append(len(tokens) + position - 1 - past)
             tokens += generation.tokens_from(past, count)
             positions += range(past, past + count)
             if past + count == generation.known:
                 ready.append(generation)
                 last.append(len(tokens) - 1)
         slots, device = Pass(segments), self._model.device
-        kept = 0 if len(last) == len(tokens) else torch.tensor(last, dtype=torch.long, device=device)
+        rows = last + scoring
+        kept = 0 if last == rows and len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.long, device=device)
         with torch.inference_mode():
             output = self._model(
                 input_ids=torch.tensor([tokens], device=device),
@@ -293,7 +312,11 @@ class Runner:
             )
         for (generation, count), (slot, _begin, _size, past) in zip(work, segments, strict=True):
             slot.tokens += generation.tokens_from(past, count)
-        return ready, output.logits[0]
+        logits = output.logits[0]
+        for (generation, position), row in zip(scored, logits[len(last) :], strict=bool(scored)):
+            top = generation.sampler.sampling.top_logprobs or 0
+            generation.scored.append(logprobs_of(row, generation.prompt[position], top))
+        return ready, logits[: len(last)]
 
     def _leave(self, generation: Generation, *, keep: bool = True) -> None:
         assert generation.slot is not None

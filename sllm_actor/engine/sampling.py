@@ -218,7 +218,7 @@ def _draw_row(logits: torch.Tensor, sampler: Sampler, likeliest: int) -> Drawn:
         wide = logits
     if sampling.temperature > 0.0:
         token = _sample(wide, token, sampling, sampler.position)
-    logprobs = None if sampling.top_logprobs is None else _logprobs(logits, token, sampling.top_logprobs)
+    logprobs = None if sampling.top_logprobs is None else logprobs_of(logits, token, sampling.top_logprobs)
     sampler.note(token)
     return Drawn(token, logprobs)
 
@@ -269,8 +269,8 @@ def _ordered(probabilities: torch.Tensor, least: float) -> tuple[torch.Tensor, t
     return token_ids[order], torch.cumsum(values, dim=-1)
 
 
-def _logprobs(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
-    """Look the drawn token and the `top` likeliest ones up in the model's own distribution."""
+def logprobs_of(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
+    """Look a token and the `top` likeliest ones up in the model's own distribution. logits: `[vocabulary]`."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     values = torch.log_softmax(wide, dim=-1)
     likeliest: list[tuple[int, float]] = []

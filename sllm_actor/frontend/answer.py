@@ -11,7 +11,7 @@ from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import InvalidRequest
 from sllm_actor.frontend.text import TextService
 from sllm_actor.frontend.written import Entry, Writer
-from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 from sllm_actor.runtime import ActorRef
 
 
@@ -90,6 +90,10 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
                 counts = prompt_tokens, item.generated_tokens, item.cached_tokens
                 yield Piece(shown.text, reason, *counts, shown.entries)
                 return
+            if isinstance(item, PromptLogprobs):
+                entries = await writer.of_prompt(wish.prompt, item.index, item.logprobs)
+                yield Piece("", None, prompt_tokens, 0, 0, entries)
+                continue
             assert isinstance(item, Tokens)
             shown = await writer.push(item.token_ids, item.logprobs)
             if writer.stopped:

@@ -123,6 +123,10 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     user: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
 
+    def wants_prompt_logprobs(self) -> bool:
+        """Tell whether the prompt's tokens are to have log-probabilities, too."""
+        return False
+
     def stops(self) -> list[str]:
         """Give the stop strings as a list."""
         if self.stop is None:
@@ -176,6 +180,8 @@ class ChatRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True
 class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: str | Annotated[list[str | TokenId | Annotated[list[TokenId], Meta(min_length=1)]], Meta(min_length=1)]
     logprobs: TopLogprobs | None = None
+    # With `echo` it may be 0: the prompt alone.
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     echo: bool = False
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
 
@@ -202,8 +208,8 @@ class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_field
                 )
         if self.best_of not in (None, self.n):
             raise UnsupportedField("best_of: this version gives the n choices that it generates", param="best_of")
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedField("echo: logprobs of the prompt are not supported; leave one out", param="echo")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens: 0 is for a prompt that is echoed", param="max_tokens")
         prompts = len(self.prompts())
         if prompts * self.n > MAX_CHOICES:
             param = "n" if self.n > 1 else "prompt"
@@ -213,7 +219,10 @@ class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_field
 
     def limit(self) -> int | None:
         """Give the asked bound on the answer; 16 where none is, as OpenAI has it."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def wants_prompt_logprobs(self) -> bool:
+        return self.echo and self.logprobs is not None
 
 
 class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -131,11 +131,11 @@ class CompletionShape:
 Shape = ChatShape | CompletionShape
 
 
-def _finite(logprob: float) -> float:
-    return max(logprob, NO_PROBABILITY)
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, NO_PROBABILITY)
 
 
-def _chat_token(piece: bytes, logprob: float) -> dict[str, Any]:
+def _chat_token(piece: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": _text_or_bytes(piece, ""), "logprob": _finite(logprob), "bytes": list(piece)}
 
 
@@ -143,9 +143,11 @@ def _plain_token(piece: bytes) -> str:
     return _text_or_bytes(piece, "bytes:")
 
 
-def _plain_top(entry: Entry) -> dict[str, float]:
+def _plain_top(entry: Entry) -> dict[str, float | None] | None:
     """Name the likeliest tokens, and the drawn one if it is none of them; of two of one text the likelier counts."""
-    top: dict[str, float] = {}
+    if entry.logprob is None:
+        return None
+    top: dict[str, float | None] = {}
     for piece, logprob in (*entry.top, (entry.piece, entry.logprob)):
         top.setdefault(_plain_token(piece), _finite(logprob))
     return top

@@ -42,6 +42,7 @@ def sampling_of(model: Model, prompt_tokens: int, body: ChatRequest | Completion
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
         top_logprobs=body.wanted_logprobs(),
+        prompt_logprobs=body.wants_prompt_logprobs(),
     )
 
 

@@ -16,10 +16,10 @@ from sllm_actor.frontend.text import TextService
 
 
 class Entry(NamedTuple):
-    """A token's bytes and log-probability, and those of the likeliest in its place."""
+    """A token's bytes and log-probability, and those of the likeliest in its place; a prompt's first has none."""
 
     piece: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[bytes, float], ...]
 
 
@@ -64,6 +64,16 @@ class Writer:
             if self.stopped:
                 break
         return Written(shown, self._ready())
+
+    async def of_prompt(
+        self, prompt: Sequence[int], index: int, logprobs: Sequence[TokenLogprobs]
+    ) -> tuple[Entry, ...]:
+        """Describe the prompt's tokens from the `index`-th on; before the second of them, the first one, too."""
+        entries = await self._describe(prompt[index : index + len(logprobs)], logprobs)
+        if index == 1:
+            (first,) = await self._text.describe(self._path, prompt[:1])
+            entries = [Entry(first, None, ()), *entries]
+        return tuple(entries)
 
     async def end(self) -> Written:
         """Give what is left, now that nothing more comes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sllm_actor.domain import EngineLimits, RequestId, Span
 from sllm_actor.messages.declare import message
-from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 
 
 @message("engine.hello")
@@ -122,6 +122,7 @@ FROM_ENGINE = (
     EngineReady,
     EngineFailed,
     Prefilled,
+    PromptLogprobs,
     Tokens,
     Finished,
     GenerationError,

@@ -10,7 +10,8 @@ from sllm_actor.messages.declare import message
 class Generate:
     """Ask for tokens after `prompt` (token ids, little-endian uint32).
 
-    A stream of `Tokens`, ended by one `Finished`. Fails with the typed error of whatever went wrong.
+    A stream of `Tokens`, ended by one `Finished`, and begun by `PromptLogprobs` where they are asked for. Fails with
+    the typed error of whatever went wrong.
     `spans` is what the caller measured before it asked, for the request's timeline. One that goes on with an answer
     has its tokens so far in `generated`, packed like the prompt; what is new comes behind them. `grammar` is a compiled
     grammar as xgrammar writes it, `adapter` the name of a LoRA adapter; both may be empty. Of those who wait,
@@ -41,6 +42,18 @@ class Tokens:
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@message("generation.prompt_logprobs")
+class PromptLogprobs:
+    """Those of the prompt's tokens, in order; `index` is the position of the first of them.
+
+    The prompt's first token has none, so the first of these begins at 1; it may be empty.
+    """
+
+    request_id: RequestId
+    index: int
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @message("generation.finished")
