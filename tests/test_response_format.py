@@ -102,6 +102,19 @@ def test_text_can_be_asked_for_as_well(node: NodeProcess) -> None:
     assert answer.choices[0].message.content == "47 + 35 = 82"
 
 
+def test_a_completion_has_the_form_too_behind_what_is_echoed(node: NodeProcess) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+    asked: dict[str, Any] = {"model": "demo", "prompt": ["1, 2", "7"], "max_tokens": 64, "temperature": 1.0, "seed": 3}
+    answered = node.call("POST", "/v1/completions", asked | {"response_format": wanted, "echo": True})
+    for choice, prompt in zip(answered["choices"], asked["prompt"], strict=True):
+        assert choice["text"].startswith(prompt)
+        jsonschema.validate(json.loads(choice["text"].removeprefix(prompt)), SCHEMA)
+    free = node.call("POST", "/v1/completions", asked | {"response_format": {"type": "text"}})
+    assert not free["choices"][0]["text"].startswith("{")
+    refused = node.request("POST", "/v1/completions", asked | {"response_format": wanted, "ignore_eos": True})
+    assert (refused.status, refused.json()["error"]["param"]) == (400, "ignore_eos")
+
+
 def test_the_length_limit_cuts_a_form(node: NodeProcess) -> None:
     answer = client(node).chat.completions.create(**ask(max_tokens=4))
     assert answer.choices[0].finish_reason == "length"

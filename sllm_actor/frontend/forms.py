@@ -1,12 +1,12 @@
-"""The form that a chat request gives its answer: found, compiled, and checked against the request's other fields."""
+"""The form that a request gives its answer: found, compiled, and checked against the request's other fields."""
 
 from __future__ import annotations
 
 from sllm_actor.domain import Model
 from sllm_actor.errors import InvalidRequest
 from sllm_actor.frontend.grammars import GrammarService
-from sllm_actor.frontend.response_format import source_of
-from sllm_actor.frontend.schema import ChatRequest
+from sllm_actor.frontend.response_format import Source, source_of
+from sllm_actor.frontend.schema import ChatRequest, CompletionRequest
 from sllm_actor.frontend.tools import source_of_calls
 from sllm_actor.messages.text import Encoded
 
@@ -23,6 +23,21 @@ async def grammar_of(grammars: GrammarService, model: Model, body: ChatRequest, 
     if prompt.tool_format:
         parallel = body.parallel_tool_calls
         source = source_of_calls(body.tools, body.tool_choice, prompt.tool_format, prompt.marker, parallel=parallel)
+    return await _compile(grammars, model, body, source)
+
+
+async def grammar_of_completion(grammars: GrammarService, model: Model, body: CompletionRequest) -> str:
+    """Compile what each answer to a prompt must look like; empty where any text will do.
+
+    Raises:
+        InvalidRequest: as `grammar_of` does.
+    """
+    return await _compile(grammars, model, body, source_of(body.response_format))
+
+
+async def _compile(
+    grammars: GrammarService, model: Model, body: ChatRequest | CompletionRequest, source: Source | None
+) -> str:
     if source is None:
         return ""
     if body.ignore_eos:

@@ -14,7 +14,7 @@ from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.answer import Piece, Wish
 from sllm_actor.frontend.choices import Choice, Counts, choices
 from sllm_actor.frontend.deadline import timeout_of, within
-from sllm_actor.frontend.forms import grammar_of
+from sllm_actor.frontend.forms import grammar_of, grammar_of_completion
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
 from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, StreamOptions
 from sllm_actor.frontend.shapes import ChatShape, CompletionShape, Shape, WholeChoice
@@ -69,6 +69,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompts = [await _prompt_tokens(gateway, model, prompt) for prompt in body.prompts()]
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
     wishes = [_wish(request, model, prompt, body, arrived_s, text_span) for prompt in prompts]
+    grammar = await grammar_of_completion(gateway.grammars, model, body)
+    wishes = [wish._replace(grammar=grammar) for wish in wishes]
     echoes = [await _echo(gateway, model, prompt) if body.echo else "" for prompt in body.prompts()]
     echoes = [echo for echo in echoes for _ in range(body.n)]
     shape = CompletionShape(wishes[0], gateway.clock.wall_s(), echoes)

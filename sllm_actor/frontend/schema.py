@@ -183,6 +183,7 @@ class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_field
     # With `echo` it may be 0: the prompt alone.
     max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     echo: bool = False
+    response_format: ResponseFormat | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
 
     def prompts(self) -> list[str | list[int]]:
