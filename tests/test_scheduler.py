@@ -13,7 +13,7 @@ from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampli
 from sllm_actor.errors import InvalidRequest, ModelTooLarge, NoCapacity, QueueFull, RequestNotFound
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.instances import StopInstances
-from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel
+from sllm_actor.messages.placement import HurryPlacement, InstanceView, ListNodes, NodeReport, Placement, PlaceModel
 from sllm_actor.runtime import Actor, ActorRef, ActorSystem, handles
 
 MIB = 1024 * 1024
@@ -86,14 +86,15 @@ def report(
     )
 
 
-def question(model: str = "new", timeout_s: float = 30.0, host_bytes: int = MIB) -> PlaceModel:
+def question(model: str = "new", timeout_s: float = 30.0, host_bytes: int = MIB, priority: int = 0) -> PlaceModel:
     return PlaceModel(
-        request_id=RequestId("r"),
+        request_id=RequestId(f"for-{model}"),
         model=ModelName(model),
         fingerprint=model,
         size_bytes=MIB,
         host_bytes=host_bytes,
         timeout_s=timeout_s,
+        priority=priority,
     )
 
 
@@ -117,6 +118,11 @@ async def ask(system: ActorSystem, message: PlaceModel) -> Placement:
 
 def scheduler(system: ActorSystem) -> ActorRef:
     return system.ref("scheduler")
+
+
+async def all_wait(system: ActorSystem) -> None:
+    """Let what was asked before get into the queue: this is answered after it."""
+    await scheduler(system).ask(ListNodes(), timeout_s=60)
 
 
 async def test_a_free_slot_is_granted_with_an_estimate_and_a_reason(system: ActorSystem) -> None:
@@ -190,6 +196,38 @@ async def test_waiting_starts_are_served_in_order_and_bounded(system: ActorSyste
     assert not second.done()
     scheduler(system).tell(report(slots=1, ended=(placement.placement_id,)))
     assert (await second).node == "node-1"
+
+
+async def test_waiting_starts_go_by_priority_also_one_that_becomes_urgent_later(system: ActorSystem) -> None:
+    late = asyncio.ensure_future(ask(system, question("late", priority=5)))
+    soon = asyncio.ensure_future(ask(system, question("soon", priority=3)))
+    await all_wait(system)
+    scheduler(system).tell(HurryPlacement(request_id=RequestId("for-nobody"), priority=-9))
+    scheduler(system).tell(HurryPlacement(request_id=RequestId("for-late"), priority=9))
+    scheduler(system).tell(report(slots=1))
+    placement = await soon
+    assert not late.done()
+    other = asyncio.ensure_future(ask(system, question("other", priority=1)))
+    await all_wait(system)
+    scheduler(system).tell(HurryPlacement(request_id=RequestId("for-late"), priority=-1))
+    scheduler(system).tell(report(slots=1, ended=(placement.placement_id,)))
+    assert (await late).node == "node-1"
+    assert not other.done()
+    other.cancel()
+
+
+async def test_one_that_has_waited_for_half_of_its_time_is_overtaken_no_more(
+    system: ActorSystem, clock: HandClock
+) -> None:
+    patient = asyncio.ensure_future(ask(system, question("patient", timeout_s=60, priority=5)))
+    await all_wait(system)
+    clock.now_s += 30
+    urgent = asyncio.ensure_future(ask(system, question("urgent", priority=-5)))
+    await all_wait(system)
+    scheduler(system).tell(report(slots=1))
+    assert (await patient).node == "node-1"
+    assert not urgent.done()
+    urgent.cancel()
 
 
 async def test_a_caller_that_gives_up_leaves_the_queue(system: ActorSystem) -> None:

@@ -24,7 +24,7 @@ from sllm_actor.messages.generation import (
 )
 from sllm_actor.messages.instances import EndStart, InstanceGone, InstanceStarted, StartInstance, StartProgress
 from sllm_actor.messages.models import GetModel
-from sllm_actor.messages.placement import Placement, PlaceModel
+from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 from sllm_actor.units import format_bytes
 
@@ -33,9 +33,11 @@ Answered = PromptLogprobs | Tokens | Finished
 
 
 class _Start:
-    """A start under way, and how many requests wait for it."""
+    """A start under way, how many requests wait for it, and the lowest priority of them so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Generate) -> None:
+        self.request = request
+        self.priority = request.priority
         self.waiters = 0
         self.ended: SllmError = Draining("the node is stopping")
         self.task: asyncio.Task[tuple[InstanceStarted, tuple[Span, ...]]]
@@ -120,11 +122,14 @@ class Router(Actor):
         """Wait for the start of the request's model; it ends when the last who waits for it leaves."""
         start = self._starts.get(request.model)
         if start is None:
-            start = self._starts[request.model] = _Start()
-            work = self._start(request)
+            start = self._starts[request.model] = _Start(request)
+            work = self._start(start)
             start.task = self.context.tasks.spawn(work, f"start-{request.model}", on_failure=lambda _: None)
             begun = start
             start.task.add_done_callback(lambda _: self._over(request.model, begun))
+        if request.priority < start.priority:
+            start.priority = request.priority
+            self._scheduler.tell(HurryPlacement(request_id=start.request.request_id, priority=start.priority))
         start.waiters += 1
         try:
             await asyncio.wait([start.task])
@@ -153,8 +158,8 @@ class Router(Actor):
         await asyncio.wait([start.task])
         return True
 
-    async def _start(self, request: Generate) -> tuple[InstanceStarted, tuple[Span, ...]]:
-        begin_s = self._clock.monotonic_s()
+    async def _start(self, start: _Start) -> tuple[InstanceStarted, tuple[Span, ...]]:
+        begin_s, request = self._clock.monotonic_s(), start.request
         model: Model = await self._manager.ask(GetModel(name=request.model), timeout_s=self._ask_timeout_s)
         placement: Placement = await self._scheduler.ask(
             PlaceModel(
@@ -164,6 +169,7 @@ class Router(Actor):
                 size_bytes=model.size_bytes,
                 host_bytes=model.host_bytes,
                 timeout_s=self._placement_timeout_s,
+                priority=start.priority,
             ),
             timeout_s=self._placement_timeout_s + self._ask_timeout_s,
         )

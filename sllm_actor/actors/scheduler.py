@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import deque
-from typing import NamedTuple
+
+import msgspec
 
 from sllm_actor.domain import NodeId
 from sllm_actor.errors import DeliveryFailed, ModelTooLarge, NoCapacity, QueueFull
 from sllm_actor.messages.instances import StopInstances
-from sllm_actor.messages.placement import ListNodes, NodeReport, Placement, PlaceModel
-from sllm_actor.policy.placement import Evict, Grant, Start, Wait, decide, fits_nowhere
+from sllm_actor.messages.placement import HurryPlacement, ListNodes, NodeReport, Placement, PlaceModel
+from sllm_actor.policy.placement import Evict, Grant, Start, Wait, Waiter, decide, fits_nowhere, next_of
 from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
@@ -21,9 +21,13 @@ log = logging.getLogger(__name__)
 BEGIN_WITHIN_S = 10.0
 
 
-class _Waiting(NamedTuple):
-    question: PlaceModel
-    answer: asyncio.Future[Placement]
+class _Waiting:
+    """Who waits, and what is to be told."""
+
+    def __init__(self, question: PlaceModel, since_s: float) -> None:
+        self.question = question
+        self.since_s = since_s
+        self.answer: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
 
 
 class Scheduler(Actor):
@@ -37,7 +41,7 @@ class Scheduler(Actor):
         self._reports: dict[NodeId, NodeReport] = {}
         self._grants: dict[str, Grant] = {}
         self._leaving: set[str] = set()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: list[_Waiting] = []
         self._placements = itertools.count(1)
 
     @handles(NodeReport)
@@ -61,7 +65,7 @@ class Scheduler(Actor):
     async def place(self, question: PlaceModel) -> Placement:
         if len(self._waiting) >= self._max_waiting:
             raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=1.0)
-        waiting = _Waiting(question, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(question, self._clock.monotonic_s())
         self._waiting.append(waiting)
         self._serve()
         try:
@@ -76,13 +80,22 @@ class Scheduler(Actor):
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
 
+    @handles(HurryPlacement)
+    async def hurry(self, message: HurryPlacement) -> None:
+        for waiting in self._waiting:
+            if waiting.question.request_id == message.request_id:
+                priority = min(waiting.question.priority, message.priority)
+                waiting.question = msgspec.structs.replace(waiting.question, priority=priority)
+        self._serve()
+
     def _serve(self) -> None:
-        """Grant in the order of asking, until someone has to wait."""
+        """Grant by priority and then in the order of asking, until someone has to wait."""
         self._refuse()
         now_s = self._clock.monotonic_s()
         self._grants = {key: grant for key, grant in self._grants.items() if grant.expires_s > now_s}
         while self._waiting:
-            waiting = self._waiting[0]
+            place = next_of([Waiter(waiting.question, waiting.since_s) for waiting in self._waiting], now_s)
+            waiting = self._waiting[place]
             decision = decide(
                 waiting.question,
                 list(self._reports.values()),
@@ -95,7 +108,7 @@ class Scheduler(Actor):
                 self._leaving.add(decision.victim.instance_id)
                 self.context.tasks.spawn(self._evict(decision), f"evict-{decision.victim.instance_id}")
                 return
-            self._waiting.popleft()
+            del self._waiting[place]
             if not waiting.answer.done():
                 waiting.answer.set_result(self._grant(waiting.question, decision, now_s))
 

@@ -10,8 +10,8 @@ from sllm_actor.messages.declare import message
 class PlaceModel:
     """Ask for the node that can start an instance of `model` soonest.
 
-    Answered by `Placement`, as soon as a slot is free; fails with `NoCapacity`, `QueueFull` or, where no node has the
-    memory beside what is pinned, at once with `ModelTooLarge`.
+    Answered by `Placement`, as soon as a slot is free, those of the lowest `priority` first; fails with `NoCapacity`,
+    `QueueFull` or, where no node has the memory beside what is pinned, at once with `ModelTooLarge`.
     """
 
     request_id: RequestId
@@ -20,6 +20,18 @@ class PlaceModel:
     size_bytes: int
     host_bytes: int
     timeout_s: float
+    priority: int = 0
+
+
+@message("placement.hurry")
+class HurryPlacement:
+    """A request of a lower `priority` number has joined those that a waiting `PlaceModel` was asked for.
+
+    Told; where nothing of that id waits, it changes nothing.
+    """
+
+    request_id: RequestId
+    priority: int
 
 
 @message("placement.granted")

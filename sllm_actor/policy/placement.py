@@ -93,6 +93,25 @@ def decide(
     return Wait("no node would have room, whichever idle instances were given up")
 
 
+class Waiter(NamedTuple):
+    """A start that waits for room, and since when."""
+
+    question: PlaceModel
+    since_s: float
+
+
+def next_of(waiting: Sequence[Waiter], now_s: float) -> int:
+    """Choose who of those that wait, in order of arrival, is served next; give its place in that order.
+
+    The lowest priority is first, and of equals who came first. But one that has waited for half of its time goes
+    before all who came later, so that however many urgent ones come, nobody waits in vain for a node that serves.
+    """
+    for place, (question, since_s) in enumerate(waiting):
+        if now_s - since_s >= question.timeout_s / 2:
+            return place
+    return min(range(len(waiting)), key=lambda place: (waiting[place].question.priority, place))
+
+
 def fits_nowhere(question: PlaceModel, reports: Sequence[NodeReport]) -> str:
     """Say why no node that has reported could start the model, whatever else left it; empty where one could."""
     if not reports or any(question.host_bytes <= _unpinned_bytes(report, question) for report in reports):
