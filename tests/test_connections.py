@@ -117,6 +117,28 @@ def test_ten_megabytes_are_a_413(strict: NodeProcess) -> None:
     assert reply.headers["Connection"] == "close"
 
 
+def test_bodies_that_come_in_have_a_bound_in_all(node: NodeProcess) -> None:
+    """Sixty-four that say they will be as long as one may be fill the room; one that says nothing is taken as such."""
+
+    def small() -> int:
+        return node.request("POST", CHAT, b"{}").status
+
+    assert small() == 400
+    with ExitStack() as stack:
+        for at in range(64):
+            sock = stack.enter_context(dial(node))
+            length = b"Content-Length: 4194304" if at else b"Transfer-Encoding: chunked"
+            sock.sendall(HEAD + length + b"\r\n\r\n")
+        while (reply := node.request("POST", CHAT, b"{}")).status == 400:
+            pass
+        assert (reply.status, reply.json()["error"]["code"]) == (503, "overloaded")
+        assert reply.headers["Retry-After"] == "1"
+        assert reply.headers["Connection"] == "close", "what comes of the body is read by nobody"
+    while small() == 503:
+        pass
+    assert small() == 400, "those who have left make room"
+
+
 def test_chunks_without_a_length_are_a_413_where_they_get_too_long(strict: NodeProcess) -> None:
     with dial(strict) as sock:
         sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")

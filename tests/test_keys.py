@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from conftest import SMALL
 
+from sllm_actor.domain import RequestId
 from sllm_actor.errors import ConfigInvalid, RateLimited
 from sllm_actor.frontend.key_limits import KeyLimits
 from sllm_actor.frontend.keys import Key, digest_of, new_key, read_keys, written
+from sllm_actor.frontend.visit import Visit
+from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.testing.node_process import CLI, NodeProcess, Reply, running_node
 
 CHAT = "/v1/chat/completions"
@@ -118,6 +121,15 @@ def test_requests_at_once_are_bounded(guarded: NodeProcess, key_file: Path) -> N
         assert error_of(ask(guarded, erin)) == (429, "rate_limit_error", "rate_limit_exceeded")
     while ask(guarded, erin).status == 429:
         pass
+
+
+def test_a_key_with_a_least_priority_does_not_get_ahead_of_it(guarded: NodeProcess, key_file: Path) -> None:
+    header(guarded, key_file, "humble", "--min-priority", "5")
+    (humble,) = [key for key in read_keys(str(key_file)).keys if key.name == "humble"]
+    visit = Visit(RequestId("r"), "POST", CHAT, SystemClock())
+    assert visit.priority(-7) == -7, "without a key all are equal"
+    visit.key = humble
+    assert [visit.priority(asked) for asked in (-7, 0, 5, 9)] == [5, 5, 5, 9]
 
 
 def test_a_revoked_key_is_refused_soon_and_a_broken_file_changes_nothing(

@@ -44,6 +44,7 @@ def _file(config: Path | None, given: str | None, *, as_json: bool) -> Iterator[
 @app.command("create")
 def create(
     name: str, requests_per_minute: Bound = None, tokens_per_minute: Bound = None, concurrent_requests: Bound = None,
+    min_priority: Annotated[int | None, typer.Option(help="Its requests have no priority below this number.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model that it may use; repeat for more.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may deploy, remove and look at everything.")] = False,
     api_key_file: KeyFile = None, config: ConfigFile = None, as_json: Json = False,
@@ -56,6 +57,7 @@ def create(
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "concurrent_requests": concurrent_requests,
+        "min_priority": min_priority,
         "models": model or None,
         "admin": admin or None,
     }

@@ -61,12 +61,12 @@ def show(path: str, *, as_json: bool) -> None:
     rows = [
         (
             key.name, key.sha256[:12], _bound(key.requests_per_minute), _bound(key.tokens_per_minute),
-            _bound(key.concurrent_requests), "all" if key.models is None else " ".join(key.models),
-            "yes" if key.admin else "no",
+            _bound(key.concurrent_requests), _bound(key.min_priority),
+            "all" if key.models is None else " ".join(key.models), "yes" if key.admin else "no",
         )
         for key in keys
     ]  # fmt: skip
-    table(("NAME", "SHA256", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "MODELS", "ADMIN"), rows)
+    table(("NAME", "SHA256", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "PRIORITY FROM", "MODELS", "ADMIN"), rows)
 
 
 def _bound(value: int | None) -> str:

@@ -165,6 +165,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_body_bytes: Annotated[int, Meta(ge=KIB, le=GIB, title="bytes", description="largest HTTP request body")] = (
         4 * MIB
     )
+    max_incoming_bytes: Annotated[
+        int, Meta(ge=KIB, le=1024 * GIB, title="bytes", description="all HTTP request bodies that are being received")
+    ] = 256 * MIB
     body_timeout_s: Annotated[
         float, Meta(ge=0.1, le=600, title="s", description="longest arrival of an HTTP request body")
     ] = 30.0

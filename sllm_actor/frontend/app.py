@@ -52,7 +52,7 @@ async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
     if not response.prepared:
         response.headers["X-Request-Id"] = request_id
         response.headers.update(visit.limits)
-        if response.status in CLOSING:
+        if response.status in CLOSING or (response.status == 503 and not request.content.is_eof()):
             response.force_close()
     return response
 

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from sllm_actor.domain import Model, ModelName, RequestId, check_model_name
 from sllm_actor.domain.names import is_request_id
-from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, RequestTimeout
+from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, Overloaded, RequestTimeout
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import Connections
 from sllm_actor.frontend.grammars import GrammarService
@@ -37,6 +37,7 @@ class Limits(NamedTuple):
     """The gateway's knobs; the names are those of `Config`."""
 
     max_body_bytes: int
+    max_incoming_bytes: int
     body_timeout_s: float
     ask_timeout_s: float
     engine_start_timeout_s: float
@@ -88,6 +89,7 @@ class Gateway:
         self.metrics = Metrics()
         # Of the server, once it runs.
         self.connections: Connections | None = None
+        self._incoming_bytes = 0
         self._answering: Counter[str] = Counter()
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -99,6 +101,7 @@ class Gateway:
         Raises:
             InvalidRequest, UnsupportedField: what is wrong with it; `param` names the field.
             RequestTimeout: it came too slowly.
+            Overloaded: others are being received, and with it they would be too much.
         """
         if request.content_type != "application/json":
             raise InvalidRequest(f"the content type is {request.content_type}, it must be application/json")
@@ -106,10 +109,23 @@ class Gateway:
             raise web.HTTPRequestEntityTooLarge(self.limits.max_body_bytes, request.content_length or 0)
         try:
             async with asyncio.timeout(self.limits.body_timeout_s):
-                raw = await request.read()
+                with self._incoming(request.content_length):
+                    raw = await request.read()
         except TimeoutError:
             raise RequestTimeout(f"the body did not arrive in {self.limits.body_timeout_s:g} s") from None
         return parse(raw, kind)
+
+    @contextmanager
+    def _incoming(self, length_bytes: int | None) -> Iterator[None]:
+        """Have room for a body, and for the longest where it does not say how long it is."""
+        room_bytes = self.limits.max_body_bytes if length_bytes is None else length_bytes
+        if self._incoming_bytes and self._incoming_bytes + room_bytes > self.limits.max_incoming_bytes:
+            raise Overloaded("this node is receiving as much as it has room for", retry_after_s=1.0)
+        self._incoming_bytes += room_bytes
+        try:
+            yield
+        finally:
+            self._incoming_bytes -= room_bytes
 
     async def model(self, name: str) -> Model:
         """Find a registered model.

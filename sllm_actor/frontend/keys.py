@@ -36,6 +36,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     requests_per_minute: Bound = None
     tokens_per_minute: Bound = None
     concurrent_requests: Bound = None
+    # Its requests are taken as of no lower number: the lowest is served first.
+    min_priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     models: Annotated[tuple[str, ...], Meta(max_length=1000)] | None = None
     admin: bool = False
 

@@ -126,8 +126,8 @@ def _wish(
     text_span: Span,
 ) -> Wish:
     sampling = sampling_of(model, len(prompt), body)
-    request_id = RequestId(request[REQUEST_ID])
-    return Wish(request_id, model, prompt, sampling, body.stops(), arrived_s, (text_span,), body.priority)
+    request_id, priority = RequestId(request[REQUEST_ID]), VISIT.get().priority(body.priority)
+    return Wish(request_id, model, prompt, sampling, body.stops(), arrived_s, (text_span,), priority)
 
 
 async def _reply(

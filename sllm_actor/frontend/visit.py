@@ -61,6 +61,11 @@ class Visit:
         """Tell whether the key is for this model."""
         return self.key is None or self.key.models is None or model.name in self.key.models
 
+    def priority(self, asked: int) -> int:
+        """Give the priority that a request has which asks for this one."""
+        floor = None if self.key is None else self.key.min_priority
+        return asked if floor is None else max(asked, floor)
+
     async def noting(
         self, counts: Counts, pieces: AsyncGenerator[Choice, None], times: TokenTimes
     ) -> AsyncGenerator[Choice, None]:
