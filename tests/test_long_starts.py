@@ -74,7 +74,7 @@ class Starting(Actor):
         yield Finished(request_id=request.request_id, reason=FinishReason.STOP, prompt_tokens=1, generated_tokens=1)
 
 
-ROOM = WaitingRoom(max_in_all=9, max_per_model=9)
+ROOM = WaitingRoom(SystemClock(), max_in_all=9, max_per_model=9)
 MODEL = model_of(cast(Any, type("Described", (), {"path": "/m", "fingerprint": "f", "size_bytes": 9})))
 
 

@@ -18,7 +18,7 @@ from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import DeadlineExceeded, InvalidRequest, QueueFull
 from sllm_actor.frontend.deadline import timeout_of, within
-from sllm_actor.runtime.clock import LoopClock
+from sllm_actor.runtime.clock import LoopClock, SystemClock
 from sllm_actor.testing.node_process import NodeProcess, Reply, running_node
 
 CHAT = "/v1/chat/completions"
@@ -157,7 +157,7 @@ async def test_what_is_past_its_deadline_is_closed_at_once() -> None:
 
 def test_a_waiting_room_is_bounded_for_a_model_and_in_all() -> None:
     a, b, c = (ModelName(name) for name in "abc")
-    room = WaitingRoom(max_in_all=3, max_per_model=2)
+    room = WaitingRoom(SystemClock(), max_in_all=3, max_per_model=2)
     with room.place(a), room.place(a):
         with pytest.raises(QueueFull, match="for a"), room.place(a):
             pass

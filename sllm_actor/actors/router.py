@@ -25,6 +25,7 @@ from sllm_actor.messages.generation import (
 from sllm_actor.messages.instances import EndStart, InstanceGone, InstanceStarted, StartInstance, StartProgress
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel
+from sllm_actor.policy.retrying import UNKNOWN_S, rest_s
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 from sllm_actor.units import format_bytes
 
@@ -182,7 +183,7 @@ class Router(Actor):
 
     async def _started(self, manager: ActorRef, message: StartInstance) -> InstanceStarted:
         """Wait for a start as long as it goes on: its time counts from the last bytes that came."""
-        come = ""
+        come, left_s, begin_s = "", UNKNOWN_S, self._clock.monotonic_s()
         try:
             async with aclosing(manager.stream(message)) as steps:
                 while True:
@@ -192,10 +193,11 @@ class Router(Actor):
                         return step
                     if isinstance(step, StartProgress) and step.done_bytes:
                         come = f" after {format_bytes(step.done_bytes)} of {format_bytes(step.total_bytes)}"
+                        left_s = rest_s(step.done_bytes, step.total_bytes, self._clock.monotonic_s() - begin_s)
         except TimeoutError:
             raise NoCapacity(
                 f"{message.model} was not running, and nothing of it came, for {self._start_timeout_s:g} s{come}",
-                retry_after_s=5.0,
+                retry_after_s=left_s,
             ) from None
 
     @handles(InstanceGone)

@@ -13,6 +13,7 @@ from sllm_actor.errors import DeliveryFailed, ModelTooLarge, NoCapacity, QueueFu
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import HurryPlacement, ListNodes, NodeReport, Placement, PlaceModel
 from sllm_actor.policy.placement import Evict, Grant, Start, Wait, Waiter, decide, fits_nowhere, next_of
+from sllm_actor.policy.retrying import Pace, placement_s
 from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Scheduler(Actor):
         self._leaving: set[str] = set()
         self._waiting: list[_Waiting] = []
         self._placements = itertools.count(1)
+        self._pace = Pace()
 
     @handles(NodeReport)
     async def hear(self, report: NodeReport) -> None:
@@ -63,9 +65,10 @@ class Scheduler(Actor):
 
     @handles(PlaceModel, concurrent=True)
     async def place(self, question: PlaceModel) -> Placement:
+        now_s = self._clock.monotonic_s()
         if len(self._waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=1.0)
-        waiting = _Waiting(question, self._clock.monotonic_s())
+            raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=self._pace.next_s(now_s))
+        waiting = _Waiting(question, now_s)
         self._waiting.append(waiting)
         self._serve()
         try:
@@ -74,11 +77,12 @@ class Scheduler(Actor):
         except TimeoutError:
             raise NoCapacity(
                 f"no node could start {question.model} within {question.timeout_s:g} s: all of them are busy",
-                retry_after_s=5.0,
+                retry_after_s=placement_s(question, list(self._reports.values())),
             ) from None
         finally:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
+            self._pace.note(self._clock.monotonic_s())
 
     @handles(HurryPlacement)
     async def hurry(self, message: HurryPlacement) -> None:

@@ -242,7 +242,9 @@ class Node:
     ) -> Gateway:
         config = self.config
         starter = self._starter(tiers, engines)
-        self._room = WaitingRoom(max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model)
+        self._room = WaitingRoom(
+            self.clock, max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model
+        )
         manager_limits = ManagerLimits(
             max_instances=config.max_instances,
             host_pool_bytes=tiers.loader.pool_bytes,
