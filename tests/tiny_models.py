@@ -16,7 +16,7 @@ from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import EngineLimits, Sampling
 from sllm_actor.engine import skeleton
-from sllm_actor.engine.architectures import MODULES
+from sllm_actor.engine.architectures import EVERY
 from sllm_actor.engine.runner import Generation, Runner
 
 # Tiny products gain nothing from a second thread, and wait long for it on a busy machine.
@@ -47,14 +47,18 @@ _SHAPE = {
     "moe_intermediate_size": 24,
     "num_experts": 4,
     "num_experts_per_tok": 2,
+    "dim": 32,
+    "hidden_dim": 48,
+    "n_heads": 4,
+    "n_layers": 2,
 }
 
 
 def save_model(folder: Path, architecture: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Save a model whose weights are large enough that every token depends on all before it."""
-    model_class = getattr(importlib.import_module(MODULES[architecture]), architecture)
+    model_class = getattr(importlib.import_module(EVERY[architecture]), architecture)
     shape = _SHAPE | changes
-    if architecture == "FalconForCausalLM":
+    if architecture.startswith("Falcon"):
         del shape["head_dim"]  # Falcon's follows from the others, and can't be set.
     model: PreTrainedModel = model_class(model_class.config_class(**shape))
     random = torch.Generator().manual_seed(7)
@@ -87,10 +91,10 @@ def tensor_names(folder: Path) -> list[str]:
     return [tensor.name for file in read_folder(folder).files for tensor in file.header.tensors]
 
 
-def attach(folder: Path, *, shift_bytes: int = 0) -> PreTrainedModel:
+def attach(folder: Path, *, shift_bytes: int = 0, generates: bool = True) -> PreTrainedModel:
     """Build and fill the model as an engine does; `shift_bytes` lays the bytes that far off alignment."""
     checkpoint = read_folder(folder)
-    model = skeleton.build(str(folder), checkpoint.dtype)
+    model = skeleton.build(str(folder), checkpoint.dtype, generates=generates)
     owner: dict[str, skeleton.MappedTensors] = {}
     tensors: list[Tensor] = []
     for file in checkpoint.files:

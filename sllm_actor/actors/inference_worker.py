@@ -10,6 +10,7 @@ from sllm_actor.actors.slots import Slots
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.engine.client import Engine, Item
 from sllm_actor.errors import Draining
+from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.generation import Generate
 from sllm_actor.messages.instances import InstanceActivity, InstanceDied, InstanceExpired, Retire
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
@@ -18,7 +19,7 @@ FIRST_REQUEST_S = 10.0
 
 
 class InferenceWorker(Actor):
-    """Runs generations on its engine, a bounded number at once, and tells its manager how busy it is."""
+    """Runs generations and embeddings on its engine, a bounded number at once, and tells its manager how busy it is."""
 
     def __init__(
         self,
@@ -53,6 +54,17 @@ class InferenceWorker(Actor):
 
     @handles(Generate)
     async def generate(self, request: Generate) -> AsyncGenerator[Item, None]:
+        async with aclosing(self._run(request)) as items:
+            async for item in items:
+                yield item
+
+    @handles(Embed)
+    async def embed(self, request: Embed) -> AsyncGenerator[Item, None]:
+        async with aclosing(self._run(request)) as items:
+            async for item in items:
+                yield item
+
+    async def _run(self, request: Generate | Embed) -> AsyncGenerator[Item, None]:
         if self._retiring or self._engine.died.done():
             raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
         self._count(+1)

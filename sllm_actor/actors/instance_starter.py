@@ -76,6 +76,8 @@ class InstanceStarter:
                     eos_token_ids=model.eos_token_ids,
                     context_tokens=model.context_tokens,
                     aliases=checkpoint.aliases,
+                    generates=model.generates,
+                    embedding=model.embedding,
                 )
             )
             taken = Span(name="engine", begin_s=begin_s, end_s=self._clock.monotonic_s())

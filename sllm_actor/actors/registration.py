@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from sllm_actor.checkpoint.embedding_config import embedding_of
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.checkpoint.model_config import ModelConfig, read_model_config
+from sllm_actor.checkpoint.sentence_layout import read_sentence_layout
 from sllm_actor.domain import Model
-from sllm_actor.engine.architectures import choose
+from sllm_actor.engine.architectures import ENCODERS, MODULES, choose
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import ModelTooLarge, TokenizerInvalid
 from sllm_actor.loader.cards import Card
@@ -60,12 +62,15 @@ class Examiner:
         """
         wanted = await self._find(message.source)
         checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
-        architecture = choose(checkpoint.architectures)
-        facts = await asyncio.get_running_loop().run_in_executor(
-            None, read_model_config, checkpoint.path, checkpoint.config
-        )
+        loop = asyncio.get_running_loop()
+        layout = await loop.run_in_executor(None, read_sentence_layout, checkpoint.path)
+        # A checkpoint of sentence-transformers is one that embeds, whatever else its class could do.
+        architecture = choose(checkpoint.architectures, generates=layout is None)
+        generates = architecture in MODULES
+        facts = await loop.run_in_executor(None, read_model_config, checkpoint.path, checkpoint.config)
+        embedding = embedding_of(checkpoint.config, facts, layout, encodes=architecture in ENCODERS)
         host_bytes = self._host_bytes(checkpoint)
-        await self._try_model(checkpoint, facts)
+        await self._try_model(checkpoint, facts, generates)
         tokenizer = await self._inspect_tokenizer(str(checkpoint.path))
         if tokenizer.vocabulary_tokens > facts.vocabulary_tokens:
             raise TokenizerInvalid(
@@ -82,7 +87,7 @@ class Examiner:
             dtype=checkpoint.dtype,
             size_bytes=checkpoint.size_bytes,
             host_bytes=host_bytes,
-            context_tokens=facts.context_tokens,
+            context_tokens=facts.context_tokens if generates else embedding.max_tokens,
             vocabulary_tokens=facts.vocabulary_tokens,
             eos_token_ids=facts.eos_token_ids,
             default_temperature=facts.default_temperature,
@@ -91,9 +96,11 @@ class Examiner:
             default_min_p=facts.default_min_p,
             default_repetition_penalty=facts.default_repetition_penalty,
             default_max_tokens=facts.default_max_tokens,
-            chat=tokenizer.chat,
+            chat=tokenizer.chat and generates,
             keep_alive_s=self._keep_alive_s if message.keep_alive_s is None else message.keep_alive_s,
             registered_wall_s=now_wall_s,
+            generates=generates,
+            embedding=embedding,
         )
         return model, wanted
 
@@ -112,7 +119,7 @@ class Examiner:
             )
         return chunks * self._chunk_bytes
 
-    async def _try_model(self, checkpoint: Checkpoint, facts: ModelConfig) -> None:
+    async def _try_model(self, checkpoint: Checkpoint, facts: ModelConfig, generates: bool) -> None:
         """Let a warm engine build the model and compare it with the files' headers; no weight is read."""
         engine = await self._engines.take()
         try:
@@ -123,6 +130,7 @@ class Examiner:
                     eos_token_ids=facts.eos_token_ids,
                     context_tokens=facts.context_tokens,
                     aliases=checkpoint.aliases,
+                    generates=generates,
                 )
             )
             await engine.check()

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from sllm_actor.domain import RequestId, Span, Timeline
 from sllm_actor.errors import InvalidRequest, RequestNotFound
+from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, RequestLocation, Tokens
 from sllm_actor.messages.instances import InstanceStarted
 from sllm_actor.runtime.clock import Clock
@@ -14,7 +15,7 @@ from sllm_actor.runtime.clock import Clock
 class RequestRecord:
     """One request, from arrival to end."""
 
-    def __init__(self, request: Generate) -> None:
+    def __init__(self, request: Generate | Embed) -> None:
         self.request = request
         self.spans: list[Span] = list(request.spans)
         self.tokens: list[int] = []
@@ -25,7 +26,12 @@ class RequestRecord:
         self.prompt_tokens = len(request.prompt) // 4
         self.outcome = "running"
 
-    def take(self, item: PromptLogprobs | Tokens | Finished, now_s: float) -> None:
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the answer has been given away."""
+        return bool(self.first_token_s)
+
+    def take(self, item: PromptLogprobs | Tokens | Embedded | Finished, now_s: float) -> None:
         """Note an item of the answer; tokens come in order, each once."""
         if not self.first_token_s:
             self.first_token_s = now_s
@@ -57,7 +63,7 @@ class RequestLog:
         self._running: dict[RequestId, RequestRecord] = {}
         self._finished: OrderedDict[RequestId, Timeline] = OrderedDict()
 
-    def open(self, request: Generate) -> RequestRecord:
+    def open(self, request: Generate | Embed) -> RequestRecord:
         """Begin a record.
 
         Raises:

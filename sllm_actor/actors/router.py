@@ -11,6 +11,7 @@ from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, Span, Timeline
 from sllm_actor.errors import ActorDied, Conflict, Draining, NoCapacity, NoSuchActor, SllmError
+from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.generation import (
     Finished,
@@ -30,13 +31,13 @@ from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 from sllm_actor.units import format_bytes
 
 MAX_ATTEMPTS = 3
-Answered = PromptLogprobs | Tokens | Finished
+Answered = PromptLogprobs | Tokens | Embedded | Finished
 
 
 class _Start:
     """A start under way, how many requests wait for it, and the lowest priority of them so far."""
 
-    def __init__(self, request: Generate) -> None:
+    def __init__(self, request: Generate | Embed) -> None:
         self.request = request
         self.priority = request.priority
         self.waiters = 0
@@ -74,6 +75,17 @@ class Router(Actor):
 
     @handles(Generate)
     async def generate(self, request: Generate) -> AsyncGenerator[Answered, None]:
+        async with aclosing(self._answer(request)) as items:
+            async for item in items:
+                yield item
+
+    @handles(Embed)
+    async def embed(self, request: Embed) -> AsyncGenerator[Answered, None]:
+        async with aclosing(self._answer(request)) as items:
+            async for item in items:
+                yield item
+
+    async def _answer(self, request: Generate | Embed) -> AsyncGenerator[Answered, None]:
         record = self._log.open(request)
         try:
             async for item in self._attempts(request, record):
@@ -88,7 +100,7 @@ class Router(Actor):
         finally:
             self._log.close(record)
 
-    async def _attempts(self, request: Generate, record: RequestRecord) -> AsyncGenerator[Answered, None]:
+    async def _attempts(self, request: Generate | Embed, record: RequestRecord) -> AsyncGenerator[Answered, None]:
         """Run the request; one that met an instance just leaving has not begun, and is routed again."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
             instance = await self._instance(request, record)
@@ -105,10 +117,10 @@ class Router(Actor):
                 return
             except (Draining, NoSuchActor, ActorDied):
                 self._forget(instance)
-                if record.tokens or attempt == MAX_ATTEMPTS:
+                if record.begun or attempt == MAX_ATTEMPTS:
                     raise
 
-    async def _instance(self, request: Generate, record: RequestRecord) -> InstanceStarted:
+    async def _instance(self, request: Generate | Embed, record: RequestRecord) -> InstanceStarted:
         """Find the model's instance, or wait for the one start that all waiting requests share."""
         model = request.model
         if model in self._routes:
@@ -119,7 +131,7 @@ class Router(Actor):
         record.spans.extend(spans)
         return instance
 
-    async def _share(self, request: Generate) -> tuple[InstanceStarted, tuple[Span, ...]]:
+    async def _share(self, request: Generate | Embed) -> tuple[InstanceStarted, tuple[Span, ...]]:
         """Wait for the start of the request's model; it ends when the last who waits for it leaves."""
         start = self._starts.get(request.model)
         if start is None:

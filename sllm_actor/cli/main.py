@@ -19,7 +19,7 @@ from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.pull import default_name, pull_model
 from sllm_actor.cli.run import run_model
-from sllm_actor.cli.show import duration, out, print_json, print_tiers, state, table
+from sllm_actor.cli.show import duration, out, print_json, print_tiers, purpose_of, state, table
 from sllm_actor.config import Resolved, resolve
 from sllm_actor.errors import SllmError
 from sllm_actor.units import format_bytes, parse_bytes
@@ -173,7 +173,7 @@ def deploy(
         return
     model = answer["model"]
     facts = f"{model['architecture']}, {model['dtype']}, {format_bytes(model['size_bytes'])}"
-    out.print(f"deployed [bold]{model['name']}[/bold]: {facts}")
+    out.print(f"deployed [bold]{model['name']}[/bold]: {facts}{purpose_of(model)}")
 
 
 def registration(source: str, name: str, keep_alive: str, *, replace: bool) -> dict[str, Any]:

@@ -28,6 +28,7 @@ LABELS = {
     "map": "engine: map weights",
     "attach": "engine: attach weights",
     "prefill": "prefill",
+    "embed": "embed",
 }
 
 
@@ -139,3 +140,15 @@ def print_timeline(timeline: Mapping[str, Any]) -> None:
         bar = " " * left + "█" * width
         spent = format_seconds(max(0.0, part.end_s - part.begin_s))
         out.print(f"  {part.label:<30}{spent:>9}  {bar:<{BAR_CHARACTERS}}  {part.moved}".rstrip())
+
+
+def purpose_of(model: Mapping[str, Any]) -> str:
+    """Say what a model is for, where that is embedding alone."""
+    how = model["embedding"]
+    if model["generates"] or how is None:
+        return ""
+    length = "normalized" if how["normalize"] else "not normalized"
+    return (
+        f"; for embeddings: {how['dimensions']} dimensions, pooling {how['pooling']}, {length}, "
+        f"texts of at most {how['max_tokens']} tokens"
+    )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from sllm_actor.domain.embedding import Embedding, Pooling
 from sllm_actor.domain.generation import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
 from sllm_actor.domain.model import Model, ModelState, TierChoice
 from sllm_actor.domain.names import ModelName, NodeId, RequestId, check_model_name, check_node_id
 from sllm_actor.domain.timeline import Span, Timeline
 
 __all__ = [
+    "Embedding",
     "EngineLimits",
     "FinishReason",
     "Model",
     "ModelName",
     "ModelState",
     "NodeId",
+    "Pooling",
     "RequestId",
     "Resume",
     "Sampling",

@@ -6,6 +6,7 @@ import enum
 
 import msgspec
 
+from sllm_actor.domain.embedding import Embedding
 from sllm_actor.domain.names import ModelName
 
 
@@ -36,7 +37,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     `default_max_tokens` of chats alone, None where the model has none.
     `source` is where it was registered from. `card` names what is kept of one that came through a network, whose `path`
     has everything but the weights; it is empty for a folder. `host_bytes` is what it takes of a host pool, in whole
-    chunks. `keep_alive_s` may be infinite.
+    chunks. `keep_alive_s` may be infinite. `embedding` says how it embeds texts; one that does not `generate` does only
+    that. A registration of an earlier version says nothing of it.
     """
 
     name: ModelName
@@ -61,3 +63,5 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     default_min_p: float = 0.0
     default_repetition_penalty: float = 1.0
     default_max_tokens: int | None = None
+    generates: bool = True
+    embedding: Embedding | None = None

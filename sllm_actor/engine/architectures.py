@@ -1,4 +1,4 @@
-"""Which model classes the engine serves: those that a test compares with transformers' own `generate`.
+"""Which model classes the engine serves: those that a test compares with transformers' own forward pass.
 
 Free of torch, so that a node can refuse the others when they are deployed.
 """
@@ -21,19 +21,36 @@ MODULES = {
     "Qwen3ForCausalLM": "transformers.models.qwen3.modeling_qwen3",
     "Qwen3MoeForCausalLM": "transformers.models.qwen3_moe.modeling_qwen3_moe",
 }
+# The same without their heads, and the models that look both ways: they embed and do not generate.
+BASES = {
+    f"{name.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}Model": module for name, module in MODULES.items()
+}
+ENCODERS = {
+    "BertModel": "transformers.models.bert.modeling_bert",
+    "DistilBertModel": "transformers.models.distilbert.modeling_distilbert",
+    "MPNetModel": "transformers.models.mpnet.modeling_mpnet",
+    "RobertaModel": "transformers.models.roberta.modeling_roberta",
+    "XLMRobertaModel": "transformers.models.xlm_roberta.modeling_xlm_roberta",
+}
+EVERY = MODULES | BASES | ENCODERS
 
 
-def choose(architectures: Sequence[str]) -> str:
-    """Pick the class that serves a checkpoint from its config's `architectures`.
+def choose(architectures: Sequence[str], *, generates: bool = True) -> str:
+    """Pick the class that serves a checkpoint from its config's `architectures`; the one without a head where it
+    is not to generate, or can't.
 
     Raises:
         UnsupportedArchitecture: none of them is served; the message lists those that are.
     """
     for name in architectures:
+        headless = name.removesuffix("ForMaskedLM").removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        headless = headless if headless in EVERY else f"{headless}Model"
         if name in MODULES:
-            return name
+            return name if generates else headless
+        if name in EVERY or (headless in ENCODERS and name.endswith("ForMaskedLM")):
+            return headless
     raise UnsupportedArchitecture(
         f"config.json names {', '.join(architectures)[:200] or 'no architecture'}; this version serves "
-        + ", ".join(sorted(MODULES)),
+        + ", ".join(sorted(EVERY)),
         param="architectures",
     )

@@ -20,6 +20,7 @@ from sllm_actor.errors import (
     SllmError,
     from_code,
 )
+from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.engine import (
     FROM_ENGINE,
     TO_ENGINE,
@@ -42,7 +43,7 @@ from sllm_actor.runtime.channel import Channel
 from sllm_actor.runtime.forking import Child, ForkServer
 from sllm_actor.runtime.frames import Codec
 
-Item = Prefilled | PromptLogprobs | Tokens | Finished
+Item = Prefilled | PromptLogprobs | Tokens | Embedded | Finished
 
 
 class Engine:
@@ -60,7 +61,7 @@ class Engine:
         self._hello: asyncio.Future[Any] = loop.create_future()
         self._answer: asyncio.Future[Any] | None = None
         self._failure: SllmError | None = None
-        # Per request, what has arrived and is not yet taken: bounded by the request's max_tokens. The ids
+        # Per request, what has arrived and is not yet taken: bounded by the request's max_tokens, or its texts. The ids
         # are the engine's own, so that a client's id that comes again never meets tokens of its first use.
         self._streams: dict[RequestId, asyncio.Queue[Item | SllmError]] = {}
         self._numbers = itertools.count(1)
@@ -119,7 +120,7 @@ class Engine:
         ready: EngineReady = await self._ask(AttachWeights(limits=limits), EngineReady)
         return ready
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Item, None]:
+    async def generate(self, request: Generate | Embed) -> AsyncGenerator[Item, None]:
         """Run one request; closing the generator cancels it.
 
         Raises:
@@ -188,7 +189,7 @@ class Engine:
         raise self._failure or EngineDied(f"the engine process {self.pid} has left ({self.died.result()})")
 
     def _take(self, message: Any) -> None:
-        if isinstance(message, Tokens | Finished | Prefilled | PromptLogprobs):
+        if isinstance(message, Tokens | Embedded | Finished | Prefilled | PromptLogprobs):
             queue = self._streams.get(message.request_id)
             if queue is not None:
                 queue.put_nowait(message)

@@ -18,9 +18,13 @@ from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import EngineLimits, FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine import skeleton
+from sllm_actor.engine.architectures import ENCODERS
+from sllm_actor.engine.embedding_jobs import EmbeddingJobs
+from sllm_actor.engine.encoder import EncoderRunner
 from sllm_actor.engine.grammar import GrammarConstraint, Grammars
 from sllm_actor.engine.runner import Generation, Runner
-from sllm_actor.errors import EngineStartFailed, SllmError, UnsupportedArchitecture
+from sllm_actor.errors import EngineStartFailed, GenerationFailed, SllmError, UnsupportedArchitecture
+from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import (
     AttachWeights,
     CancelGeneration,
@@ -113,7 +117,8 @@ class EngineProcess:
         self._model: PreTrainedModel | None = None
         self._files: tuple[PooledFile, ...] = ()
         self._mapped: Mapping[str, memoryview] = {}
-        self._runner: Runner | None = None
+        self._runner: Runner | EncoderRunner | None = None
+        self._jobs: EmbeddingJobs | None = None
         self._grammars: Grammars | None = None
         self._running: dict[RequestId, _Running] = {}
         torch.set_num_threads(threads)
@@ -132,7 +137,7 @@ class EngineProcess:
     def _serve(self) -> int:
         try:
             while True:
-                message = self._channel.receive(wait=self._runner is None or not self._runner.busy)
+                message = self._channel.receive(wait=not self._busy)
                 if isinstance(message, ShutDown):
                     return 0
                 if message is not None:
@@ -143,9 +148,15 @@ class EngineProcess:
             self._channel.send(EngineFailed(code=error.code, text=error.message))
             return 1
 
+    @property
+    def _busy(self) -> bool:
+        return self._runner is not None and self._jobs is not None and (self._runner.busy or self._jobs.busy)
+
     def _take(self, message: Any) -> None:
         if isinstance(message, Generate):
             self._begin(message)
+        elif isinstance(message, Embed):
+            self._embed(message)
         elif isinstance(message, CancelGeneration):
             self._cancel(message.request_id)
         elif isinstance(message, PrepareModel):
@@ -163,7 +174,7 @@ class EngineProcess:
     def _prepare(self, message: PrepareModel) -> None:
         begin_s = self._clock.monotonic_s()
         self._prepared = message
-        self._model = skeleton.build(message.path, message.dtype)
+        self._model = skeleton.build(message.path, message.dtype, generates=message.generates)
         self._spans.append(self._span("skeleton", begin_s))
 
     def _check(self) -> None:
@@ -198,7 +209,12 @@ class EngineProcess:
         paired = skeleton.match(self._model, tensors, self._prepared.aliases)
         weights = {name: owner[tensor.name].view(tensor) for name, tensor in paired.items()}
         skeleton.put_weights(self._model, weights)
-        self._runner = Runner(self._model, self._prepared.eos_token_ids, self._prepared.context_tokens, limits)
+        prepared = self._prepared
+        if type(self._model).__name__ in ENCODERS:
+            self._runner = EncoderRunner(self._model, prepared.context_tokens, limits)
+        else:
+            self._runner = Runner(self._model, prepared.eos_token_ids, prepared.context_tokens, limits)
+        self._jobs = EmbeddingJobs(self._runner, prepared.embedding, self._clock)
         self._spans.append(self._span("attach", begin_s))
         late = tuple(sorted(_modules() - self._at_fork))
         self._channel.send(EngineReady(spans=tuple(self._spans), late_imports=late))
@@ -207,6 +223,8 @@ class EngineProcess:
         if self._runner is None:
             raise EngineStartFailed("a request came before the weights")
         try:
+            if not isinstance(self._runner, Runner) or self._runner.headless:
+                raise GenerationFailed("this model embeds texts and does not generate")
             constraint = self._constrain(message) if message.grammar else None
             generation = self._runner.begin(
                 unpack_uint32(message.prompt),
@@ -226,6 +244,14 @@ class EngineProcess:
             return
         self._running[message.request_id] = running
 
+    def _embed(self, message: Embed) -> None:
+        if self._jobs is None:
+            raise EngineStartFailed("a request came before the weights")
+        try:
+            self._jobs.take(message)
+        except SllmError as error:
+            self._channel.send(GenerationError(request_id=message.request_id, code=error.code, text=error.message))
+
     def _constrain(self, message: Generate) -> GrammarConstraint:
         if self._grammars is None:
             prepared, model = self._prepared, self._model
@@ -235,18 +261,23 @@ class EngineProcess:
         return self._grammars.constrain(message.grammar, unpack_uint32(message.generated))
 
     def _cancel(self, request_id: RequestId) -> None:
+        assert self._runner is not None and self._jobs is not None
+        self._jobs.cancel(request_id)
         running = self._running.pop(request_id, None)
         if running is not None:
-            assert self._runner is not None
             self._runner.cancel(running.generation)
 
     def _step(self) -> None:
         """Compute one step and send all that it brought."""
-        assert self._runner is not None
+        assert self._runner is not None and self._jobs is not None
         begin_s = self._clock.monotonic_s()
+        said = self._jobs.feed()
+        if not self._runner.busy:
+            self._channel.send_all(said)
+            return
         step = self._runner.step()
+        said += self._jobs.tell(step, begin_s)
         of = {running.generation: running for running in self._running.values()}
-        said: list[object] = []
         for generation in step.admitted:
             if of[generation].begin_s is None:
                 of[generation].begin_s = begin_s

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
 from sllm_actor.engine.attention import Pass, Segment
 from sllm_actor.engine.kv_cache import Slot, SlotPool, common_prefix, kv_shape
+from sllm_actor.engine.pooling import Pooler, check_text
 from sllm_actor.engine.sampling import Drawn, Sampler, draw_rows, logprobs_of
 from sllm_actor.errors import GenerationFailed, InvalidRequest, SllmError
 
@@ -32,10 +33,10 @@ class Generation:
     """One answer: its tokens, those of an earlier engine included, and how far they are computed."""
 
     def __init__(
-        self, prompt: Sequence[int], sampler: Sampler, generated: Sequence[int], order: tuple[int, int]
+        self, prompt: Sequence[int], sampler: Sampler | None, generated: Sequence[int], order: tuple[int, int]
     ) -> None:
         self.prompt = list(prompt)
-        self.sampler = sampler
+        self._sampler = sampler
         self.tokens = list(generated)
         self.order = order  # Of those that wait, the least is first; of those that run, the greatest makes way.
         self.pinned = False
@@ -46,8 +47,20 @@ class Generation:
         self.drawn: Drawn | None = None
         self.finish: FinishReason | None = None
         # Of an answer that goes on, the prompt's log-probabilities have been told.
-        self.scores_prompt = sampler.sampling.prompt_logprobs and not generated
+        self.scores_prompt = sampler is not None and sampler.sampling.prompt_logprobs and not generated
         self.scored: list[TokenLogprobs] = []  # Of the prompt's tokens from the second on.
+        self.pooler: Pooler | None = None  # Of a text that is embedded: it has no answer, and ends with its `vector`.
+        self.vector = b""
+
+    @property
+    def sampler(self) -> Sampler:
+        assert self._sampler is not None, "a text that is embedded has no answer"
+        return self._sampler
+
+    @property
+    def afresh(self) -> bool:
+        """Whether all its tokens are computed: to be scored or embedded they need states, which no slot has."""
+        return self.scores_prompt or self.pooler is not None
 
     @property
     def known(self) -> int:
@@ -101,6 +114,7 @@ class Runner:
         self._model = model
         self._eos = frozenset(eos_token_ids)
         self._context_tokens = context_tokens
+        self._slot_count = limits.slots
         self._chunk_tokens = limits.prefill_chunk_tokens
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)
         self._slots = SlotPool(kv_shape(config, model.dtype, model.device), limits.slots, limits.kv_cache_bytes)
@@ -112,6 +126,11 @@ class Runner:
         self._arrivals = itertools.count()
         self._waiting: list[tuple[tuple[int, int], Generation]] = []
         self._running: list[Generation] = []
+
+    @property
+    def headless(self) -> bool:
+        """Whether the model has nothing that makes logits of its hidden states."""
+        return self._model.get_output_embeddings() is None
 
     @property
     def busy(self) -> bool:
@@ -145,14 +164,37 @@ class Runner:
         generation.adapter = adapter
         if generated:
             self._mark_finish(generation)
+        self._check_memory(generation)
+        if generation.finish is None:
+            heapq.heappush(self._waiting, (generation.order, generation))
+        return generation
+
+    def room_for_texts(self) -> int:
+        """Tell how many texts may be here at once: as many as there are slots that no generation needs, but one."""
+        all_here = [*self._running, *(generation for _, generation in self._waiting)]
+        return max(1, self._slot_count - sum(generation.pooler is None for generation in all_here))
+
+    def begin_embedding(self, prompt: Sequence[int], pooler: Pooler, priority: int = 0) -> Generation:
+        """Take on a text, whose hidden states `pooler` makes a vector of; the next steps compute it like a prompt.
+
+        Raises:
+            GenerationFailed: the model has no such token, or no context for the text.
+            InvalidRequest: there is not enough memory for its keys and values, even if nothing else ran.
+        """
+        check_text(prompt, self._context_tokens, self._vocabulary)
+        generation = Generation(prompt, None, (), (priority, next(self._arrivals)))
+        generation.pooler = pooler
+        generation.pinned = self._of_whole_passes
+        self._check_memory(generation)
+        heapq.heappush(self._waiting, (generation.order, generation))
+        return generation
+
+    def _check_memory(self, generation: Generation) -> None:
         if generation.known > self._slots.limit_tokens:
             raise InvalidRequest(
                 f"{generation.known} tokens of prompt: this instance has memory for the keys and values of "
                 f"{self._slots.limit_tokens} tokens (kv_cache_bytes)"
             )
-        if generation.finish is None:
-            heapq.heappush(self._waiting, (generation.order, generation))
-        return generation
 
     def cancel(self, generation: Generation) -> None:
         """Forget a generation; its slot is free at once."""
@@ -178,8 +220,8 @@ class Runner:
     def _admit(self, step: Step) -> None:
         while self._waiting:
             generation = self._waiting[0][1]
-            # What a pinned one has in its slot must be computed as it was the first time; what is scored, at all.
-            afresh = generation.pinned or generation.scores_prompt
+            # What a pinned one has in its slot must be computed as it was the first time.
+            afresh = generation.pinned or generation.afresh
             wanted = () if afresh else generation.tokens_from(0, generation.known - 1)
             slot = self._slots.take(generation.known, wanted, generation.adapter)
             if slot is None:
@@ -237,7 +279,7 @@ class Runner:
         """Take what other slots have of its tokens. False: one that is just computed will have more of them."""
         slot = generation.slot
         assert slot is not None
-        wanted = () if generation.scores_prompt else generation.tokens_from(0, generation.known - 1)
+        wanted = () if generation.afresh else generation.tokens_from(0, generation.known - 1)
         self._slots.adopt(slot, wanted)
         for other, _ in ahead:
             both = common_prefix(other.tokens_from(0, other.known), wanted)
@@ -270,6 +312,19 @@ class Runner:
                 self._mark_finish(generation)
             if generation.finish is not None:
                 self._leave(generation)
+        for generation, _ in work:
+            if generation.pooler is not None and generation.written == generation.known:
+                self._end_text(generation, generation.pooler, step)
+
+    def _end_text(self, generation: Generation, pooler: Pooler, step: Step) -> None:
+        try:
+            generation.vector = pooler.vector()
+        except GenerationFailed as error:
+            self._fail([generation], error, step)
+            return
+        generation.finish = FinishReason.STOP
+        self._leave(generation, keep=False)
+        step.advanced.append(generation)
 
     def _fail(self, generations: list[Generation], error: SllmError, step: Step) -> None:
         for generation in generations:
@@ -294,25 +349,31 @@ class Runner:
                 scoring.append(len(tokens) + position - 1 - past)
             tokens += generation.tokens_from(past, count)
             positions += range(past, past + count)
-            if past + count == generation.known:
+            if past + count == generation.known and generation.pooler is None:
                 ready.append(generation)
                 last.append(len(tokens) - 1)
         slots, device = Pass(segments), self._model.device
         rows = last + scoring
         kept = 0 if last == rows and len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.long, device=device)
+        arguments = {
+            "input_ids": torch.tensor([tokens], device=device),
+            "position_ids": torch.tensor([positions], device=device),
+            "slots": slots,
+            "use_cache": True,
+            "return_dict": True,
+            self._cache_argument: slots,
+        }
         with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                slots=slots,
-                use_cache=True,
-                return_dict=True,
-                logits_to_keep=kept,
-                **{self._cache_argument: slots},
-            )
+            if any(generation.pooler for generation, _ in work):
+                hidden = self._model.base_model(**arguments).last_hidden_state[0]
+                for (generation, _), (_slot, begin, size, past) in zip(work, segments, strict=True):
+                    if generation.pooler is not None:
+                        generation.pooler.take(hidden[begin : begin + size], past)
+                logits = self._model.get_output_embeddings()(hidden[rows]) if rows else hidden[:0]
+            else:
+                logits = self._model(**arguments, logits_to_keep=kept).logits[0]
         for (generation, count), (slot, _begin, _size, past) in zip(work, segments, strict=True):
             slot.tokens += generation.tokens_from(past, count)
-        logits = output.logits[0]
         for (generation, position), row in zip(scored, logits[len(last) :], strict=bool(scored)):
             top = generation.sampler.sampling.top_logprobs or 0
             generation.scored.append(logprobs_of(row, generation.prompt[position], top))

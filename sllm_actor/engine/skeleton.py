@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.safetensors_header import Tensor
 from sllm_actor.engine import attention
-from sllm_actor.engine.architectures import MODULES, choose
+from sllm_actor.engine.architectures import ENCODERS, EVERY, choose
 from sllm_actor.engine.experts import unpack_experts
 from sllm_actor.errors import CheckpointConfigInvalid, CheckpointInvalid, UnsupportedArchitecture
 
@@ -28,6 +28,9 @@ COMPUTE_DTYPES = frozenset({"F32", "F16", "BF16"})
 MAX_LAYERS = 1024
 # GPT-NeoX's checkpoints have the head under its own name.
 RENAMED = {"embed_out.": "lm_head."}
+# The oldest checkpoints have the names of TensorFlow.
+RENAMED_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+POOLED = frozenset({"BertModel", "MPNetModel", "RobertaModel", "XLMRobertaModel"})
 # What transformers' configs and constructors raise at values that nobody has tried before.
 CONFIG_FAULTS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError,
@@ -35,8 +38,8 @@ CONFIG_FAULTS = (
 )  # fmt: skip
 
 
-def build(path: str, dtype: str) -> PreTrainedModel:
-    """Build the model of a folder on the meta device: every module, no storage.
+def build(path: str, dtype: str, *, generates: bool = True) -> PreTrainedModel:
+    """Build the model of a folder on the meta device: every module, no storage; its head, where it is to generate.
 
     Raises:
         UnsupportedArchitecture, CheckpointConfigInvalid: its config can't be served.
@@ -45,16 +48,18 @@ def build(path: str, dtype: str) -> PreTrainedModel:
         raise UnsupportedArchitecture(f"weights of type {dtype} can't be computed with; use F32, F16 or BF16")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        name = choose(config.architectures or ())
+        name = choose(config.architectures or (), generates=generates)
     except CONFIG_FAULTS as error:
         raise CheckpointConfigInvalid(f"config.json is not one that transformers reads: {error}") from error
-    model_class = getattr(importlib.import_module(MODULES[name]), name)
+    model_class = getattr(importlib.import_module(EVERY[name]), name)
     _check(config, name, model_class.config_class)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
         with torch.device("meta"), no_init_weights():
-            model: PreTrainedModel = model_class(config)
+            # The pooler of BERT and its kin is for another task, and many checkpoints lack it.
+            options = {"add_pooling_layer": False} if name in POOLED else {}
+            model: PreTrainedModel = model_class(config, **options)
             unpack_experts(model)
     except CONFIG_FAULTS as error:
         raise CheckpointConfigInvalid(f"no {name} can be built from config.json: {error}") from error
@@ -74,9 +79,22 @@ def _check(config: Any, name: str, config_class: type) -> None:
         raise CheckpointConfigInvalid(f"config.json asks for {layers} layers; 1 to {MAX_LAYERS} can be served")
     # An attention of another name would be fetched from the Hub and run.
     config._attn_implementation = attention.NAME
+    if name in ENCODERS:
+        _check_encoder(config, name)
+    elif getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedArchitecture(f"config.json asks for a {name} that looks both ways, which is not served")
     config.return_dict = True
     config.output_attentions = False
     config.output_hidden_states = False
+
+
+def _check_encoder(config: Any, name: str) -> None:
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedArchitecture(f"config.json asks for a {name} that is a decoder, which is not served")
+    if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
+        raise UnsupportedArchitecture(f"config.json asks for positions of the type {kind!r}, which are not served")
+    # MPNet computes its own attention, which goes by this name.
+    config._attn_implementation = "eager" if name == "MPNetModel" else "sdpa"
 
 
 def match(
@@ -97,7 +115,8 @@ def match(
     stored = {tensor.name: tensor for tensor in tensors if not is_pad(tensor.name)}
     aliased = {alias: stored[name] for alias, name in (aliases or {}).items() if name in stored}
     for known, tensor in (aliased | stored).items():
-        for name in (known, prefix + known, known.removeprefix(prefix), *_renamed(known)):
+        called = (known, *_renamed(known))
+        for name in (*called, *(prefix + name for name in called), *(name.removeprefix(prefix) for name in called)):
             if name in wanted:
                 found[name] = tensor
                 break
@@ -122,7 +141,10 @@ def match(
 
 def _renamed(name: str) -> tuple[str, ...]:
     """Say how a tensor is called today that a family's checkpoints have under an older name."""
-    return tuple(today + name.removeprefix(old) for old, today in RENAMED.items() if name.startswith(old))
+    return (
+        *(today + name.removeprefix(old) for old, today in RENAMED.items() if name.startswith(old)),
+        *(name.removesuffix(old) + today for old, today in RENAMED_ENDS.items() if name.endswith(old)),
+    )
 
 
 def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
@@ -197,7 +219,12 @@ def put_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> 
 def _rebuild_buffers(model: PreTrainedModel, module: torch.nn.Module) -> None:
     """Compute a module's buffers (rotary frequencies, causal masks) as its constructor would."""
     fresh: dict[str, Any] = {}
-    if hasattr(module, "config"):
+    if type(model).__name__ in ENCODERS:
+        # Known without a constructor, which would make the whole vocabulary's embedding anew.
+        length = model.config.max_position_embeddings
+        positions = torch.arange(length).expand((1, -1))
+        fresh = {"position_ids": positions, "token_type_ids": torch.zeros((1, length), dtype=torch.long)}
+    elif hasattr(module, "config"):
         fresh = dict(type(module)(config=module.config).named_buffers(recurse=False))
     for name, buffer in list(module.named_buffers(recurse=False)):
         if buffer.is_meta and name in fresh:

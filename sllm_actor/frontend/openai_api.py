@@ -1,4 +1,4 @@
-"""`/v1/…`: chat completions, completions and models, as OpenAI's clients expect them."""
+"""`/v1/…`: chat completions, completions, embeddings and models, as OpenAI's clients expect them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 from aiohttp import web
 
-from sllm_actor.domain import Model, RequestId, Span
+from sllm_actor.domain import FinishReason, Model, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.answer import Piece, Wish
 from sllm_actor.frontend.choices import Choice, Counts, choices
 from sllm_actor.frontend.deadline import timeout_of, within
+from sllm_actor.frontend.embeddings import collect, embedding_of, question_of, tokens_of, vectors_response
 from sllm_actor.frontend.forms import grammar_of, grammar_of_completion
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
-from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, StreamOptions
+from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions
 from sllm_actor.frontend.shapes import ChatShape, CompletionShape, Shape, WholeChoice
 from sllm_actor.frontend.sse import EventStream
 from sllm_actor.frontend.tool_formats import FORMATS
@@ -36,7 +37,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived_s = gateway.clock.monotonic_s()
     body = await gateway.read(request, ChatRequest)
-    model = await gateway.model(body.model)
+    model = _generating(await gateway.model(body.model))
     if not model.chat:
         raise InvalidRequest(f"{model.name} has no chat template; use /v1/completions", param="model")
     begin_s = gateway.clock.monotonic_s()
@@ -64,7 +65,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived_s = gateway.clock.monotonic_s()
     body = await gateway.read(request, CompletionRequest)
-    model = await gateway.model(body.model)
+    model = _generating(await gateway.model(body.model))
     begin_s = gateway.clock.monotonic_s()
     prompts = [await _prompt_tokens(gateway, model, prompt) for prompt in body.prompts()]
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
@@ -75,6 +76,30 @@ async def completions(request: web.Request) -> web.StreamResponse:
     echoes = [echo for echo in echoes for _ in range(body.n)]
     shape = CompletionShape(wishes[0], gateway.clock.wall_s(), echoes)
     return await _reply(request, gateway, of_choices(wishes, body.n), body, shape)
+
+
+@routes.post("/v1/embeddings")
+async def embeddings(request: web.Request) -> web.StreamResponse:
+    gateway = request.app[GATEWAY]
+    arrived_s = gateway.clock.monotonic_s()
+    body = await gateway.read(request, EmbeddingRequest)
+    model = await gateway.model(body.model)
+    how = embedding_of(model, body.dimensions)
+    timeout_s = timeout_of(request, gateway.limits.request_timeout_s)
+    with gateway.answering(model), tracing(trace_of(request)):
+        texts = await tokens_of(gateway.text, model, how, body.texts())
+        text_span = Span(name="text", begin_s=arrived_s, end_s=gateway.clock.monotonic_s())
+        question = question_of(RequestId(request[REQUEST_ID]), model, texts, body, arrived_s, text_span)
+        VISIT.get().prompt_tokens = prompt_tokens = sum(map(len, texts))
+        vectors = await collect(within(gateway.router.stream(question), timeout_s, arrived_s, gateway.clock))
+        VISIT.get().finish = FinishReason.STOP
+        return await vectors_response(model.name, vectors, body.encoding_format, prompt_tokens)
+
+
+def _generating(model: Model) -> Model:
+    if not model.generates:
+        raise InvalidRequest(f"{model.name} embeds texts and does not generate; use /v1/embeddings", param="model")
+    return model
 
 
 async def _prompt_tokens(gateway: Gateway, model: Model, prompt: str | list[int]) -> list[int]:

@@ -16,12 +16,13 @@ from sllm_actor.frontend.schema import (
     ChatRequest,
     CompletionRequest,
     DeployRequest,
+    EmbeddingRequest,
     MigrationRequest,
     TierRequest,
 )
 
 SHIPPED = Path(__file__).with_name("openapi.yaml")
-BODIES = (ChatRequest, CompletionRequest, DeployRequest, MigrationRequest, TierRequest)
+BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, DeployRequest, MigrationRequest, TierRequest)
 REF = "#/components/schemas/{name}"
 
 STRING: dict[str, Any] = {"type": "string"}
@@ -63,6 +64,18 @@ ANSWERS: dict[str, Any] = {
         choices=_list(_object(index=INTEGER, text=STRING, logprobs=ANY, finish_reason=STRING)),
         usage=_ref("Usage"),
     ),
+    "Embeddings": _object(
+        object={"const": "list"},
+        data=_list(
+            _object(
+                object={"const": "embedding"},
+                index=INTEGER,
+                embedding={"oneOf": [_list({"type": "number"}), STRING | {"contentEncoding": "base64"}]},
+            )
+        ),
+        model=STRING,
+        usage=_object(prompt_tokens=INTEGER, total_tokens=INTEGER),
+    ),
 }
 ERRORS = {
     400: "Something in the request is wrong; `param` names it.",
@@ -101,6 +114,7 @@ _DEPLOY = (*_ADMIN, 408, 409, 413, 502)
 OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, ...]]] = {
     ("post", "/v1/chat/completions"): ("Answer a chat.", ChatRequest, 200, _ref("ChatCompletion"), _ASKING),
     ("post", "/v1/completions"): ("Go on with a text.", CompletionRequest, 200, _ref("Completion"), _ASKING),
+    ("post", "/v1/embeddings"): ("Give vectors of texts.", EmbeddingRequest, 200, _ref("Embeddings"), _ASKING),
     ("get", "/v1/models"): (
         "List the models.", None, 200, _object(object={"const": "list"}, data=_list(_ref("ModelCard"))), _ADMIN,
     ),
@@ -186,7 +200,7 @@ def _operation(method: str, path: str) -> dict[str, Any]:
         if f"{{{name}}}" in path
     ]
     operation: dict[str, Any] = {"summary": summary, "operationId": _name(method, path), "responses": responses}
-    if path in STREAMS:
+    if path in STREAMS or path == "/v1/embeddings":
         parameters += HEADERS
     if parameters:
         operation["parameters"] = parameters

@@ -1,8 +1,8 @@
 """What clients may send, field by field, and how a refusal names the field.
 
-OpenAI's API reference (chat completions, completions) is the source of the names, bounds and defaults. What OpenAI does
-not have (`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `min_tokens`, `ignore_eos`,
-`continuous_usage_stats`) has the names of vLLM.
+OpenAI's API reference (chat completions, completions, embeddings) is the source of the names, bounds and defaults.
+What OpenAI does not have (`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `min_tokens`, `ignore_eos`,
+`continuous_usage_stats`, `priority`) has the names of vLLM.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ MAX_TOP_LOGPROBS = 20
 # Of one request: its prompts, and for each as many as `n` says.
 MAX_CHOICES = 128
 MAX_ECHO_CHARACTERS = 128
+# Of one request for vectors, as OpenAI has it: texts, and tokens of all of them.
+MAX_TEXTS = 2048
+MAX_TEXT_TOKENS = 300_000
 T = TypeVar("T")
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -188,11 +191,7 @@ class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_field
 
     def prompts(self) -> list[str | list[int]]:
         """Give the prompts, each as text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+        return _listed(self.prompt)
 
     def wanted_logprobs(self) -> int | None:
         """Give how many of the likeliest tokens are asked for beside the drawn one; None where nothing is."""
@@ -200,13 +199,7 @@ class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_field
 
     def check(self) -> None:
         super().check()
-        if not isinstance(self.prompt, str):
-            kinds = [isinstance(item, int) for item in self.prompt]
-            if True in kinds and False in kinds:
-                odd = kinds.index(not kinds[0])
-                raise InvalidRequest(
-                    f"prompt[{odd}]: a list has either token ids or prompts, not both", param=f"prompt[{odd}]"
-                )
+        _check_one_kind("prompt", self.prompt)
         if self.best_of not in (None, self.n):
             raise UnsupportedField("best_of: this version gives the n choices that it generates", param="best_of")
         if self.max_tokens == 0 and not self.echo:
@@ -224,6 +217,54 @@ class CompletionRequest(_Common, frozen=True, kw_only=True, forbid_unknown_field
 
     def wants_prompt_logprobs(self) -> bool:
         return self.echo and self.logprobs is not None
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: Name
+    input: (
+        Annotated[str, Meta(min_length=1)]
+        | Annotated[
+            list[Annotated[str, Meta(min_length=1)] | TokenId | Annotated[list[TokenId], Meta(min_length=1)]],
+            Meta(min_length=1),
+        ]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    user: str | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+
+    def texts(self) -> list[str | list[int]]:
+        """Give the texts, each as it is or as token ids."""
+        return _listed(self.input)
+
+    def check(self) -> None:
+        """Refuse what msgspec can't see.
+
+        Raises:
+            InvalidRequest: the input mixes kinds, or has too many texts.
+        """
+        _check_one_kind("input", self.input)
+        if (texts := len(self.texts())) > MAX_TEXTS:
+            raise InvalidRequest(f"input: {texts} texts are more than {MAX_TEXTS}", param="input")
+
+
+def _listed(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """Give texts as a list, each as it is or as token ids."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [text for text in given if not isinstance(text, int)]
+
+
+def _check_one_kind(field: str, given: str | list[str | int | list[int]]) -> None:
+    """Refuse a list that has both token ids and texts."""
+    if isinstance(given, str):
+        return
+    kinds = [isinstance(item, int) for item in given]
+    if True in kinds and False in kinds:
+        odd = f"{field}[{kinds.index(not kinds[0])}]"
+        raise InvalidRequest(f"{odd}: a list has either token ids or {field}s, not both", param=odd)
 
 
 class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -269,7 +310,7 @@ def parse(body: bytes, kind: type[T]) -> T:
         request = msgspec.convert(present, kind)
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
-    if isinstance(request, _Common):
+    if isinstance(request, _Common | EmbeddingRequest):
         request.check()
     return request
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import EngineLimits, RequestId, Span
+from sllm_actor.domain import Embedding, EngineLimits, RequestId, Span
 from sllm_actor.messages.declare import message
+from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 
 
@@ -16,7 +17,8 @@ class EngineHello:
 class PrepareModel:
     """Build the model of the folder `path` without its weights. The bytes may still be on their way.
 
-    `aliases` has the stored name of each tensor that is stored under another one.
+    `aliases` has the stored name of each tensor that is stored under another one. A model that does not `generate` is
+    built without its head.
     """
 
     path: str
@@ -24,6 +26,8 @@ class PrepareModel:
     eos_token_ids: tuple[int, ...]
     context_tokens: int
     aliases: dict[str, str]
+    generates: bool = True
+    embedding: Embedding | None = None
 
 
 @message("engine.check")
@@ -115,7 +119,7 @@ class ShutDown:
     """Leave, with exit status 0."""
 
 
-TO_ENGINE = (PrepareModel, CheckModel, MapWeights, AttachWeights, Generate, CancelGeneration, ShutDown)
+TO_ENGINE = (PrepareModel, CheckModel, MapWeights, AttachWeights, Generate, Embed, CancelGeneration, ShutDown)
 FROM_ENGINE = (
     EngineHello,
     ModelChecked,
@@ -124,6 +128,7 @@ FROM_ENGINE = (
     Prefilled,
     PromptLogprobs,
     Tokens,
+    Embedded,
     Finished,
     GenerationError,
 )

@@ -22,6 +22,7 @@ MAX_INDEX_BYTES = 100_000_000
 # What a stock checkpoint may have beside its weights, where it can only be asked for by name.
 SMALL_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+    "modules.json", "sentence_bert_config.json",
     "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
     "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip

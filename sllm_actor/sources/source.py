@@ -93,6 +93,6 @@ def belongs(name: str) -> bool:
 _BELONGS = re.compile(
     r".*\.safetensors|.*\.safetensors\.index\.json|sllm\.json|config\.json|generation_config\.json"
     r"|(?:pre)?processor_config\.json|special_tokens_map\.json|added_tokens\.json|tokenizer.*|chat_template.*|vocab.*"
-    r"|merges.*|.*\.model|.*\.tiktoken"
+    r"|modules\.json|sentence_.*_config\.json|config_sentence_transformers\.json|merges.*|.*\.model|.*\.tiktoken"
 )
 _CODE_AND_PICKLES = re.compile(r".*\.(?:py|pyc|so|bin|pt|pth|ckpt|pkl|pickle|dill|joblib|npy|npz|h5|msgpack|onnx|gguf)")

@@ -65,7 +65,7 @@ class KnownSource:
 class _UnbuiltExaminer(Examiner):
     """Tries everything but whether an engine can build the model."""
 
-    async def _try_model(self, checkpoint: Checkpoint, facts: ModelConfig) -> None:
+    async def _try_model(self, checkpoint: Checkpoint, facts: ModelConfig, generates: bool) -> None:
         return
 
 
