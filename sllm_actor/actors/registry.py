@@ -52,8 +52,8 @@ class Registry:
 
     async def open(self) -> None:
         """Read what was registered before, say what can't start here, and drop the cards that no model has."""
-        for value in (await self._store.list(MODELS)).values():
-            model = msgspec.msgpack.decode(value, type=Model)
+        for fact in (await self._store.list(MODELS)).facts:
+            model = msgspec.msgpack.decode(fact.value, type=Model)
             self._models[model.name] = model
             if model.host_bytes > self._tiers.loader.pool_bytes:
                 needs, has = format_bytes(model.host_bytes), format_bytes(self._tiers.loader.pool_bytes)

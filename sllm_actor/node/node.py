@@ -141,7 +141,7 @@ class Node:
         importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
         self._storage = await open_storage(config, folder.path, self.clock, stack, self.system)
         tiers = self._storage.tiers
-        store = await SqliteStore.open(folder.path / "metadata.db")
+        store = await SqliteStore.open(folder.path / "metadata.db", self.clock)
         stack.push_async_callback(store.close)
 
         engines = EnginePool(

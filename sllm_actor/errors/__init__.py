@@ -23,6 +23,7 @@
     │   │   ├── TokenizerInvalid         no usable tokenizer or chat template
     │   │   └── UnsupportedArchitecture  a model class that the engine can't serve correctly
     │   ├── TargetInvalid              a folder that nothing may be written to
+    │   ├── MetadataInvalid            a key, value, lease or transaction that no metadata store takes
     │   └── ModelTooLarge              larger than the memory that could ever be free for it
     ├── AccessDenied                 not for who asks
     │   └── KeyInvalid                 no API key, or none that is known
@@ -30,6 +31,7 @@
     │   ├── ModelNotFound · NodeNotFound · RequestNotFound
     ├── Conflict                     true of the world now; another state would allow it
     │   ├── ModelExists · DataFolderInUse · AddressInUse · AlreadyThere
+    │   ├── NodeIdInUse                another living node has this id
     │   ├── TargetExists · TargetBusy  something is there, and is not to be replaced; another process writes it
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
     │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining · RateLimited
@@ -50,6 +52,12 @@
     ├── WriteFailed                  bytes that a disk did not take; what was there before is as it was
     ├── ConversionFailed             the process that reads pickles ended; the message says how
     ├── MetadataFailed               cluster facts that could not be read or written
+    │   ├── MetadataUnavailable        nobody answers in time, or too few agree; nothing was written; try again
+    │   │   └── MetadataUncertain        the same of a write that may have been made, or may yet be within a minute
+    │   ├── MetadataRefused            credentials or certificates that the store does not take
+    │   ├── MetadataCompacted          changes that are no longer kept: list anew, and watch from there
+    │   ├── LeaseLost                  the lease has ended, and what was held under it is no longer held
+    │   └── Fenced                     another owner has come since: whoever gets this must stop
     ├── DeviceError                  a CUDA device or its driver
     │   ├── DeviceMissing              no driver, one too old, or no such device
     │   ├── DeviceOutOfMemory          the device does not have as much memory
@@ -62,19 +70,14 @@ Every class has a stable `code`, which is what crosses a process border beside t
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-
-class SllmError(Exception):
-    """Base of every typed error; `param` names the input that was wrong, where one was."""
-
-    code: ClassVar[str] = "internal_error"
-
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
-        self.retry_after_s = retry_after_s
+from sllm_actor.errors.base import SllmError as SllmError
+from sllm_actor.errors.metadata import Fenced as Fenced
+from sllm_actor.errors.metadata import LeaseLost as LeaseLost
+from sllm_actor.errors.metadata import MetadataCompacted as MetadataCompacted
+from sllm_actor.errors.metadata import MetadataFailed as MetadataFailed
+from sllm_actor.errors.metadata import MetadataRefused as MetadataRefused
+from sllm_actor.errors.metadata import MetadataUnavailable as MetadataUnavailable
+from sllm_actor.errors.metadata import MetadataUncertain as MetadataUncertain
 
 
 class InvalidInput(SllmError):
@@ -165,6 +168,10 @@ class TargetInvalid(InvalidInput):
     code = "target_invalid"
 
 
+class MetadataInvalid(InvalidInput):
+    code = "metadata_invalid"
+
+
 class ModelTooLarge(InvalidInput):
     code = "model_too_large"
 
@@ -207,6 +214,10 @@ class DataFolderInUse(Conflict):
 
 class AddressInUse(Conflict):
     code = "address_in_use"
+
+
+class NodeIdInUse(Conflict):
+    code = "node_id_in_use"
 
 
 class AlreadyThere(Conflict):
@@ -339,10 +350,6 @@ class WriteFailed(SllmError):
 
 class ConversionFailed(SllmError):
     code = "conversion_failed"
-
-
-class MetadataFailed(SllmError):
-    code = "metadata_failed"
 
 
 class DeviceError(SllmError):

@@ -1,0 +1,42 @@
+"""A view of all facts below a prefix that stays true: a listing, the changes since, and a listing again if need be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+from sllm_actor.errors import MetadataCompacted, MetadataUnavailable
+from sllm_actor.metadata.store import Fact, Store
+from sllm_actor.runtime import Clock
+
+log = logging.getLogger(__name__)
+
+PAUSE_S = 0.5
+
+
+async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[Mapping[str, Fact], None]:
+    """Give the facts below `prefix` by key, at once and after each revision that changes one of them.
+
+    It goes on while nobody answers, and gives what is true afterwards.
+    """
+    while True:
+        try:
+            listing = await store.list(prefix)
+        except MetadataUnavailable as unavailable:
+            log.warning("what is below %s can't be listed for now: %s", prefix, unavailable.message)
+            await clock.sleep(PAUSE_S)
+            continue
+        facts = {fact.key: fact for fact in listing.facts}
+        yield dict(facts)
+        try:
+            async with aclosing(store.watch(prefix, listing.revision + 1)) as watch:
+                async for changes in watch:
+                    for change in changes.changes:
+                        if change.fact is None:
+                            facts.pop(change.key, None)
+                        else:
+                            facts[change.key] = change.fact
+                    yield dict(facts)
+        except MetadataCompacted:
+            continue
