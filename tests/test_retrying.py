@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 from msgspec.structs import replace
 from test_scheduler import HandClock, question, report
@@ -49,9 +51,9 @@ def test_a_start_that_found_no_room_is_worth_another_try_when_it_could_have_been
     asked = question("new")
     assert placement_s(asked, []) == UNKNOWN_S
     assert placement_s(asked, [report()]) == UNKNOWN_S, "a small model is not what is waited for"
-    large = replace(asked, size_bytes=20 * GIB)
+    large = replace(cast(Any, asked), size_bytes=20 * GIB)
     assert placement_s(large, [report()]) == pytest.approx(20 * GIB / 1e9)
-    huge = replace(asked, size_bytes=900 * GIB)
+    huge = replace(cast(Any, asked), size_bytes=900 * GIB)
     assert placement_s(huge, [report()]) == MOST_S
 
 

@@ -17,7 +17,15 @@ from sllm_actor.errors import CheckpointConfigInvalid, UnsupportedArchitecture
 
 DENSE = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
 FACTS = ModelConfig(
-    context_tokens=514, vocabulary_tokens=100, eos_token_ids=(), default_temperature=1.0, default_top_p=1.0
+    context_tokens=514,
+    vocabulary_tokens=100,
+    eos_token_ids=(),
+    default_temperature=1.0,
+    default_top_p=1.0,
+    default_top_k=0,
+    default_min_p=0.0,
+    default_repetition_penalty=1.0,
+    default_max_tokens=None,
 )
 
 

@@ -74,4 +74,4 @@ async def test_a_collector_gets_a_request_and_the_parts_of_its_start_in_the_clie
 
 
 def attribute(span: Span, name: str) -> str:
-    return next(item.value.string_value for item in span.attributes if item.key == name)
+    return next(str(item.value.string_value) for item in span.attributes if item.key == name)

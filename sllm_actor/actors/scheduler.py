@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from typing import Any, cast
 
 import msgspec
 
@@ -89,7 +90,7 @@ class Scheduler(Actor):
         for waiting in self._waiting:
             if waiting.question.request_id == message.request_id:
                 priority = min(waiting.question.priority, message.priority)
-                waiting.question = msgspec.structs.replace(waiting.question, priority=priority)
+                waiting.question = msgspec.structs.replace(cast(Any, waiting.question), priority=priority)
         self._serve()
 
     def _serve(self) -> None:
