@@ -8,6 +8,7 @@ Bytes are those of the answer's body; the head goes through whole.
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,15 @@ class FaultProxy(RawServer):
         super().__init__(self._relay)
         self._origin = (host, port)
         self.faults = dict(faults or {})
+        # Of all answers together.
+        self.body_bytes = 0
+        self._counting = threading.Lock()
         self.choose = choose
+
+    def count(self, size_bytes: int) -> None:
+        """Note that so much of a body has gone."""
+        with self._counting:
+            self.body_bytes += size_bytes
 
     def _relay(self, request: Request) -> None:
         fault = self.faults.get(request.number) or (self.choose(request) if self.choose else None) or WHOLE
@@ -75,7 +84,7 @@ def _relay_head(origin: socket.socket, client: socket.socket) -> bytes:
     return body
 
 
-def _relay_body(proxy: RawServer, origin: socket.socket, request: Request, fault: Fault, piece: bytes) -> None:
+def _relay_body(proxy: FaultProxy, origin: socket.socket, request: Request, fault: Fault, piece: bytes) -> None:
     sent = 0
     begun_s = time.monotonic()
     limits = [limit for limit in (fault.cut_after_bytes, fault.stall_after_bytes) if limit is not None]
@@ -90,6 +99,7 @@ def _relay_body(proxy: RawServer, origin: socket.socket, request: Request, fault
             piece = piece[:at] + bytes([piece[at] ^ 0xFF]) + piece[at + 1 :]
         request.client.sendall(piece)
         sent += len(piece)
+        proxy.count(len(piece))
         if limit is not None and sent == limit:
             if limit == fault.stall_after_bytes:
                 request.hold()

@@ -405,6 +405,17 @@ async def test_a_listing_that_can_not_be_is_refused(items: tuple[Any, ...], kind
         assert source.url in error.message
 
 
+async def test_a_read_that_fails_later_tells_how_much_has_come() -> None:
+    def answer(asked: Any) -> PeerRange:
+        return PeerRange(data=Blob(b"a" * (asked.length if asked.offset < 2 * PIECE_BYTES else 1)))
+
+    async with two(Liar((), answer)) as (source, _):
+        into, file = bytearray(4 * PIECE_BYTES), SourceFile(WEIGHTS, 4 * PIECE_BYTES, "v")
+        error = await refused(SourceViolation, source.read(file, 0, memoryview(into)))
+        assert isinstance(error, SourceViolation)
+        assert error.came_bytes == into.count(b"a") == 2 * PIECE_BYTES
+
+
 @pytest.mark.parametrize(
     "answer",
     [

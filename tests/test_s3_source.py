@@ -292,6 +292,17 @@ async def test_whatever_is_not_the_range_asked_for_is_a_typed_error(
         assert "secret" not in error.message
 
 
+async def test_an_answer_that_is_cut_tells_how_much_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(LARGE)
+    answer = part(LARGE[: size - 1], range_=f"bytes 0-{size - 1}/{size}", length=size)
+    async with own_server(lambda _: answer, monkeypatch) as (source, _):
+        into = bytearray(size)
+        error = await refused(SourceUnreachable, source.read(SourceFile(WEIGHTS, size, ETAG), 0, memoryview(into)))
+        assert isinstance(error, SourceUnreachable)
+        assert PIECE_BYTES <= error.came_bytes < size
+        assert into[: error.came_bytes] == LARGE[: error.came_bytes]
+
+
 @pytest.mark.parametrize("answer", [None, part(CONTENT[:500] + b"...", length=1000)])
 async def test_a_server_that_falls_silent_is_given_up_on(monkeypatch: pytest.MonkeyPatch, answer: bytes | None) -> None:
     async with own_server(lambda _: answer, monkeypatch, HASTY) as (source, own):

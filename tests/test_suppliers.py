@@ -64,7 +64,7 @@ def read(folder: Path, *sources: ScriptedSource, times: int = 1) -> tuple[list[s
         answered = []
         for _ in range(times):
             found = bytearray(SIZE)
-            answered.append((await suppliers.read(NAME, 0, memoryview(found))).source.url)
+            answered += [giver.source.url for giver in await suppliers.read(NAME, 0, memoryview(found))]
             assert found == expected
         return answered, asyncio.get_running_loop().time() - begun_s
 
@@ -143,7 +143,7 @@ def test_wrong_bytes_from_the_only_source_are_an_error_in_the_end(folder: Path) 
         tries = 0
         with pytest.raises(CheckpointCorrupt):
             while True:
-                supplier = await suppliers.read(NAME, 0, memoryview(bytearray(SIZE)))
+                (supplier,) = await suppliers.read(NAME, 0, memoryview(bytearray(SIZE)))
                 tries += 1
                 suppliers.blame(supplier, CheckpointCorrupt("wrong"))
         return tries

@@ -325,7 +325,14 @@ class ReadFailed(SllmError):
 
 
 class SourceError(SllmError):
+    """A source did not give what was asked for.
+
+    `came_bytes` of it had come, from its beginning on, of the version that was asked for; whoever asks again may go on
+    behind them.
+    """
+
     code = "source_failed"
+    came_bytes = 0
 
 
 class SourceUnreachable(SourceError):

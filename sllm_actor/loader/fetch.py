@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -188,12 +189,17 @@ async def read_and_settle(suppliers: Suppliers, reads: Sequence[Read], settle: C
     Raises:
         SourceError, SourceInvalid, CheckpointCorrupt: no source is left; this is what came of the last one.
     """
+    mixed = True
     while True:
-        given = [await suppliers.read(*read) for read in reads]
+        given = [await suppliers.read(*read, mixed=mixed) for read in reads]
         try:
             await settle()
         except CheckpointCorrupt as wrong:
-            for supplier in dict.fromkeys(given):
+            if mixed and any(len(givers) > 1 for givers in given):
+                log.warning("fetched again, from one source alone: %s", wrong.message)
+                mixed = False  # It could not be told which of them was wrong.
+                continue
+            for supplier in dict.fromkeys(itertools.chain.from_iterable(given)):
                 log.warning("%s sent something else: %s", supplier.source.url, wrong.message)
                 suppliers.blame(supplier, wrong)
         else:

@@ -14,11 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from sllm_actor.errors import ReadFailed, SllmError, SourceError, SourceInvalid, SourceUnreachable, SourceViolation
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.sources.source import Source, SourceFile
+from sllm_actor.units import KIB
 
 log = logging.getLogger(__name__)
 
 # How often a source may fail, one time after another, before this checkpoint is no longer asked of it.
 MAX_FAILURES = 6
+# A failure that has brought so much is the first of a new row: such a link gets there, cut by cut.
+LEAST_PROGRESS_BYTES = 16 * KIB
 # How often it may give something else than what was written.
 MAX_WRONGS = 3
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
@@ -67,30 +70,46 @@ class Suppliers:
         self._suppliers.insert(0, supplier)
         self._changed.set()
 
-    async def read(self, name: str, offset: int, into: memoryview) -> Supplier:
+    async def read(self, name: str, offset: int, into: memoryview, *, mixed: bool = True) -> tuple[Supplier, ...]:
         """Fill `into` from the first source that can, and say which it was.
+
+        What has come of a read that was cut stays, and the next one goes on behind it: also that of another source,
+        if `mixed`, and then all of them are named.
 
         Raises:
             SourceError, SourceInvalid: every source has failed; this is what the last one said.
         """
-        while True:
-            supplier = await self._choose(len(into))
-            begun_s = self._clock.monotonic_s()
-            supplier.reads += 1
-            supplier.under_way_bytes += len(into)
-            try:
-                await supplier.source.read(supplier.files[name], offset, into)
-            except (SourceError, SourceInvalid, ReadFailed) as wrong:
-                self._blame(supplier, wrong, begun_s)
-                continue
-            finally:
-                # Those that run at once share the bandwidth: what is seen of one is multiplied by their number.
-                sharing = supplier.reads
-                supplier.reads -= 1
-                supplier.under_way_bytes -= len(into)
-                self._changed.set()
-            self._praise(supplier, len(into) * sharing, begun_s)
-            return supplier
+        came_bytes, givers = 0, dict[Supplier, None]()
+        while came_bytes < len(into):
+            supplier = await self._choose(len(into) - came_bytes)
+            if not mixed and givers.keys() != {supplier}:
+                came_bytes, givers = 0, {}
+            with into[came_bytes:] as rest:
+                more_bytes = await self._read_some(supplier, name, offset + came_bytes, rest)
+            if more_bytes:
+                came_bytes += more_bytes
+                givers[supplier] = None
+        return tuple(givers)
+
+    async def _read_some(self, supplier: Supplier, name: str, offset: int, into: memoryview) -> int:
+        """Fill `into` from its beginning on as far as the source gives it; return how far that was."""
+        begun_s = self._clock.monotonic_s()
+        supplier.reads += 1
+        supplier.under_way_bytes += len(into)
+        try:
+            await supplier.source.read(supplier.files[name], offset, into)
+        except (SourceError, SourceInvalid, ReadFailed) as wrong:
+            came_bytes = wrong.came_bytes if isinstance(wrong, SourceError) else 0
+            self._blame(supplier, wrong, begun_s, came_bytes)
+            return came_bytes
+        finally:
+            # Those that run at once share the bandwidth: what is seen of one is multiplied by their number.
+            sharing = supplier.reads
+            supplier.reads -= 1
+            supplier.under_way_bytes -= len(into)
+            self._changed.set()
+        self._praise(supplier, len(into) * sharing, begun_s)
+        return len(into)
 
     def blame(self, supplier: Supplier, wrong: SllmError) -> None:
         """Say that what a source gave was not what was written.
@@ -111,12 +130,12 @@ class Suppliers:
         if begun_s > supplier.failed_s:
             supplier.failures = 0
 
-    def _blame(self, supplier: Supplier, wrong: SllmError, begun_s: float) -> None:
+    def _blame(self, supplier: Supplier, wrong: SllmError, begun_s: float, came_bytes: int) -> None:
         passing = isinstance(wrong, SourceUnreachable | SourceViolation)
         if passing and begun_s <= supplier.failed_s:
             return  # Of the same moment as one that has been counted.
         supplier.failed_s = self._clock.monotonic_s()
-        supplier.failures += 1
+        supplier.failures = supplier.failures + 1 if came_bytes < LEAST_PROGRESS_BYTES else 1
         if not passing or supplier.failures >= MAX_FAILURES:
             self._give_up(supplier, wrong)
             return

@@ -14,6 +14,7 @@ from yarl import URL
 
 from sllm_actor.errors import (
     SourceChanged,
+    SourceError,
     SourceInvalid,
     SourceUnreachable,
     SourceViolation,
@@ -221,10 +222,14 @@ class HttpReader:
 
     async def _fill(self, response: aiohttp.ClientResponse, url: URL, into: memoryview) -> None:
         filled = 0
-        while filled < len(into):
-            piece = await self._piece(response, url, len(into) - filled)
-            into[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        try:
+            while filled < len(into):
+                piece = await self._piece(response, url, len(into) - filled)
+                into[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        except SourceError as wrong:
+            wrong.came_bytes = filled
+            raise
 
     async def _piece(self, response: aiohttp.ClientResponse, url: URL, most_bytes: int) -> bytes:
         piece = await next_piece(response, url, most_bytes, self._options)

@@ -131,22 +131,26 @@ class PeerSource:
                 offset=offset + begin,
                 length=len(piece),
             )
-            with self._told():
+            with self._told(begin):
                 answer = await self._ref.ask(question, timeout_s=self._options.stall_timeout_s)
                 if not isinstance(answer, PeerRange) or len(answer.data) != len(piece):
                     raise SourceViolation(f"{file.name}: not the {len(piece)} bytes from {offset + begin} on")
             piece[:] = memoryview(answer.data.data).cast("B")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, came_bytes: int = 0) -> Iterator[None]:
         """Say whatever goes wrong between two nodes in the words of a source."""
         try:
             yield
         except TimeoutError:
-            raise SourceUnreachable(f"{self.url} did not answer in time") from None
+            silent = SourceUnreachable(f"{self.url} did not answer in time")
+            silent.came_bytes = came_bytes
+            raise silent from None
         except SllmError as error:
-            kind = _kind_of(error)
-            raise kind(f"{self.url}: {error.message}", param=error.param, retry_after_s=error.retry_after_s) from error
+            told = _kind_of(error)(f"{self.url}: {error.message}", param=error.param, retry_after_s=error.retry_after_s)
+            if isinstance(told, SourceError):
+                told.came_bytes = came_bytes
+            raise told from error
 
 
 def _kind_of(error: SllmError) -> type[SllmError]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sllm_actor.errors import (
     SllmError,
     SourceChanged,
+    SourceError,
     SourceInvalid,
     SourceMissing,
     SourceRefused,
@@ -129,7 +130,8 @@ class S3Source:
         key = self._key(file.name)
         end = offset + len(into)
         options: GetOptions = {"range": (offset, end), "if_match": file.validator}
-        with self._told(f"{self.url}/{file.name}"):
+        filled = 0
+        with _counting(lambda: filled), self._told(f"{self.url}/{file.name}"):
             async with asyncio.timeout(self._options.connect_timeout_s + self._options.stall_timeout_s):
                 answer = await self._obstore.get_async(self._store, key, options=options)
             if answer.meta["e_tag"] != file.validator or answer.meta["size"] != file.size_bytes:
@@ -138,9 +140,11 @@ class S3Source:
                 raise SourceViolation(
                     f"{self.url}/{file.name}: bytes {answer.range} came, {offset} to {end} were asked for"
                 )
-            await self._take(answer, file, into)
+            async for filled in self._take(answer, file, into):  # noqa: B007  # `filled` is asked for by a failure.
+                pass
 
-    async def _take(self, answer: GetResult, file: SourceFile, into: memoryview) -> None:
+    async def _take(self, answer: GetResult, file: SourceFile, into: memoryview) -> AsyncIterator[int]:
+        """Fill `into` as the answer comes, and tell after each piece how far it is filled."""
         filled = 0
         pieces = answer.stream(min_chunk_size=PIECE_BYTES)
         try:
@@ -151,6 +155,7 @@ class S3Source:
                     raise SourceViolation(f"{self.url}/{file.name}: more came than the {len(into)} bytes asked for")
                 into[filled : filled + len(piece)] = piece
                 filled += len(piece)
+                yield filled
         except StopAsyncIteration:
             if filled < len(into):
                 raise SourceViolation(f"{self.url}/{file.name}: {filled} of {len(into)} bytes came") from None
@@ -175,6 +180,16 @@ class S3Source:
             raise SourceMissing(f"{what} is not there", param="source") from None
         except (self._errors.BaseError, OSError) as error:
             raise SourceUnreachable(f"{what}: {_first_line(error)}") from None
+
+
+@contextmanager
+def _counting(came_bytes: Callable[[], int]) -> Iterator[None]:
+    """Have a failure say how much had come."""
+    try:
+        yield
+    except SourceError as wrong:
+        wrong.came_bytes = came_bytes()
+        raise
 
 
 def _first_line(error: Exception) -> str:
