@@ -176,7 +176,7 @@ async def test_a_grant_stays_as_long_as_its_start_goes_on(system: ActorSystem, c
 
 
 async def test_who_waits_for_a_turn_hears_of_those_before_and_no_more_when_it_has_come() -> None:
-    queue, heard, scope = LoadQueue(1, lambda: 1.0), [0, 0], TaskScope("test")
+    queue, heard, scope = LoadQueue(1, lambda _: 1.0), [0, 0], TaskScope("test")
     done = asyncio.Event()
 
     def hear(who: int) -> Callable[[], None]:
@@ -196,11 +196,11 @@ async def test_who_waits_for_a_turn_hears_of_those_before_and_no_more_when_it_ha
             await asyncio.sleep(0)
         first.arrive(3)
         first.arrive(7)
-        assert (heard, queue.remaining_bytes) == ([0, 2], 13)
+        assert (heard, queue.remaining_bytes()) == ([0, 2], 13)
     while queue.waiting:
         await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert (heard, queue.remaining_bytes) == ([0, 2], 5)
+    assert (heard, queue.remaining_bytes()) == ([0, 2], 5)
     done.set()
     await waiting
     assert queue._on_moved == {}

@@ -63,7 +63,7 @@ def node(
         host_fingerprints=("print",) if in_host_memory else ("other",),
         ssd_fingerprints=("print",) if on_ssd else (),
         ssd_bytes_per_s=ssd_bytes_per_s,
-        load_queue_s=queue_s,
+        disk_queues_s={"print": queue_s, "other": 999.0},
         remote_bytes_per_s=remote_bytes_per_s,
         remote_queue_s=remote_queue_s,
     )

@@ -80,7 +80,7 @@ def report(
         host_fingerprints=(),
         ssd_fingerprints=("new",),
         ssd_bytes_per_s=1e9,
-        load_queue_s=0.0,
+        disk_queues_s={},
         remote_bytes_per_s=1e8,
         remote_queue_s=0.0,
     )

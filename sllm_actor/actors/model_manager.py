@@ -342,7 +342,6 @@ class ModelManager(Actor):
         """Tell the Scheduler what this node has, once it is up and after every change."""
         residents = self._tiers.loader.residents()
         pinned = {resident.fingerprint for resident in residents if resident.pinned}
-        queues = self._tiers.queues()
         self.context.system.ref("scheduler").tell(
             NodeReport(
                 node=self._node,
@@ -360,8 +359,8 @@ class ModelManager(Actor):
                 host_fingerprints=tuple(resident.fingerprint for resident in residents),
                 ssd_fingerprints=self._registry.fingerprints_on_disk(),
                 ssd_bytes_per_s=self._ssd.bytes_per_s,
-                load_queue_s=queues.ssd_s,
+                disk_queues_s=self._registry.disk_queues_s(),
                 remote_bytes_per_s=self._remote.bytes_per_s,
-                remote_queue_s=queues.remote_s,
+                remote_queue_s=self._tiers.queues().remote_s,
             )
         )

@@ -162,6 +162,18 @@ class Registry:
         """List the checkpoints that this node's disk has."""
         return tuple({model.fingerprint: None for model in self._models.values() if self.is_on_disk(model)})
 
+    def disk_queues_s(self) -> dict[str, float]:
+        """Tell for which checkpoints the disk that has them is busy, and how long.
+
+        Of one that was not looked at since the node's start nobody knows yet where it lies.
+        """
+        told = {
+            model.fingerprint: self._tiers.disk_queue_s(self._wanted[model.name])
+            for model in self._models.values()
+            if model.name in self._wanted and self.is_on_disk(model)
+        }
+        return {fingerprint: queue_s for fingerprint, queue_s in told.items() if queue_s}
+
     def arriving(self, model: Model) -> tuple[int, int] | None:
         """Tell how much of a model has arrived from its source, and of how much; None where it is not on its way."""
         wanted = self._wanted.get(model.name)

@@ -53,7 +53,7 @@ def tiers_view(tiers: Tiers, registry: Registry, clock: Clock) -> TiersView:
         ssd=ssd,
         ssd_used_bytes=tiers.ssd.used_bytes,
         ssd_quota_bytes=tiers.ssd.quota_bytes,
-        ssd_queue_s=queues.ssd_s,
+        local_queues_s=queues.local_s,
         remote_queue_s=queues.remote_s,
         ways={
             name: WayView(size_bytes=way.size_bytes, busy_s=way.busy_s, bytes_per_s=way.bytes_per_s)

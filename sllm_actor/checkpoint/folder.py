@@ -43,7 +43,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 class WeightFile(msgspec.Struct, frozen=True):
     """One safetensors file as it was found; `mtime_ns` and `inode` tell it from a later one of its name.
 
-    `digests` has 16 bytes for each `Checkpoint.digest_bytes` of the file; nothing where there is no manifest.
+    `disk` is the number of the device that it lies on. `digests` has 16 bytes for each `Checkpoint.digest_bytes` of the
+    file; nothing where there is no manifest.
     """
 
     name: str
@@ -52,6 +53,7 @@ class WeightFile(msgspec.Struct, frozen=True):
     inode: int
     header: Header
     digests: bytes = b""
+    disk: int = 0
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -93,6 +95,11 @@ class Checkpoint(msgspec.Struct, frozen=True):
         """Return the files that a tensor-parallel rank loads: its own one, or all where tensors are whole."""
         assert 0 <= rank < self.ranks, "ranks are counted from 0"
         return self.files if self.ranks == 1 else (self.files[rank],)
+
+    @property
+    def disks(self) -> frozenset[int]:
+        """The numbers of the devices that the files lie on."""
+        return frozenset(file.disk for file in self.files)
 
     def file_path(self, file: WeightFile) -> Path:
         """Return where `file` of this checkpoint is."""
@@ -253,7 +260,7 @@ def _read_weight_file(folder: Path, name: str) -> tuple[WeightFile, bytes]:
     finally:
         os.close(fd)
     header = parse_header(prefix, found.st_size, str(path))
-    return WeightFile(name, found.st_size, found.st_mtime_ns, found.st_ino, header), prefix
+    return WeightFile(name, found.st_size, found.st_mtime_ns, found.st_ino, header, disk=found.st_dev), prefix
 
 
 def _read_exactly(fd: int, length: int, path: Path) -> bytes:

@@ -122,7 +122,9 @@ class Card:
                 raise CheckpointChanged(f"{folder / file.name} can't be looked at: {wrong.strerror}") from None
             if found.st_size != file.size_bytes:
                 raise CheckpointChanged(f"{folder / file.name} has {found.st_size} bytes and had {file.size_bytes}")
-            files.append(msgspec.structs.replace(file, mtime_ns=found.st_mtime_ns, inode=found.st_ino))
+            files.append(
+                msgspec.structs.replace(file, mtime_ns=found.st_mtime_ns, inode=found.st_ino, disk=found.st_dev)
+            )
         return msgspec.structs.replace(self.checkpoint, files=tuple(files), weights=folder)
 
     def _learn(self, model_id: str) -> None:

@@ -120,15 +120,19 @@ class Device:
         return self._device
 
     def _keep(self, made: int, size_bytes: int) -> DeviceBuffer:
-        buffer = DeviceBuffer(made, size_bytes, self._buffers)
+        buffer = DeviceBuffer(made, size_bytes, self._buffers, self.ordinal)
         self._buffers.add(buffer)
         return buffer
 
 
 class DeviceBuffer:
-    """Memory on a device, of this process or of another. `target` is what a load takes to fill it."""
+    """Memory on a device, of this process or of another. `target` is what a load takes to fill it.
 
-    def __init__(self, target: int, size_bytes: int, siblings: set[DeviceBuffer]) -> None:
+    `ordinal` is the number of its device.
+    """
+
+    def __init__(self, target: int, size_bytes: int, siblings: set[DeviceBuffer], ordinal: int) -> None:
+        self.ordinal = ordinal
         self._target = target
         self._siblings = siblings
         self._closed = False

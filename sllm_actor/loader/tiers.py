@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, aclosing, nullcontext
 from functools import partial
 
 import msgspec
@@ -21,6 +22,7 @@ from sllm_actor.loader.lease import DeviceTarget, HostLease
 from sllm_actor.loader.load_queue import LoadQueue
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.loads import OnProgress
+from sllm_actor.loader.meter import Meter
 from sllm_actor.loader.mover import PathFacts
 from sllm_actor.loader.order import OnPlaced, Order, check_targets
 from sllm_actor.loader.pulls import Pulls
@@ -35,14 +37,30 @@ log = logging.getLogger(__name__)
 # What a way is believed to give before the first load has told.
 FIRST_SSD_BYTES_PER_S = 1e9
 FIRST_REMOTE_BYTES_PER_S = 1e8
-SSD_LOADS, REMOTE_LOADS, PULLS = 1, 4, 2
+FIRST_DEVICE_BYTES_PER_S = 1e10
+# At once: on each disk and to each device, from sources, and to the SSD alone.
+LOCAL_LOADS, REMOTE_LOADS, PULLS = 1, 4, 2
+
+
+_DISK, _DEVICE = "disk ", "device "
+
+
+def _disk_way(disk: int) -> str:
+    return f"{_DISK}{os.major(disk)}:{os.minor(disk)}"
+
+
+def _device_way(ordinal: int) -> str:
+    return f"{_DEVICE}{ordinal}"
 
 
 class Queues(msgspec.Struct, frozen=True):
-    """When what is under way now will be through, on either way up, in seconds."""
+    """When what is under way now will be through, in seconds: from sources, and by disk and device of this node.
 
-    ssd_s: float
+    `local_s` has those that are busy: `disk MAJOR:MINOR` and `device NUMBER`.
+    """
+
     remote_s: float
+    local_s: dict[str, float]
 
 
 class Tiers:
@@ -66,10 +84,14 @@ class Tiers:
         self._open_source = open_source
         self._clock = clock
         self._chance = chance
-        self._ssd_queue = LoadQueue(SSD_LOADS, lambda: loader.paths().ssd.bytes_per_s or FIRST_SSD_BYTES_PER_S)
-        self._remote_queue = LoadQueue(REMOTE_LOADS, lambda: self.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S)
+        self._local_queue = LoadQueue(LOCAL_LOADS, self._local_bytes_per_s)
+        self._disk_meters: dict[str, Meter] = {}
+        self._ssd_disks: frozenset[int] = frozenset()  # Known once something was read from there.
+        self._remote_queue = LoadQueue(
+            REMOTE_LOADS, lambda _: self.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S
+        )
         self._remote = RemoteLoads(loader, ssd, open_source, self._remote_queue, clock, chance, mirrors, pressing)
-        self._pulls = Pulls(self._remote, LoadQueue(PULLS, lambda: self.remote_path().bytes_per_s))
+        self._pulls = Pulls(self._remote, LoadQueue(PULLS, lambda _: self.remote_path().bytes_per_s))
         self._remote.take_over = self._pulls.give_way
 
     async def describe(self, url: str) -> Card:
@@ -168,22 +190,37 @@ class Tiers:
     async def _try(self, wanted: Checkpoint | Card, order: Order, *, in_place: bool) -> HostLease | None:
         """Take it from the highest tier that has it; None where that is another one by now."""
         if self.loader.holds(order.checkpoint):
-            return await self._up(order, in_place=False)
+            return await self._in_turn(order, frozenset(), in_place=False)
 
         async def read(found: Checkpoint) -> HostLease:
-            waits = None if order.on_progress is None else partial(order.on_progress, 0, found.size_bytes)
-            async with self._ssd_queue.turn(found.size_bytes, order.priority, waits) as turn:
-
-                def progress(arrived_bytes: int, total_bytes: int) -> None:
-                    turn.arrive(arrived_bytes)
-                    if order.on_progress is not None:
-                        order.on_progress(arrived_bytes, total_bytes)
-
-                return await self._up(order._replace(checkpoint=found, on_progress=progress), in_place=in_place)
+            return await self._in_turn(order._replace(checkpoint=found), found.disks, in_place=in_place)
 
         if not isinstance(wanted, Card):
             return await read(wanted)
         return await self._from_ssd(wanted, read) or await self._remote.lease(wanted, order)
+
+    async def _in_turn(self, order: Order, disks: frozenset[int], *, in_place: bool) -> HostLease:
+        """Load what is on these disks, or in host memory, when they and the devices that it is for are free."""
+        ways = frozenset(map(_disk_way, disks)) | {_device_way(each.buffer.ordinal) for each in order.targets.values()}
+        if not ways:
+            return await self._up(order, in_place=in_place)
+        size_bytes, told = order.checkpoint.size_bytes, order.on_progress
+        waits = None if told is None else partial(told, 0, size_bytes)
+        async with self._local_queue.turn(size_bytes, order.priority, waits, ways) as turn:
+
+            def progress(arrived_bytes: int, total_bytes: int) -> None:
+                turn.arrive(arrived_bytes)
+                if told is not None:
+                    told(arrived_bytes, total_bytes)
+
+            meters = [self._disk_meters.setdefault(_disk_way(disk), Meter(self._clock)) for disk in disks]
+            with ExitStack() as stack:
+                for meter in meters:
+                    stack.enter_context(meter.running())
+                lease = await self._up(order._replace(on_progress=progress), in_place=in_place)
+            for meter in meters:
+                meter.add(lease.report.ssd_bytes + lease.report.page_cache_bytes)
+            return lease
 
     async def _up(self, order: Order, *, in_place: bool) -> HostLease:
         """Load what is on a disk of this node, or in host memory."""
@@ -210,7 +247,9 @@ class Tiers:
         if held is None:
             return None
         try:
-            lease = await read(await on_thread(card.on_ssd, held.path))
+            found = await on_thread(card.on_ssd, held.path)
+            self._ssd_disks = found.disks
+            lease = await read(found)
         except (ReadFailed, CheckpointInvalid) as wrong:
             held.release()
             log.warning("the copy of %s on the SSD is given up: %s", card.url, wrong)
@@ -270,7 +309,20 @@ class Tiers:
 
     def queues(self) -> Queues:
         """Tell how long the queues are."""
-        return Queues(self._ssd_queue.remaining_s, self._remote_queue.remaining_s)
+        queue = self._local_queue
+        return Queues(self._remote_queue.remaining_s(), {way: queue.remaining_s(way) for way in sorted(queue.ways)})
+
+    def disk_queue_s(self, wanted: Checkpoint | Card) -> float:
+        """Tell when the disks will be free that this node's copy of a checkpoint lies on."""
+        disks = self._ssd_disks if isinstance(wanted, Card) else wanted.disks
+        # The SSD is taken to be where the cards are, until something was read from there.
+        return max(self._local_queue.remaining_s(_disk_way(disk)) for disk in disks or _checkpoint(wanted).disks)
+
+    def _local_bytes_per_s(self, way: str) -> float:
+        paths, meter = self.loader.paths(), self._disk_meters.get(way)
+        if way.startswith(_DEVICE):
+            return paths.device.bytes_per_s or FIRST_DEVICE_BYTES_PER_S
+        return (meter.facts().bytes_per_s if meter else 0.0) or paths.ssd.bytes_per_s or FIRST_SSD_BYTES_PER_S
 
     async def close(self) -> None:
         """End every load and pull from a source."""

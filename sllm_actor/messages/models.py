@@ -148,7 +148,10 @@ class WayView:
 
 @message("models.tiers_view")
 class TiersView:
-    """What a node's tiers hold, how long their queues are, and what they have given so far."""
+    """What a node's tiers hold, how long their queues are, and what they have given so far.
+
+    `local_queues_s` has the disks and devices of this node that are busy: `disk MAJOR:MINOR`, `device NUMBER`.
+    """
 
     host: tuple[TierEntry, ...]
     host_free_bytes: int
@@ -156,6 +159,6 @@ class TiersView:
     ssd: tuple[TierEntry, ...]
     ssd_used_bytes: int
     ssd_quota_bytes: int
-    ssd_queue_s: float
+    local_queues_s: dict[str, float]
     remote_queue_s: float
     ways: dict[str, WayView]

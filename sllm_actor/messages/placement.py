@@ -64,8 +64,9 @@ class NodeReport:
     `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
     fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
     the placements whose start has succeeded or failed since the last report, `starting_placements` those under way;
-    `host_fingerprints` the checkpoints in host memory, `ssd_fingerprints` those on its disk; bandwidths are observed
-    ones, and each way up has its queue.
+    `host_fingerprints` the checkpoints in host memory, `ssd_fingerprints` those on its disks; bandwidths are observed
+    ones. `disk_queues_s` says, by fingerprint, for which of these their disk is busy, and how long; `remote_queue_s` is
+    for what comes from elsewhere.
     """
 
     node: NodeId
@@ -79,7 +80,7 @@ class NodeReport:
     host_fingerprints: tuple[str, ...]
     ssd_fingerprints: tuple[str, ...]
     ssd_bytes_per_s: float
-    load_queue_s: float
+    disk_queues_s: dict[str, float]
     remote_bytes_per_s: float
     remote_queue_s: float
 

@@ -61,7 +61,7 @@ def startup_s(report: NodeReport, fingerprint: str, size_bytes: int) -> float:
 def _way(report: NodeReport, fingerprint: str) -> tuple[float, float, str]:
     """Give the queue and the bandwidth of the way from the highest tier below host memory, and what it is called."""
     if fingerprint in report.ssd_fingerprints:
-        return report.load_queue_s, report.ssd_bytes_per_s, "reads"
+        return report.disk_queues_s.get(fingerprint, 0.0), report.ssd_bytes_per_s, "reads"
     return report.remote_queue_s, report.remote_bytes_per_s, "fetches"
 
 
