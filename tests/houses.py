@@ -21,7 +21,7 @@ from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.ssd_partial import Gate
 from sllm_actor.loader.ssd_tier import SsdTier
-from sllm_actor.loader.tiers import Tiers
+from sllm_actor.loader.tiers import PULL_MEMORY_BYTES, Tiers
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.sources.source import Source, SourceFile
 
@@ -64,6 +64,12 @@ def stock(tmp_path: Path) -> Path:
     return folder_of(tmp_path / "stock", 10 * CHUNK + 77, 6 * CHUNK + 1)
 
 
+def is_temporary(path: Path) -> bool:
+    """Tell whether this is what a change is prepared in, or what waits to be deleted."""
+    is_staged = path.name.startswith(".") and ".sllm-" in path.name[1:]
+    return is_staged or path.parent.name == "trash" or path.name.endswith(".new")
+
+
 @asynccontextmanager
 async def tiers_at(
     data: Path,
@@ -72,6 +78,7 @@ async def tiers_at(
     chunks: int = 40,
     quota_bytes: int = 10**9,
     max_loads: int = 64,
+    pull_memory_bytes: int = PULL_MEMORY_BYTES,
     gate: Gate | None = None,
     pressing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> AsyncIterator[Tiers]:
@@ -84,9 +91,22 @@ async def tiers_at(
         stack.push_async_callback(loader.close)
         ssd = await SsdTier.open(data / "ssd", quota_bytes, clock, gate)
         stack.push_async_callback(ssd.close)
-        tiers = Tiers(loader, ssd, Cards(data / "cards"), open_source, clock, lambda: 0.0, pressing)
+        tiers = Tiers(
+            loader,
+            ssd,
+            Cards(data / "cards"),
+            open_source,
+            clock,
+            lambda: 0.0,
+            pressing,
+            pull_memory_bytes=pull_memory_bytes,
+        )
         stack.push_async_callback(tiers.close)
         yield tiers
+        await tiers.close()
+        if not any(resident.leases or resident.pinned for resident in loader.residents()):
+            assert loader._memory.obtainable_chunks == chunks, "a chunk is lost"
+    assert [path for path in data.rglob("*") if is_temporary(path)] == []
     await asyncio.to_thread(gc.collect)
     assert (descriptors(), mapped_pools(), len(asyncio.all_tasks())) == before
 

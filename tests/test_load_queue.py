@@ -139,7 +139,7 @@ async def test_the_report_has_the_queue_of_the_disk_that_a_checkpoint_lies_on(
     if near.disks == far.disks:
         pytest.skip("all folders are on one file system")
     async with house(origin) as node:
-        found = {}
+        found: dict[str, float] = {}
         for checkpoint in (near, far):
             registry = Registry(cast(Any, OneModel(model_of(checkpoint))), cast(Any, None), node.tiers, SystemClock())
             await registry.open()

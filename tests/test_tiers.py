@@ -249,6 +249,23 @@ async def test_a_pull_goes_on_from_where_it_was_stopped_and_shows_how_far_it_is(
         assert [step async for step in node.tiers.pulled(node.card)][-1] == steps[-1]
 
 
+@pytest.mark.parametrize(("chunks", "reads"), [(8, 4), (4, 2), (1, 1), (0, 1)])
+async def test_pulls_have_no_more_chunks_under_way_than_their_memory_holds(
+    origin: Path, chunks: int, reads: int
+) -> None:
+    async with house(origin, pull_memory_bytes=chunks * CHUNK) as node:
+        most = 0
+
+        async def count(*_: object) -> None:
+            nonlocal most
+            most = max(most, node.source.under_way)
+            await asyncio.sleep(0)
+
+        node.source.before = count
+        await node.tiers.pull(node.card)
+        assert most == reads
+
+
 async def test_a_load_takes_over_from_a_pull_whose_caller_gets_the_copy_of_the_load(origin: Path) -> None:
     async with house(origin) as node:
         scope, begun, go = TaskScope("test"), asyncio.Event(), asyncio.Event()

@@ -87,6 +87,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     peers: Annotated[
         Text, Meta(title="nodes", description="nodes that may have a model, too: NODE@HOST:PORT, with commas between")
     ] = ""
+    pull_memory_bytes: Annotated[
+        int,
+        Meta(
+            ge=64 * KIB,
+            le=16 * GIB,
+            title="bytes",
+            description="memory beside the host pool that all pulls take together; one chunk at least",
+        ),
+    ] = 128 * MIB
     source_stall_timeout_s: Annotated[
         float, Meta(ge=0.1, le=3600, title="s", description="longest silence of a source in the middle of an answer")
     ] = 30.0

@@ -14,8 +14,6 @@ from sllm_actor.loader.ssd_partial import SsdPartial
 from sllm_actor.loader.suppliers import Suppliers
 from sllm_actor.runtime.tasks import TaskScope
 
-MAX_READS = 4
-
 
 class Pull:
     """One download, through a few chunks of its own memory. Cancelling it keeps what has been stored."""
@@ -26,12 +24,14 @@ class Pull:
         suppliers: Suppliers,
         partial: SsdPartial,
         chunk_bytes: int,
+        reads: int,
         on_arrived: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
         self._suppliers = suppliers
         self._partial = partial
         self._chunk_bytes = chunk_bytes
+        self._reads = reads
         self._on_arrived = on_arrived
         self._todo: deque[ChunkPlace] = deque(partial.missing())
 
@@ -44,7 +44,7 @@ class Pull:
         """
         scope = TaskScope("pull")
         try:
-            count = min(MAX_READS, self._suppliers.parallel, len(self._todo))
+            count = min(self._reads, self._suppliers.parallel, len(self._todo))
             workers = [scope.spawn(self._work(), f"worker-{k}", on_failure=lambda _: None) for k in range(count)]
             await asyncio.gather(*workers)
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from sllm_actor.errors import CheckpointCorrupt, CheckpointInvalid, Draining, WriteFailed
 from sllm_actor.loader.cards import Card
@@ -15,6 +16,9 @@ from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.pull import Pull
 from sllm_actor.loader.remote_loads import RemoteLoads, is_cancelled
 from sllm_actor.runtime.tasks import TaskScope
+
+# At once, where there is memory for them; and chunks that each has under way.
+MAX_PULLS, MAX_READS = 2, 4
 
 
 class _Pulling:
@@ -39,9 +43,13 @@ class _Pulling:
 class Pulls:
     """Runs pulls. Belongs to one event loop."""
 
-    def __init__(self, loads: RemoteLoads, queue: LoadQueue) -> None:
+    def __init__(self, loads: RemoteLoads, memory_bytes: int, bytes_per_s: Callable[[], float]) -> None:
+        """Have as many pulls at once, and chunks of each, as `memory_bytes` holds: at least one, through one chunk."""
+        chunks = max(1, memory_bytes // loads.chunk_bytes)
+        at_once = min(MAX_PULLS, chunks)
+        self._reads = min(MAX_READS, chunks // at_once)
+        self._queue = LoadQueue(at_once, lambda _: bytes_per_s())
         self._loads = loads
-        self._queue = queue
         self._scope = TaskScope("pulls")
         self._running: dict[str, _Pulling] = {}
         self._closed = False
@@ -114,7 +122,9 @@ class Pulls:
             try:
                 async with self._loads.suppliers(card) as suppliers:
                     with self._loads.meter.running():
-                        await Pull(card.checkpoint, suppliers, partial, self._loads.chunk_bytes, arrived).run()
+                        await Pull(
+                            card.checkpoint, suppliers, partial, self._loads.chunk_bytes, self._reads, arrived
+                        ).run()
                 self._loads.meter.add(pulling.done_bytes)
                 await self._loads.publish(card, partial)
             except BaseException as wrong:

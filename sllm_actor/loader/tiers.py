@@ -31,6 +31,7 @@ from sllm_actor.loader.ssd_tier import SsdTier
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.progress import followed
 from sllm_actor.runtime.threads import on_thread
+from sllm_actor.units import MIB
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,10 @@ log = logging.getLogger(__name__)
 FIRST_SSD_BYTES_PER_S = 1e9
 FIRST_REMOTE_BYTES_PER_S = 1e8
 FIRST_DEVICE_BYTES_PER_S = 1e10
-# At once: on each disk and to each device, from sources, and to the SSD alone.
-LOCAL_LOADS, REMOTE_LOADS, PULLS = 1, 4, 2
+# At once: on each disk and to each device, and from sources.
+LOCAL_LOADS, REMOTE_LOADS = 1, 4
+# What pulls take beside the pool.
+PULL_MEMORY_BYTES = 128 * MIB
 
 
 _DISK, _DEVICE = "disk ", "device "
@@ -76,6 +79,7 @@ class Tiers:
         chance: Callable[[], float],
         pressing: Callable[[], AbstractContextManager[None]] = nullcontext,
         mirrors: Mirrors = lambda _: (),
+        pull_memory_bytes: int = PULL_MEMORY_BYTES,
     ) -> None:
         self._pressing = pressing
         self.loader = loader
@@ -91,7 +95,7 @@ class Tiers:
             REMOTE_LOADS, lambda _: self.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S
         )
         self._remote = RemoteLoads(loader, ssd, open_source, self._remote_queue, clock, chance, mirrors, pressing)
-        self._pulls = Pulls(self._remote, LoadQueue(PULLS, lambda _: self.remote_path().bytes_per_s))
+        self._pulls = Pulls(self._remote, pull_memory_bytes, lambda: self.remote_path().bytes_per_s)
         self._remote.take_over = self._pulls.give_way
 
     async def describe(self, url: str) -> Card:
@@ -125,6 +129,10 @@ class Tiers:
     def is_on_ssd(self, card: Card) -> bool:
         """Tell whether the SSD has a checkpoint whole."""
         return self.ssd.holds(card.model_id)
+
+    def comes_from_afar(self, wanted: Checkpoint | Card) -> bool:
+        """Tell whether no tier of this node has a checkpoint whole, so that its sources would be asked."""
+        return isinstance(wanted, Card) and not self.is_on_ssd(wanted) and not self.loader.holds(wanted.checkpoint)
 
     async def lease(
         self,

@@ -83,7 +83,8 @@ async def open_storage(
         return [f"sllm://{peer}/{model_id}" for peer in peers]
 
     chance = random.SystemRandom().random
-    tiers = Tiers(loader, ssd, Cards(folder / "cards"), open_one, clock, chance, gate.pressing, mirrors)
+    cards = Cards(folder / "cards")
+    tiers = Tiers(loader, ssd, cards, open_one, clock, chance, gate.pressing, mirrors, config.pull_memory_bytes)
     stack.push_async_callback(tiers.close)
     return Storage(tiers, gate)
 
