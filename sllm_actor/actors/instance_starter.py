@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 
+from sllm_actor.actors.engine_in_time import EngineInTime
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import EngineLimits, Model, Span
-from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.loader.cards import Card
@@ -16,8 +17,8 @@ from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.memory import available_bytes
-from sllm_actor.loader.tiers import Tiers
-from sllm_actor.messages.engine import PooledFile, PrepareModel
+from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, Tiers
+from sllm_actor.messages.engine import PrepareModel
 from sllm_actor.runtime.clock import Clock
 
 
@@ -66,41 +67,56 @@ class InstanceStarter:
         """
         begin_s = self._clock.monotonic_s()
         checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
-        engine = await self._engines.take()
+        prepare = PrepareModel(
+            path=model.path,
+            dtype=model.dtype,
+            eos_token_ids=model.eos_token_ids,
+            context_tokens=model.context_tokens,
+            aliases=checkpoint.aliases,
+            generates=model.generates,
+            embedding=model.embedding,
+        )
+        seat = EngineInTime(self._engines, prepare, self._clock, self._chunk_bytes)
         lease: HostLease | None = None
         try:
-            engine.prepare(
-                PrepareModel(
-                    path=model.path,
-                    dtype=model.dtype,
-                    eos_token_ids=model.eos_token_ids,
-                    context_tokens=model.context_tokens,
-                    aliases=checkpoint.aliases,
-                    generates=model.generates,
-                    embedding=model.embedding,
-                )
-            )
-            taken = Span(name="engine", begin_s=begin_s, end_s=self._clock.monotonic_s())
+            from_afar = self._tiers.comes_from_afar(wanted)
+            if not from_afar:
+                await seat.take()
+                begin_s = seat.taken.end_s
             lease = await self._tiers.lease(
                 wanted,
                 verify=self._verify,
                 # Others may be written to where they lie; what `convert` or the SSD tier wrote is only ever replaced.
                 in_place=self._map_in_place and (checkpoint.manifest is not None or checkpoint.identity != ""),
-                on_progress=on_progress,
-                on_placed=lambda files: engine.place(self._chunk_bytes, [_pooled(file) for file in files]),
+                on_progress=self._telling(seat, on_progress) if from_afar else on_progress,
+                on_placed=partial(self._placed, seat, checkpoint.size_bytes) if from_afar else seat.placed,
             )
-            loaded = self._load_spans(lease.report, taken.end_s)
+            loaded = self._load_spans(lease.report, begin_s)
+            engine = await seat.give()
             ready = await engine.attach(self._engine_limits())
         except BaseException:
-            # A model that failed half-way is worth nothing; its process goes at once.
-            engine.kill()
             try:
-                await engine.leave(self._stop_timeout_s)
+                await seat.give_up(self._stop_timeout_s)
             finally:
                 if lease is not None:
                     lease.release()
             raise
-        return Started(engine, lease, (taken, *loaded, *ready.spans), ready.late_imports)
+        return Started(engine, lease, (seat.taken, *loaded, *ready.spans), ready.late_imports)
+
+    def _telling(self, seat: EngineInTime, on_progress: OnProgress | None) -> OnProgress:
+        def tell(arrived_bytes: int, total_bytes: int) -> None:
+            seat.arrived(arrived_bytes, total_bytes, self._remote_bytes_per_s())
+            if on_progress is not None:
+                on_progress(arrived_bytes, total_bytes)
+
+        return tell
+
+    def _placed(self, seat: EngineInTime, size_bytes: int, files: tuple[HostFile, ...]) -> None:
+        seat.placed(files)
+        seat.arrived(0, size_bytes, self._remote_bytes_per_s())
+
+    def _remote_bytes_per_s(self) -> float:
+        return self._tiers.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S
 
     def _engine_limits(self) -> EngineLimits:
         """Where no bytes are set for keys and values: what half the free memory is for each of all instances."""
@@ -122,12 +138,3 @@ class InstanceStarter:
             for tier, size_bytes in tiers.items()
             if size_bytes
         )
-
-
-def _pooled(file: HostFile) -> PooledFile:
-    lies = file.in_place
-    if lies is None:
-        return PooledFile(name=file.name, size_bytes=file.size_bytes, chunks=pack_uint32(file.chunks))
-    return PooledFile(
-        name=file.name, size_bytes=file.size_bytes, path=lies.path, mtime_ns=lies.mtime_ns, inode=lies.inode
-    )
