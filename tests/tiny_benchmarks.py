@@ -18,14 +18,16 @@ TMPFS = 0x01021994
 LIMIT_S = 300
 
 
-def tiny_report(name: str, folder: Path, *options: str, needs_cold_files: bool = True) -> dict[str, Any]:
+def tiny_report(
+    name: str, folder: Path, *options: str, needs_cold_files: bool = True, repeats: int = REPEATS
+) -> dict[str, Any]:
     """Run it in `folder`, which stays; skip where its limits can't be compiled, or files not be made cold."""
     if shutil.which(os.environ.get("CC", "cc")) is None:
         pytest.skip("the limits need a C compiler")
     if needs_cold_files and _is_tmpfs(folder):
         pytest.skip("files on tmpfs can't be made cold")
     written = folder / "report.json"
-    words = ["--tiny", *options, "--repeats", str(REPEATS), "--json", str(written), "--work-dir", str(folder)]
+    words = ["--tiny", *options, "--repeats", str(repeats), "--json", str(written), "--work-dir", str(folder)]
     paths = [str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(
         [sys.executable, "-m", "benchmarks", name, *words],

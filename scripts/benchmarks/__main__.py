@@ -16,7 +16,7 @@ def main() -> None:
     """Run one benchmark, print its table, and write its JSON where that is asked for."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure against peers in the same run.")
     parser.add_argument("name", choices=BENCHES)
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats (at least 5)")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats (at least 5; of remote, 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, too")
     parser.add_argument("--work-dir", type=Path, default=Path(".demo"), help="where checkpoints and data are kept")
     parser.add_argument(
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
     arguments = parser.parse_args()
-    if arguments.repeats < 5:
-        parser.error("--repeats: a median of fewer than five says little")
+    if arguments.repeats < (3 if arguments.name == "remote" else 5) and not arguments.tiny:
+        parser.error("--repeats: a median of fewer than five (of remote, which takes minutes each, three) says little")
     options = f" --only {' '.join(arguments.only)}" if arguments.only else ""
     options += f" --seconds {arguments.seconds:g}" if arguments.seconds != SECONDS else ""
     options += " --tiny" if arguments.tiny else ""

@@ -1,12 +1,14 @@
 """An HTTP origin whose answers leave at a limited rate: nginx, and a relay before it that shares one allowance.
 
 nginx's own `limit_rate` gives each request its first second's bytes at once, which is all of a chunk. A child:
-`python -m benchmarks.remote_origin origin FOLDER BYTES_PER_S`; it is ready with the port of the relay.
+`python -m benchmarks.remote_origin origin FOLDER BYTES_PER_S`; it is ready with the port of the relay. It also speaks
+as much of the Hub's API as huggingface_hub needs to download the folder as the model REPOSITORY.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,6 +18,13 @@ from benchmarks.actors_process import Commands, serve
 from sllm_actor.testing.nginx import running_nginx
 
 UNPACKED = Path(".servers")
+REPOSITORY, COMMIT = "bench/model", "0" * 40
+LOCATIONS = """
+location / {{ alias {folder}/; }}
+location /api/models/{repository}/revision/ {{ default_type application/json; rewrite ^ /model break; root {own}; }}
+location /api/models/{repository}/tree/ {{ default_type application/json; rewrite ^ /tree break; root {own}; }}
+location /{repository}/resolve/{commit}/ {{ alias {folder}/; add_header X-Repo-Commit {commit}; }}
+"""
 PIECE_BYTES = 256 * 1024
 # What the allowance may save up while nobody reads.
 BURST_S = 0.02
@@ -50,7 +59,15 @@ async def origin(folder: str, bytes_per_s: str) -> tuple[dict[str, Any], Command
     """Start both."""
     stack = ExitStack()
     own = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    port = stack.enter_context(running_nginx(own, f"location / {{ alias {Path(folder).absolute()}/; }}", UNPACKED))
+    served = Path(folder).absolute()
+    sizes = {path.name: path.stat().st_size for path in sorted(served.iterdir())}
+    model = {"id": REPOSITORY, "sha": COMMIT, "private": False, "siblings": [{"rfilename": name} for name in sizes]}
+    (own / "model").write_text(json.dumps(model))
+    tree = [{"type": "file", "path": name, "size": size, "oid": COMMIT} for name, size in sizes.items()]
+    (own / "tree").write_text(json.dumps(tree))
+    own.chmod(0o755)
+    locations = LOCATIONS.format(folder=served, own=own, repository=REPOSITORY, commit=COMMIT)
+    port = stack.enter_context(running_nginx(own, locations, UNPACKED))
     allowance = Allowance(float(bytes_per_s))
 
     async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
