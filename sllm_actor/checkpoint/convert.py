@@ -42,6 +42,7 @@ from sllm_actor.checkpoint.tensor_parallel import for_tensor_parallel
 from sllm_actor.checkpoint.verify import verify_files
 from sllm_actor.checkpoint.writer import check_free, write_bytes, write_weights
 from sllm_actor.errors import (
+    AdapterInvalid,
     CheckpointInvalid,
     CheckpointUnsplittable,
     InvalidInput,
@@ -188,6 +189,10 @@ def _opened(folder: Path) -> Iterator[tuple[Original, Checkpoint | None, Mapping
         config: Mapping[str, object] = read_config(folder)[0]
         original = PickledFiles(folder)
     else:
+        if checkpoint.adapter is not None:
+            raise AdapterInvalid(
+                f"{folder} is a LoRA adapter, which is loaded as it is; deploy it beside its base model"
+            )
         if checkpoint.ranks > 1:
             raise CheckpointUnsplittable(f"{folder} holds slices for {checkpoint.ranks} ranks; convert its original")
         config, original = checkpoint.config, SafetensorsFolder(checkpoint)

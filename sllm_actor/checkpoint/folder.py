@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 import xxhash
 
+from sllm_actor.checkpoint import adapter
+from sllm_actor.checkpoint.adapter import LoraConfig, is_adapter, read_lora_config
 from sllm_actor.checkpoint.bounded import read_bounded
 from sllm_actor.checkpoint.digests import DIGEST_BYTES, digest
 from sllm_actor.checkpoint.layout import is_pad
@@ -60,7 +62,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
     """A folder that can be loaded; `fingerprint` tells whether it is still that one, digesting no weights.
 
     `identity` names its bytes wherever they lie; it is empty for a folder that others may write to. `weights` is the
-    folder of the weight files where that is another one.
+    folder of the weight files where that is another one. One that has an `adapter` is a LoRA adapter, whose `config` is
+    its adapter_config.json.
     """
 
     path: Path
@@ -73,6 +76,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     manifest: Manifest | None = None
     weights: Path | None = None
     identity: str = ""
+    adapter: LoraConfig | None = None
 
     @property
     def digest_bytes(self) -> int:
@@ -107,9 +111,10 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 def read_folder(path: Path) -> Checkpoint:
-    """Read what a checkpoint folder holds, opening every weight file for its header only.
+    """Read what a checkpoint folder holds, or an adapter's, opening every weight file for its header only.
 
     Raises:
+        AdapterInvalid: it is a LoRA adapter, of a kind that is not served.
         CheckpointMissing: no such folder.
         CheckpointEmpty: no weights in it.
         PickleCheckpoint: its weights are pickled; the message says how to convert them.
@@ -119,7 +124,8 @@ def read_folder(path: Path) -> Checkpoint:
     """
     folder = _resolve(path)
     manifest = read_manifest(folder)
-    names, weight_map = _weight_names(folder, manifest)
+    adapts = manifest is None and is_adapter(_entries(folder))
+    names, weight_map = (_adapter_names(folder), {}) if adapts else _weight_names(folder, manifest)
     fingerprint = xxhash.xxh3_128()
     files: list[WeightFile] = []
     header_digests: list[str] = []
@@ -132,7 +138,7 @@ def read_folder(path: Path) -> Checkpoint:
         header_digests.append(digest(header_bytes).hex())
     if manifest is None or manifest.partition.kind is not PartitionKind.TENSOR_PARALLEL:
         _check_weight_map(folder, files, weight_map)
-    config, config_bytes = read_config(folder)
+    config, config_bytes = read_config(folder, adapter.CONFIG_NAME if adapts else "config.json")
     fingerprint.update(config_bytes)
     if manifest is not None:
         files = _with_digests(folder, manifest, files, header_digests, digest(config_bytes).hex())
@@ -144,8 +150,9 @@ def read_folder(path: Path) -> Checkpoint:
         size_bytes=sum(file.size_bytes for file in files),
         fingerprint=fingerprint.hexdigest(),
         dtype=_dominant_dtype(files),
-        architectures=_architectures(folder, config),
+        architectures=() if adapts else _architectures(folder, config),
         manifest=manifest,
+        adapter=read_lora_config(config, str(folder / adapter.CONFIG_NAME)) if adapts else None,
     )
 
 
@@ -199,6 +206,17 @@ def _weight_names(folder: Path, manifest: Manifest | None) -> tuple[list[str], d
     if pickles:
         raise PickleCheckpoint(_how_to_convert(folder, pickles[0]))
     raise CheckpointEmpty(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+
+
+def _adapter_names(folder: Path) -> list[str]:
+    if (folder / adapter.WEIGHTS_NAME).exists():
+        return [adapter.WEIGHTS_NAME]
+    if (folder / adapter.PICKLED_NAME).exists():
+        raise PickleCheckpoint(
+            f"{folder} has its weights as pickle ({adapter.PICKLED_NAME}), which can run code and is never loaded. "
+            "Load it where you trust it with PEFT, and save it with save_pretrained(..., safe_serialization=True)"
+        )
+    raise CheckpointEmpty(f"{folder} has an {adapter.CONFIG_NAME} and no {adapter.WEIGHTS_NAME}")
 
 
 def _entries(folder: Path) -> list[str]:
@@ -287,10 +305,10 @@ def _check_weight_map(folder: Path, files: list[WeightFile], weight_map: dict[st
             raise CheckpointHeaderInvalid(f"{folder}: the index puts tensor {name!r} in {shard}, it is not there")
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], bytes]:
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> tuple[dict[str, Any], bytes]:
+    path = folder / name
     if not path.exists():
-        raise CheckpointConfigInvalid(f"{folder} has no config.json")
+        raise CheckpointConfigInvalid(f"{folder} has no {name}")
     raw = read_bounded(path, MAX_CONFIG_BYTES, CheckpointConfigInvalid)
     return _parse_object(path, raw), raw
 

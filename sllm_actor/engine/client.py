@@ -24,13 +24,19 @@ from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.engine import (
     FROM_ENGINE,
     TO_ENGINE,
+    AdapterDropped,
+    AdapterLoaded,
+    AdapterRefused,
     AttachWeights,
     CancelGeneration,
+    CheckAdapter,
     CheckModel,
+    DropAdapter,
     EngineFailed,
     EngineHello,
     EngineReady,
     GenerationError,
+    LoadAdapter,
     MapWeights,
     ModelChecked,
     PooledFile,
@@ -60,6 +66,8 @@ class Engine:
         self._channel: Channel | None = None
         self._hello: asyncio.Future[Any] = loop.create_future()
         self._answer: asyncio.Future[Any] | None = None
+        # Of adapters that are being loaded or dropped, by key.
+        self._adapting: dict[str, asyncio.Future[Any]] = {}
         self._failure: SllmError | None = None
         # Per request, what has arrived and is not yet taken: bounded by the request's max_tokens, or its texts. The ids
         # are the engine's own, so that a client's id that comes again never meets tokens of its first use.
@@ -103,6 +111,43 @@ class Engine:
             CheckpointInvalid, UnsupportedArchitecture: they do not fit, or can't be served.
         """
         await self._ask(CheckModel(), ModelChecked)
+
+    async def check_adapter(self, path: str) -> None:
+        """Wait until the adapter of a folder has been compared with the prepared model.
+
+        Raises:
+            CheckpointInvalid: it can't be served, or not with this base.
+        """
+        await self._ask(CheckAdapter(path=path), ModelChecked)
+
+    async def load_adapter(self, key: str, path: str, chunk_bytes: int, files: Sequence[PooledFile]) -> None:
+        """Let it use an adapter, whose bytes are there, for requests that name `key`. One change of a key at a time.
+
+        Raises:
+            CheckpointInvalid: it can't be used, and nothing of it is mapped.
+            EngineDied: the process has left.
+        """
+        message = LoadAdapter(key=key, path=path, chunk_bytes=chunk_bytes, files=tuple(files))
+        answer = await self._change(key, message)
+        if isinstance(answer, AdapterRefused):
+            raise from_code(answer.code, answer.text)
+
+    async def drop_adapter(self, key: str) -> None:
+        """Wait until nothing of an adapter is mapped any more.
+
+        Raises:
+            EngineDied: the process has left.
+        """
+        await self._change(key, DropAdapter(key=key))
+
+    async def _change(self, key: str, message: object) -> Any:
+        assert key not in self._adapting, "one change of an adapter at a time"
+        answer = self._adapting[key] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(message)
+            return await self._settled(answer)
+        finally:
+            del self._adapting[key]
 
     def place(self, chunk_bytes: int, files: Sequence[PooledFile]) -> None:
         """Let it map the weights, whose bytes may still be on their way; failures show in `attach`."""
@@ -197,6 +242,10 @@ class Engine:
             queue = self._streams.get(message.request_id)
             if queue is not None:
                 queue.put_nowait(from_code(message.code, message.text))
+        elif isinstance(message, AdapterLoaded | AdapterRefused | AdapterDropped):
+            changing = self._adapting.get(message.key)
+            if changing is not None and not changing.done():
+                changing.set_result(message)
         elif isinstance(message, EngineHello):
             if not self._hello.done():
                 self._hello.set_result(message)

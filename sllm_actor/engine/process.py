@@ -13,26 +13,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.checkpoint.adapter import CONFIG_NAME, read_lora_config
+from sllm_actor.checkpoint.folder import read_config, read_folder
 from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import EngineLimits, FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
-from sllm_actor.engine import skeleton
+from sllm_actor.engine import lora, skeleton
 from sllm_actor.engine.architectures import ENCODERS
 from sllm_actor.engine.embedding_jobs import EmbeddingJobs
 from sllm_actor.engine.encoder import EncoderRunner
 from sllm_actor.engine.grammar import GrammarConstraint, Grammars
 from sllm_actor.engine.runner import Generation, Runner
-from sllm_actor.errors import EngineStartFailed, GenerationFailed, SllmError, UnsupportedArchitecture
+from sllm_actor.errors import AdapterInvalid, EngineStartFailed, GenerationFailed, SllmError, UnsupportedArchitecture
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import (
+    AdapterDropped,
+    AdapterLoaded,
+    AdapterRefused,
     AttachWeights,
     CancelGeneration,
+    CheckAdapter,
     CheckModel,
+    DropAdapter,
     EngineFailed,
     EngineHello,
     EngineReady,
     GenerationError,
+    LoadAdapter,
     MapWeights,
     ModelChecked,
     PooledFile,
@@ -159,10 +166,16 @@ class EngineProcess:
             self._embed(message)
         elif isinstance(message, CancelGeneration):
             self._cancel(message.request_id)
+        elif isinstance(message, LoadAdapter):
+            self._load_adapter(message)
+        elif isinstance(message, DropAdapter):
+            self._drop_adapter(message.key)
         elif isinstance(message, PrepareModel):
             self._prepare(message)
         elif isinstance(message, CheckModel):
             self._check()
+        elif isinstance(message, CheckAdapter):
+            self._check_adapter(message.path)
         elif isinstance(message, MapWeights):
             self._map(message)
         elif isinstance(message, AttachWeights):
@@ -188,6 +201,46 @@ class EngineProcess:
         tensors = [tensor for file in checkpoint.files for tensor in file.header.tensors]
         skeleton.match(self._model, tensors, self._prepared.aliases)
         self._channel.send(ModelChecked())
+
+    def _check_adapter(self, path: str) -> None:
+        if self._model is None:
+            raise EngineStartFailed("an adapter's check was asked for before its base was named")
+        found = read_folder(Path(path))
+        if found.adapter is None:
+            raise AdapterInvalid(f"{path} is not a LoRA adapter")
+        tensors = [tensor for file in found.files for tensor in file.header.tensors]
+        adapted = lora.match(self._model, found.adapter, tensors)
+        lora.check_targets(self._model, found.adapter, adapted)
+        self._channel.send(ModelChecked())
+
+    def _load_adapter(self, message: LoadAdapter) -> None:
+        if not isinstance(self._runner, Runner) or self._model is None:
+            raise EngineStartFailed("an adapter came before its base's weights")
+        try:
+            adapter = self._read_adapter(self._model, message)
+        except SllmError as error:
+            self._channel.send(AdapterRefused(key=message.key, code=error.code, text=error.message))
+            return
+        self._runner.adapters.put(message.key, adapter)
+        self._channel.send(AdapterLoaded(key=message.key))
+
+    def _read_adapter(self, model: PreTrainedModel, message: LoadAdapter) -> lora.Adapter:
+        config = read_lora_config(read_config(Path(message.path), CONFIG_NAME)[0], message.path)
+        mapped = self._map_files(message.chunk_bytes, message.files)
+        owner: dict[str, skeleton.MappedTensors] = {}
+        tensors: list[Tensor] = []
+        for file in message.files:
+            data = mapped[file.name]
+            header = parse_header(data, file.size_bytes, name=file.name)
+            tensors += header.tensors
+            owner |= dict.fromkeys((tensor.name for tensor in header.tensors), skeleton.MappedTensors(data))
+        placed = lora.match(model, config, tensors)
+        return lora.make(config, placed, lambda tensor: owner[tensor.name].view(tensor), model.device)
+
+    def _drop_adapter(self, key: str) -> None:
+        assert isinstance(self._runner, Runner), "only what was loaded is dropped"
+        self._runner.adapters.drop(key)
+        self._channel.send(AdapterDropped(key=key))
 
     def _map(self, message: MapWeights) -> None:
         begin_s = self._clock.monotonic_s()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
 from sllm_actor.engine.attention import Pass, Segment
 from sllm_actor.engine.kv_cache import Slot, SlotPool, common_prefix, kv_shape
+from sllm_actor.engine.lora import Adapters
 from sllm_actor.engine.pooling import Pooler, check_text
 from sllm_actor.engine.sampling import Drawn, Sampler, draw_rows, logprobs_of
 from sllm_actor.errors import GenerationFailed, InvalidRequest, SllmError
@@ -111,6 +112,7 @@ class Runner:
         self, model: PreTrainedModel, eos_token_ids: Sequence[int], context_tokens: int, limits: EngineLimits
     ) -> None:
         config = model.config.get_text_config()
+        self.adapters = Adapters(model)
         self._model = model
         self._eos = frozenset(eos_token_ids)
         self._context_tokens = context_tokens
@@ -151,13 +153,15 @@ class Runner:
         One whose answer so far is whole already has its `finish` at once, and is not run.
 
         Raises:
-            GenerationFailed: the model has no such token, or no context for the prompt.
+            GenerationFailed: the model has no such token, no context for the prompt, or not this adapter.
             InvalidRequest: there is not enough memory for its keys and values, even if nothing else ran.
         """
         if not 0 < len(prompt) < self._context_tokens:
             raise GenerationFailed(f"a prompt of {len(prompt)} tokens in a context of {self._context_tokens}")
         if (largest := max(*prompt, *generated, 0)) >= self._vocabulary:
             raise GenerationFailed(f"token {largest} can't be computed: the model knows {self._vocabulary}")
+        if not self.adapters.has(adapter):
+            raise GenerationFailed(f"the adapter {adapter} is not loaded")
         sampler = Sampler(sampling, prompt, self._eos, tuple(generated))
         generation = Generation(prompt, sampler, generated, (priority, next(self._arrivals)))
         generation.pinned = resume is Resume.EXACT or self._of_whole_passes
@@ -212,6 +216,7 @@ class Runner:
         decoding = [(generation, 1) for generation in self._running if generation.decodes]
         prompts = self._chunks()
         shared = [item for item in decoding + prompts if not item[0].pinned]
+        shared.sort(key=lambda item: item[0].adapter)  # So that the tokens of each adapter are neighbours.
         alone = [[item] for item in decoding + prompts if item[0].pinned]
         for work in ([shared] if shared else []) + alone:
             self._compute(work, step)
@@ -352,6 +357,7 @@ class Runner:
             if past + count == generation.known and generation.pooler is None:
                 ready.append(generation)
                 last.append(len(tokens) - 1)
+        spans = self.adapters.spans([item[0].adapter for item in work], [count for _, count in work])
         slots, device = Pass(segments), self._model.device
         rows = last + scoring
         kept = 0 if last == rows and len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.long, device=device)
@@ -363,7 +369,7 @@ class Runner:
             "return_dict": True,
             self._cache_argument: slots,
         }
-        with torch.inference_mode():
+        with torch.inference_mode(), self.adapters.applied(spans):
             if any(generation.pooler for generation, _ in work):
                 hidden = self._model.base_model(**arguments).last_hidden_state[0]
                 for (generation, _), (_slot, begin, size, past) in zip(work, segments, strict=True):

@@ -21,6 +21,7 @@
     │   │   ├── PickleCheckpoint         weights as pickle, which is never loaded
     │   │   ├── PickleInvalid            a pickle that can't be converted: code in it, or no plain tensors
     │   │   ├── TokenizerInvalid         no usable tokenizer or chat template
+    │   │   ├── AdapterInvalid           a LoRA adapter of a kind that is not served, or of another base
     │   │   └── UnsupportedArchitecture  a model class that the engine can't serve correctly
     │   ├── TargetInvalid              a folder that nothing may be written to
     │   ├── MetadataInvalid            a key, value, lease or transaction that no metadata store takes
@@ -71,6 +72,10 @@ Every class has a stable `code`, which is what crosses a process border beside t
 from __future__ import annotations
 
 from sllm_actor.errors.base import SllmError as SllmError
+from sllm_actor.errors.engine import EngineDied as EngineDied
+from sllm_actor.errors.engine import EngineError as EngineError
+from sllm_actor.errors.engine import EngineStartFailed as EngineStartFailed
+from sllm_actor.errors.engine import GenerationFailed as GenerationFailed
 from sllm_actor.errors.metadata import Fenced as Fenced
 from sllm_actor.errors.metadata import LeaseLost as LeaseLost
 from sllm_actor.errors.metadata import MetadataCompacted as MetadataCompacted
@@ -162,6 +167,10 @@ class TokenizerInvalid(CheckpointInvalid):
 
 class UnsupportedArchitecture(CheckpointInvalid):
     code = "unsupported_architecture"
+
+
+class AdapterInvalid(CheckpointInvalid):
+    code = "adapter_invalid"
 
 
 class TargetInvalid(InvalidInput):
@@ -373,22 +382,6 @@ class DeviceOutOfMemory(DeviceError):
 
 class DeviceFailed(DeviceError):
     code = "device_failed"
-
-
-class EngineError(SllmError):
-    code = "engine_error"
-
-
-class EngineStartFailed(EngineError):
-    code = "engine_start_failed"
-
-
-class EngineDied(EngineError):
-    code = "engine_died"
-
-
-class GenerationFailed(EngineError):
-    code = "generation_failed"
 
 
 def _tree(root: type[SllmError]) -> dict[str, type[SllmError]]:

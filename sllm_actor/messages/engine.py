@@ -74,6 +74,59 @@ class AttachWeights:
     limits: EngineLimits
 
 
+@message("engine.check_adapter")
+class CheckAdapter:
+    """Compare the adapter of the folder `path` with the prepared model, by headers; no weight is read.
+
+    Answered by `ModelChecked` or `EngineFailed`.
+    """
+
+    path: str
+
+
+@message("engine.load_adapter")
+class LoadAdapter:
+    """Have the adapter of the folder `path`, whose bytes are there, for requests that name `key`; others go on.
+
+    Answered by `AdapterLoaded` or `AdapterRefused`.
+    """
+
+    key: str
+    path: str
+    chunk_bytes: int
+    files: tuple[PooledFile, ...]
+
+
+@message("engine.adapter_loaded")
+class AdapterLoaded:
+    """Requests may name `key` now."""
+
+    key: str
+
+
+@message("engine.adapter_refused")
+class AdapterRefused:
+    """The adapter can't be used; nothing of it is mapped any more, and the engine goes on."""
+
+    key: str
+    code: str
+    text: str
+
+
+@message("engine.drop_adapter")
+class DropAdapter:
+    """Let go of an adapter's memory; no request that names it runs any more. Answered by `AdapterDropped`."""
+
+    key: str
+
+
+@message("engine.adapter_dropped")
+class AdapterDropped:
+    """Nothing of the adapter is mapped any more."""
+
+    key: str
+
+
 @message("engine.ready")
 class EngineReady:
     """The model can generate. `late_imports` names torch and transformers modules imported since the fork."""
@@ -119,11 +172,26 @@ class ShutDown:
     """Leave, with exit status 0."""
 
 
-TO_ENGINE = (PrepareModel, CheckModel, MapWeights, AttachWeights, Generate, Embed, CancelGeneration, ShutDown)
+TO_ENGINE = (
+    PrepareModel,
+    CheckModel,
+    CheckAdapter,
+    MapWeights,
+    AttachWeights,
+    LoadAdapter,
+    DropAdapter,
+    Generate,
+    Embed,
+    CancelGeneration,
+    ShutDown,
+)
 FROM_ENGINE = (
     EngineHello,
     ModelChecked,
     EngineReady,
+    AdapterLoaded,
+    AdapterRefused,
+    AdapterDropped,
     EngineFailed,
     Prefilled,
     PromptLogprobs,

@@ -16,6 +16,8 @@ from sllm_actor.sources.http_client import HttpClient
 from sllm_actor.sources.http_reader import HttpReader
 from sllm_actor.sources.http_url import parse_folder
 from sllm_actor.sources.listing import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
@@ -111,7 +113,14 @@ class HttpSource:
                 )
         return [*files, SourceFile(MANIFEST_NAME, len(raw), validator)]
 
+    async def _adapter(self) -> list[SourceFile] | None:
+        described = await self._probe_if_there(ADAPTER_CONFIG_NAME, _GONE)
+        return None if described is None else [described, await self._probe(ADAPTER_WEIGHTS_NAME)]
+
     async def _stock(self, config: SourceFile | None, absent: Sequence[int]) -> list[SourceFile]:
+        adapter = await self._adapter() if config is None else None
+        if adapter is not None:
+            return adapter
         found = await self._reader.content(self._url_of(INDEX_NAME), MAX_INDEX_BYTES, absent)
         if found is not None:
             raw, validator = found

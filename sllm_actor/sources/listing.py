@@ -16,6 +16,8 @@ MANIFEST_NAME = "sllm.json"
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_MANIFEST_BYTES = 128_000_000
 MAX_INDEX_BYTES = 100_000_000
 

@@ -91,7 +91,7 @@ def belongs(name: str) -> bool:
 
 
 _BELONGS = re.compile(
-    r".*\.safetensors|.*\.safetensors\.index\.json|sllm\.json|config\.json|generation_config\.json"
+    r".*\.safetensors|.*\.safetensors\.index\.json|sllm\.json|(?:adapter_)?config\.json|generation_config\.json"
     r"|(?:pre)?processor_config\.json|special_tokens_map\.json|added_tokens\.json|tokenizer.*|chat_template.*|vocab.*"
     r"|modules\.json|sentence_.*_config\.json|config_sentence_transformers\.json|merges.*|.*\.model|.*\.tiktoken"
 )
