@@ -171,7 +171,7 @@ async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weig
             tiers,
             cast(Any, asked),
             SystemClock(),
-            Limits(1, 1, 1, 1.0, 1.0),
+            Limits(1, 1, 1, 1.0, 1.0, 1),
             WaitingRoom(SystemClock(), max_in_all=1, max_per_model=1),
             StartCounts(),
         )

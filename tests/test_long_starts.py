@@ -250,7 +250,7 @@ async def test_the_scheduler_hears_of_a_copy_as_soon_as_the_ssd_has_it(origin: P
             node.tiers,
             cast(Any, None),
             SystemClock(),
-            Limits(1, 1, 1, 1.0, 1.0),
+            Limits(1, 1, 1, 1.0, 1.0, 1),
             ROOM,
             StartCounts(),
         )

@@ -99,10 +99,11 @@ class EngineInTime:
 
     def _place(self) -> None:
         if self._engine is not None and self._files is not None:
-            self._engine.place(self._chunk_bytes, [_pooled(file) for file in self._files])
+            self._engine.place(self._chunk_bytes, [pooled(file) for file in self._files])
 
 
-def _pooled(file: HostFile) -> PooledFile:
+def pooled(file: HostFile) -> PooledFile:
+    """Describe a file in host memory to an engine."""
     lies = file.in_place
     if lies is None:
         return PooledFile(name=file.name, size_bytes=file.size_bytes, chunks=pack_uint32(file.chunks))

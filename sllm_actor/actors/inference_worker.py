@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
+
+import msgspec
 
 from sllm_actor.actors.slots import Slots
 from sllm_actor.actors.waiting_room import WaitingRoom
@@ -12,7 +15,14 @@ from sllm_actor.engine.client import Engine, Item
 from sllm_actor.errors import Draining
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.generation import Generate
-from sllm_actor.messages.instances import InstanceActivity, InstanceDied, InstanceExpired, Retire
+from sllm_actor.messages.instances import (
+    AdapterHeld,
+    HoldAdapter,
+    InstanceActivity,
+    InstanceDied,
+    InstanceExpired,
+    Retire,
+)
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 
 FIRST_REQUEST_S = 10.0
@@ -53,18 +63,18 @@ class InferenceWorker(Actor):
         self._expire_later(max(self._keep_alive_s, FIRST_REQUEST_S))
 
     @handles(Generate)
-    async def generate(self, request: Generate) -> AsyncGenerator[Item, None]:
+    async def generate(self, request: Generate) -> AsyncGenerator[AdapterHeld | Item, None]:
         async with aclosing(self._run(request)) as items:
             async for item in items:
                 yield item
 
     @handles(Embed)
-    async def embed(self, request: Embed) -> AsyncGenerator[Item, None]:
+    async def embed(self, request: Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
         async with aclosing(self._run(request)) as items:
             async for item in items:
                 yield item
 
-    async def _run(self, request: Generate | Embed) -> AsyncGenerator[Item, None]:
+    async def _run(self, request: Generate | Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
         if self._retiring or self._engine.died.done():
             raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
         self._count(+1)
@@ -73,13 +83,28 @@ class InferenceWorker(Actor):
                 with self._room.place(request.model):
                     await self._slots.take(request.priority)
             try:
-                async with aclosing(self._engine.generate(request)) as items:
+                async with aclosing(self._compute(request)) as items:
                     async for item in items:
                         yield item
             finally:
                 self._slots.give()
         finally:
             self._count(-1)
+
+    async def _compute(self, request: Generate | Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
+        if not isinstance(request, Generate) or not request.base:
+            async with aclosing(self._engine.generate(request)) as items:
+                async for item in items:
+                    yield item
+            return
+        # What the engine has of the adapter is held as long as this stream is open.
+        wish = HoldAdapter(instance_id=self._instance_id, adapter=request.model)
+        async with aclosing(self._manager.stream(wish)) as holding:
+            held: AdapterHeld = await anext(holding)
+            yield held
+            async with aclosing(self._engine.generate(_with_adapter(request, held.key))) as items:
+                async for item in items:
+                    yield item
 
     @handles(Retire, concurrent=True)
     async def retire(self, _: Retire) -> None:
@@ -112,3 +137,7 @@ class InferenceWorker(Actor):
 
     async def stopped(self) -> None:
         self._engine.kill()
+
+
+def _with_adapter(request: Any, key: str) -> Any:
+    return msgspec.structs.replace(request, adapter=key)

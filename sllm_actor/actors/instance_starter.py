@@ -17,6 +17,7 @@ from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.memory import available_bytes
+from sllm_actor.loader.order import OnPlaced
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, Tiers
 from sllm_actor.messages.engine import PrepareModel
 from sllm_actor.runtime.clock import Clock
@@ -50,7 +51,7 @@ class InstanceStarter:
         self._tiers = tiers
         self._engines = engines
         self._clock = clock
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self._map_in_place = map_in_place
         self._verify = verify
         self._stop_timeout_s = stop_timeout_s
@@ -76,20 +77,17 @@ class InstanceStarter:
             generates=model.generates,
             embedding=model.embedding,
         )
-        seat = EngineInTime(self._engines, prepare, self._clock, self._chunk_bytes)
+        seat = EngineInTime(self._engines, prepare, self._clock, self.chunk_bytes)
         lease: HostLease | None = None
         try:
             from_afar = self._tiers.comes_from_afar(wanted)
             if not from_afar:
                 await seat.take()
                 begin_s = seat.taken.end_s
-            lease = await self._tiers.lease(
+            lease = await self.lease(
                 wanted,
-                verify=self._verify,
-                # Others may be written to where they lie; what `convert` or the SSD tier wrote is only ever replaced.
-                in_place=self._map_in_place and (checkpoint.manifest is not None or checkpoint.identity != ""),
-                on_progress=self._telling(seat, on_progress) if from_afar else on_progress,
-                on_placed=partial(self._placed, seat, checkpoint.size_bytes) if from_afar else seat.placed,
+                self._telling(seat, on_progress) if from_afar else on_progress,
+                partial(self._placed, seat, checkpoint.size_bytes) if from_afar else seat.placed,
             )
             loaded = self._load_spans(lease.report, begin_s)
             engine = await seat.give()
@@ -117,6 +115,24 @@ class InstanceStarter:
 
     def _remote_bytes_per_s(self) -> float:
         return self._tiers.remote_path().bytes_per_s or FIRST_REMOTE_BYTES_PER_S
+
+    async def lease(
+        self, wanted: Checkpoint | Card, on_progress: OnProgress | None = None, on_placed: OnPlaced | None = None
+    ) -> HostLease:
+        """Have a model's or an adapter's bytes where engines map them.
+
+        Raises:
+            SllmError: as `Tiers.lease` does.
+        """
+        checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
+        return await self._tiers.lease(
+            wanted,
+            verify=self._verify,
+            # Others may be written to where they lie; what `convert` or the SSD tier wrote is only ever replaced.
+            in_place=self._map_in_place and (checkpoint.manifest is not None or checkpoint.identity != ""),
+            on_progress=on_progress,
+            on_placed=on_placed,
+        )
 
     def _engine_limits(self) -> EngineLimits:
         """Where no bytes are set for keys and values: what half the free memory is for each of all instances."""

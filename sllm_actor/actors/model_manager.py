@@ -9,20 +9,25 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import NamedTuple
 
+from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.instance import Instance
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
 from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.standing import standing
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.tiers_view import tiers_view
 from sllm_actor.actors.waiting_room import WaitingRoom
-from sllm_actor.domain import Model, ModelName, ModelState, NodeId
-from sllm_actor.errors import DeliveryFailed, ModelNotFound, SllmError
+from sllm_actor.domain import Model, ModelName, NodeId
+from sllm_actor.errors import Conflict, DeliveryFailed, Draining, ModelNotFound, SllmError
 from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
+from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
 from sllm_actor.messages.instances import (
+    AdapterHeld,
+    HoldAdapter,
     InstanceActivity,
     InstanceDied,
     InstanceExpired,
@@ -69,6 +74,7 @@ class Limits(NamedTuple):
     max_requests_per_instance: int
     drain_timeout_s: float
     engine_stop_timeout_s: float
+    max_adapters_per_instance: int
 
 
 class ModelManager(Actor):
@@ -145,27 +151,8 @@ class ModelManager(Actor):
     @handles(ListModels)
     async def list_models(self, _: ListModels) -> tuple[ModelStatus, ...]:
         held = {resident.fingerprint: resident.size_bytes for resident in self._tiers.loader.residents()}
-        return tuple(self._status(model, held) for model in self._registry.models())
-
-    def _status(self, model: Model, held: dict[str, int]) -> ModelStatus:
-        instances = sum(instance.model.name == model.name for instance in self._instances.values())
-        if instances:
-            state = ModelState.RUNNING
-        elif model.name in self._starting.values():
-            state = ModelState.LOADING
-        elif model.fingerprint in held:
-            state = ModelState.HOST
-        else:
-            on_disk = ModelState.SSD if model.card else ModelState.COLD
-            state = on_disk if self._registry.is_on_disk(model) else ModelState.REMOTE
-        arriving = self._registry.arriving(model)
-        return ModelStatus(
-            model=model,
-            state=state,
-            instances=instances,
-            host_bytes=held.get(model.fingerprint, 0),
-            loading_bytes=0 if arriving is None else arriving[0],
-        )
+        instances, starting = self._instances.values(), self._starting.values()
+        return tuple(standing(model, self._registry, instances, starting, held) for model in self._registry.models())
 
     @handles(ListTiers)
     async def list_tiers(self, _: ListTiers) -> TiersView:
@@ -210,6 +197,8 @@ class ModelManager(Actor):
         self._report()
         try:
             model = self._registry.find(message.model)
+            if message.adapter:
+                self._bring(self._registry.find(ModelName(message.adapter)))
             started = await self._starter.start(model, await self._registry.wanted(model), on_progress)
             self._counts.started(started.spans)
             try:
@@ -223,6 +212,29 @@ class ModelManager(Actor):
         finally:
             del self._starting[message.placement_id]
             self._report(ended=message.placement_id)
+
+    def _bring(self, adapter: Model) -> None:
+        """Have an adapter come to host memory beside its base. What this fails with, its request meets again."""
+        task = self.context.tasks.spawn(self._lease_adapter(adapter), "adapter", on_failure=lambda _: None)
+        task.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().release())
+
+    async def _lease_adapter(self, adapter: Model) -> HostLease:
+        return await self._starter.lease(await self._registry.wanted(adapter))
+
+    @handles(HoldAdapter)
+    async def hold_adapter(self, message: HoldAdapter) -> AsyncIterator[AdapterHeld]:
+        instance = self._instances.get(message.instance_id)
+        if instance is None:
+            raise Draining(f"instance {message.instance_id} is being stopped", retry_after_s=1.0)
+        adapter = self._registry.find(message.adapter)
+        if adapter.base != instance.model.name:
+            raise Conflict(f"{adapter.name} is no longer an adapter of {instance.model.name}", param="model")
+        async with instance.adapters.hold(adapter) as spans:
+            if spans:
+                self._learn_bandwidth()
+                self._report()
+            yield AdapterHeld(key=adapter.fingerprint, spans=spans)
+            await asyncio.Event().wait()  # Until whoever asked closes the stream.
 
     async def _install(self, model: Model, started: Started) -> InstanceStarted:
         if not self._registry.is_current(model):
@@ -239,7 +251,15 @@ class ModelManager(Actor):
             stop_timeout_s=self._limits.engine_stop_timeout_s,
         )
         ref = await self.context.system.spawn(worker, f"worker/{instance_id}")
-        self._instances[instance_id] = Instance(instance_id, model, started, ref, self._clock.monotonic_s())
+        adapters = InstanceAdapters(
+            started.engine,
+            self._lease_adapter,
+            self._clock,
+            instance_id,
+            chunk_bytes=self._starter.chunk_bytes,
+            limit=self._limits.max_adapters_per_instance,
+        )
+        self._instances[instance_id] = Instance(instance_id, model, started, adapters, ref, self._clock.monotonic_s())
         started.lease.is_of(instance_id)
         self._learn_bandwidth()
         return InstanceStarted(
@@ -260,6 +280,12 @@ class ModelManager(Actor):
             and not (message.only_idle and instance.active)
         ]
         await asyncio.gather(*(self._retire(instance) for instance in chosen))
+        await asyncio.gather(
+            *(
+                instance.adapters.forget(message.model, self._limits.drain_timeout_s, only_idle=message.only_idle)
+                for instance in self._instances.values()
+            )
+        )
         return len(chosen)
 
     async def _stop_all(self, name: ModelName) -> None:
@@ -288,6 +314,7 @@ class ModelManager(Actor):
             await self.context.system.stop(instance.worker.name)
         finally:
             await self._discard(instance.started)
+            await instance.adapters.close()
             self._report()
 
     async def _discard(self, started: Started) -> None:
@@ -331,6 +358,7 @@ class ModelManager(Actor):
     async def stopped(self) -> None:
         for instance in list(self._instances.values()):
             await self._discard(instance.started)
+            await instance.adapters.close()
 
     # Reports.
 

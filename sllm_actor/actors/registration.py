@@ -7,6 +7,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
+from sllm_actor.checkpoint.adapter import LoraConfig
 from sllm_actor.checkpoint.embedding_config import embedding_of
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.checkpoint.model_config import ModelConfig, read_model_config
@@ -14,13 +17,18 @@ from sllm_actor.checkpoint.sentence_layout import read_sentence_layout
 from sllm_actor.domain import Model
 from sllm_actor.engine.architectures import ENCODERS, MODULES, choose
 from sllm_actor.engine.pool import EnginePool
-from sllm_actor.errors import ModelTooLarge, TokenizerInvalid
+from sllm_actor.errors import AdapterInvalid, InvalidRequest, ModelTooLarge, TokenizerInvalid
 from sllm_actor.loader.cards import Card
 from sllm_actor.messages.engine import PrepareModel
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.sources.folder import resolve
 from sllm_actor.sources.open import is_local
 from sllm_actor.units import format_bytes
+
+CHECK_TIMEOUT_S = 60.0
+
+FindBase = Callable[[LoraConfig], Awaitable[Model]]
+"""Gives the model that an adapter is for, its folder whole."""
 
 
 class TokenizerFacts(NamedTuple):
@@ -40,6 +48,8 @@ class Examiner:
         builtin: Mapping[str, Path],
         describe: Callable[[str], Awaitable[Card]],
         *,
+        max_adapter_rank: int,
+        max_adapter_bytes: int,
         pool_bytes: int,
         chunk_bytes: int,
         keep_alive_s: float,
@@ -49,12 +59,16 @@ class Examiner:
         self._inspect_tokenizer = inspect_tokenizer
         self._builtin = builtin
         self._describe = describe
+        self._max_adapter_rank = max_adapter_rank
+        self._max_adapter_bytes = max_adapter_bytes
         self._pool_bytes = pool_bytes
         self._chunk_bytes = chunk_bytes
         self._keep_alive_s = keep_alive_s
         self._stop_timeout_s = stop_timeout_s
 
-    async def examine(self, message: RegisterModel, now_wall_s: float) -> tuple[Model, Checkpoint | Card]:
+    async def examine(
+        self, message: RegisterModel, now_wall_s: float, find_base: FindBase
+    ) -> tuple[Model, Checkpoint | Card]:
         """Read the folder, or the card of what is elsewhere, and try everything but its weights.
 
         Raises:
@@ -62,6 +76,10 @@ class Examiner:
         """
         wanted = await self._find(message.source)
         checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
+        if checkpoint.adapter is not None:
+            return await self._examine_adapter(message, wanted, await find_base(checkpoint.adapter), now_wall_s), wanted
+        if message.base:
+            raise InvalidRequest(f"{message.source} is not a LoRA adapter, so that it has no base", param="base")
         loop = asyncio.get_running_loop()
         layout = await loop.run_in_executor(None, read_sentence_layout, checkpoint.path)
         # A checkpoint of sentence-transformers is one that embeds, whatever else its class could do.
@@ -104,6 +122,47 @@ class Examiner:
         )
         return model, wanted
 
+    async def _examine_adapter(
+        self, message: RegisterModel, wanted: Checkpoint | Card, base: Model, now_wall_s: float
+    ) -> Model:
+        """Hold an adapter against the bounds and against its base; it is served as that is."""
+        checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
+        assert checkpoint.adapter is not None
+        if not base.generates:
+            raise AdapterInvalid(f"{base.name} does not generate, and only what does can have adapters", param="base")
+        if checkpoint.adapter.largest_rank > self._max_adapter_rank:
+            raise AdapterInvalid(
+                f"the adapter has rank {checkpoint.adapter.largest_rank}, and {self._max_adapter_rank} may be: "
+                "raise max_adapter_rank"
+            )
+        if checkpoint.size_bytes > self._max_adapter_bytes:
+            raise ModelTooLarge(
+                f"the adapter has {format_bytes(checkpoint.size_bytes)}, "
+                f"{format_bytes(self._max_adapter_bytes)} may be: raise max_adapter_bytes"
+            )
+        host_bytes = self._host_bytes(checkpoint)
+        if base.host_bytes + host_bytes > self._pool_bytes:
+            raise ModelTooLarge(
+                f"the adapter needs {format_bytes(host_bytes)} of host memory beside {base.name}'s "
+                f"{format_bytes(base.host_bytes)}, the pool has {format_bytes(self._pool_bytes)}: raise host_pool_bytes"
+            )
+        await self._try_adapter(base, checkpoint)
+        return msgspec.structs.replace(
+            base,
+            name=message.name,
+            embedding=None,
+            path=str(checkpoint.path),
+            source=wanted.url if isinstance(wanted, Card) else str(checkpoint.path),
+            card=wanted.key if isinstance(wanted, Card) else "",
+            fingerprint=checkpoint.fingerprint,
+            dtype=checkpoint.dtype,
+            size_bytes=checkpoint.size_bytes,
+            host_bytes=host_bytes,
+            registered_wall_s=now_wall_s,
+            base=base.name,
+            text_path=base.path,
+        )
+
     async def _find(self, source: str) -> Checkpoint | Card:
         if is_local(source):
             return await read_off_loop(resolve(source, self._builtin))
@@ -134,6 +193,28 @@ class Examiner:
                 )
             )
             await engine.check()
+        finally:
+            await engine.leave(self._stop_timeout_s)
+
+    async def _try_adapter(self, base: Model, checkpoint: Checkpoint) -> None:
+        """Let a warm engine build the base and compare the adapter with it; no weight is read."""
+        engine = await self._engines.take()
+        try:
+            engine.prepare(
+                PrepareModel(
+                    path=base.path,
+                    dtype=base.dtype,
+                    eos_token_ids=base.eos_token_ids,
+                    context_tokens=base.context_tokens,
+                    aliases={},
+                )
+            )
+            # A pattern of module names may run for ever; the engine is ended with it.
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                await engine.check_adapter(str(checkpoint.path))
+        except TimeoutError:
+            engine.kill()
+            raise AdapterInvalid(f"comparing it with its base took longer than {CHECK_TIMEOUT_S:g} s") from None
         finally:
             await engine.leave(self._stop_timeout_s)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import msgspec
 
+from sllm_actor.actors.bases import base_of, check_unused
 from sllm_actor.actors.registration import Examiner, read_off_loop
+from sllm_actor.checkpoint.adapter import LoraConfig
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import Model, ModelName, TierChoice
 from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, Conflict, Draining, ModelExists, ModelNotFound
@@ -111,6 +113,7 @@ class Registry:
 
         Raises:
             ModelExists: the name is taken by another source.
+            Conflict: it would be another model, and is the base of adapters.
             SllmError: as `Examiner.examine` does.
         """
         self._examining += 1
@@ -121,7 +124,12 @@ class Registry:
             await self._sweep()
 
     async def _register(self, message: RegisterModel) -> tuple[Model, bool]:
-        model, wanted = await self._examiner.examine(message, self._clock.wall_s())
+        async def find_base(config: LoraConfig) -> Model:
+            base = base_of(self.models(), message.base, config)
+            await self.wanted(base)
+            return base
+
+        model, wanted = await self._examiner.examine(message, self._clock.wall_s(), find_base)
         known = self._models.get(model.name)
         if known is not None and _same(known, model):
             self._wanted[model.name] = wanted  # The same bytes; perhaps other inodes.
@@ -131,21 +139,38 @@ class Registry:
                 f"{model.name} is registered already, from {_source(known)}; replace it or remove it first",
                 param="name",
             )
-        if known is not None and known.fingerprint != model.fingerprint:
-            await self._let_go(model.name)
-        await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
-        self._models[model.name] = model
-        self._wanted[model.name] = wanted
+        if known is not None and (known.fingerprint, known.path) != (model.fingerprint, model.path):
+            check_unused(known.name, self.models(), "replaced")
+        with self._based(model):
+            if known is not None and known.fingerprint != model.fingerprint:
+                await self._let_go(model.name)
+            await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
+            self._models[model.name] = model
+            self._wanted[model.name] = wanted
         return model, True
+
+    @contextmanager
+    def _based(self, model: Model) -> Iterator[None]:
+        """Have an adapter's base stay what it was when the adapter was compared with it."""
+        if not model.base:
+            yield
+            return
+        base = self._models.get(ModelName(model.base))
+        if base is None or base.path != model.text_path:
+            raise Conflict(f"{model.base} was removed or replaced meanwhile", param="base")
+        with self.change(base.name):
+            yield
 
     async def remove(self, name: ModelName) -> Model:
         """Forget a registration, and the pins of what no other name has. Within `change`.
 
         Raises:
             ModelNotFound: there is none of this name.
+            Conflict: it is the base of adapters.
             WriteFailed: the disk refused.
         """
         model = self.find(name)
+        check_unused(name, self.models(), "removed")
         await self._let_go(name)
         await self._store.delete(MODELS + name)
         del self._models[name]

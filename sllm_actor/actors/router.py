@@ -23,7 +23,14 @@ from sllm_actor.messages.generation import (
     RequestLocation,
     Tokens,
 )
-from sllm_actor.messages.instances import EndStart, InstanceGone, InstanceStarted, StartInstance, StartProgress
+from sllm_actor.messages.instances import (
+    AdapterHeld,
+    EndStart,
+    InstanceGone,
+    InstanceStarted,
+    StartInstance,
+    StartProgress,
+)
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel
 from sllm_actor.policy.retrying import UNKNOWN_S, rest_s
@@ -111,6 +118,8 @@ class Router(Actor):
                     async for item in items:
                         if isinstance(item, Prefilled):
                             record.spans.append(item.span)
+                        elif isinstance(item, AdapterHeld):
+                            record.spans.extend(item.spans)
                         else:
                             record.take(item, self._clock.monotonic_s())
                             yield item
@@ -122,24 +131,25 @@ class Router(Actor):
 
     async def _instance(self, request: Generate | Embed, record: RequestRecord) -> InstanceStarted:
         """Find the model's instance, or wait for the one start that all waiting requests share."""
-        model = request.model
-        if model in self._routes:
-            return self._routes[model]
+        served = _served(request)
+        if served in self._routes:
+            return self._routes[served]
         record.cold = True
-        with self._room.place(model):
+        with self._room.place(request.model):
             instance, spans = await self._share(request)
         record.spans.extend(spans)
         return instance
 
     async def _share(self, request: Generate | Embed) -> tuple[InstanceStarted, tuple[Span, ...]]:
         """Wait for the start of the request's model; it ends when the last who waits for it leaves."""
-        start = self._starts.get(request.model)
+        served = _served(request)
+        start = self._starts.get(served)
         if start is None:
-            start = self._starts[request.model] = _Start(request)
+            start = self._starts[served] = _Start(request)
             work = self._start(start)
-            start.task = self.context.tasks.spawn(work, f"start-{request.model}", on_failure=lambda _: None)
+            start.task = self.context.tasks.spawn(work, f"start-{served}", on_failure=lambda _: None)
             begun = start
-            start.task.add_done_callback(lambda _: self._over(request.model, begun))
+            start.task.add_done_callback(lambda _: self._over(served, begun))
         if request.priority < start.priority:
             start.priority = request.priority
             self._scheduler.tell(HurryPlacement(request_id=start.request.request_id, priority=start.priority))
@@ -150,7 +160,7 @@ class Router(Actor):
             start.waiters -= 1
             if not start.waiters and not start.task.done():
                 start.task.cancel()
-                self._over(request.model, start)
+                self._over(served, start)
         if start.task.cancelled():
             raise start.ended
         return start.task.result()
@@ -172,15 +182,19 @@ class Router(Actor):
         return True
 
     async def _start(self, start: _Start) -> tuple[InstanceStarted, tuple[Span, ...]]:
-        begin_s, request = self._clock.monotonic_s(), start.request
-        model: Model = await self._manager.ask(GetModel(name=request.model), timeout_s=self._ask_timeout_s)
+        begin_s, request, served = self._clock.monotonic_s(), start.request, _served(start.request)
+        model: Model = await self._manager.ask(GetModel(name=served), timeout_s=self._ask_timeout_s)
+        adapter_bytes = 0
+        if request.model != served:
+            adapter: Model = await self._manager.ask(GetModel(name=request.model), timeout_s=self._ask_timeout_s)
+            adapter_bytes = adapter.host_bytes
         placement: Placement = await self._scheduler.ask(
             PlaceModel(
                 request_id=request.request_id,
                 model=model.name,
                 fingerprint=model.fingerprint,
                 size_bytes=model.size_bytes,
-                host_bytes=model.host_bytes,
+                host_bytes=model.host_bytes + adapter_bytes,
                 timeout_s=self._placement_timeout_s,
                 priority=start.priority,
             ),
@@ -189,7 +203,12 @@ class Router(Actor):
         self._counts.placements += 1
         placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
         manager = self.context.system.ref(placement.manager)
-        instance = await self._started(manager, StartInstance(placement_id=placement.placement_id, model=model.name))
+        wish = StartInstance(
+            placement_id=placement.placement_id,
+            model=model.name,
+            adapter="" if request.model == served else request.model,
+        )
+        instance = await self._started(manager, wish)
         self._routes[model.name] = instance
         return instance, (placed, *instance.spans)
 
@@ -233,3 +252,8 @@ class Router(Actor):
     @handles(LocateRequest)
     async def locate(self, message: LocateRequest) -> RequestLocation:
         return self._log.location(message.request_id)
+
+
+def _served(request: Generate | Embed) -> ModelName:
+    """Name the model whose instances answer a request: an adapter's base, or the model itself."""
+    return ModelName(request.base or request.model) if isinstance(request, Generate) else request.model

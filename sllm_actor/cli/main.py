@@ -50,6 +50,7 @@ Source = Annotated[
 Name = Annotated[str, typer.Option("--name", help="Its name; the last part of the source by default.")]
 KeepAlive = Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")]
+Base = Annotated[str, typer.Option("--base", help="Of a LoRA adapter: the registered model that it is for.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
 
 
@@ -157,26 +158,29 @@ def calibrate(
 
 @app.command()
 def deploy(
-    source: Source, name: Name = "", keep_alive: KeepAlive = "", replace: Replace = False,
+    source: Source, name: Name = "", base: Base = "", keep_alive: KeepAlive = "", replace: Replace = False,
     url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Check a checkpoint and register it; it is loaded when the first request for it comes.
+    """Check a checkpoint or a LoRA adapter and register it; it is loaded when the first request for it comes.
 
     Deploying the same folder again takes over what has changed in it.
 
     Example: sllm-node deploy ./opt-125m --name opt
+
+    Example: sllm-node deploy ./my-adapter --name sql --base opt
     """
-    body = registration(source, name, keep_alive, replace=replace)
+    body = registration(source, name, keep_alive, base=base, replace=replace)
     answer = ask(url, api_key, lambda client: client.call("POST", "/admin/models", body), as_json=as_json)
     if as_json:
         print_json(answer)
         return
     model = answer["model"]
-    facts = f"{model['architecture']}, {model['dtype']}, {format_bytes(model['size_bytes'])}"
+    kind = f"adapter of {model['base']}" if model["base"] else model["architecture"]
+    facts = f"{kind}, {model['dtype']}, {format_bytes(model['size_bytes'])}"
     out.print(f"deployed [bold]{model['name']}[/bold]: {facts}{purpose_of(model)}")
 
 
-def registration(source: str, name: str, keep_alive: str, *, replace: bool) -> dict[str, Any]:
+def registration(source: str, name: str, keep_alive: str, *, base: str, replace: bool) -> dict[str, Any]:
     """Give the body of a registration; a folder's name is made absolute here, as the node runs elsewhere."""
     if ":" not in source or source.startswith((".", "/", "~")):
         folder = Path(source).expanduser()
@@ -184,20 +188,20 @@ def registration(source: str, name: str, keep_alive: str, *, replace: bool) -> d
             raise typer.BadParameter(f"there is no folder {source}; did you mean hf://{source}?", param_hint="SOURCE")
         source = str(folder.absolute())
     chosen = name or (default_name(source) if ":" in source else Path(source).name)
-    body: dict[str, Any] = {"name": chosen, "source": source, "replace": replace}
+    body: dict[str, Any] = {"name": chosen, "source": source, "replace": replace} | ({"base": base} if base else {})
     return body | {"keep_alive": keep_alive} if keep_alive else body
 
 
 @app.command()
 def pull(
-    source: Source, name: Name = "", keep_alive: KeepAlive = "", replace: Replace = False,
+    source: Source, name: Name = "", base: Base = "", keep_alive: KeepAlive = "", replace: Replace = False,
     url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Register a model and bring it to the node's SSD before anybody asks for it. Can be interrupted and gone on with.
 
     Example: sllm-node pull hf://Qwen/Qwen2.5-0.5B-Instruct --name qwen
     """
-    body = registration(source, name, keep_alive, replace=replace)
+    body = registration(source, name, keep_alive, base=base, replace=replace)
     ask(url, api_key, lambda client: pull_model(client, body, as_json=as_json), as_json=as_json)
 
 
@@ -211,7 +215,8 @@ def list_models(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False
     rows = [
         (
             status["model"]["name"], state(status), format_bytes(status["model"]["size_bytes"]),
-            status["model"]["architecture"], status["model"]["dtype"], str(status["model"]["context_tokens"]),
+            (status["model"]["base"] and f"adapter of {status['model']['base']}") or status["model"]["architecture"],
+            status["model"]["dtype"], str(status["model"]["context_tokens"]),
             duration(status["model"]["keep_alive_s"]),
         )
         for status in answer["models"]

@@ -27,6 +27,7 @@ LABELS = {
     "skeleton": "engine: skeleton",
     "map": "engine: map weights",
     "attach": "engine: attach weights",
+    "adapter": "adapter",
     "prefill": "prefill",
     "embed": "embed",
 }

@@ -133,6 +133,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=16, le=65536, title="tokens", description="tokens of prompts computed between two of running answers"),
     ] = 256
+    max_adapters_per_instance: Annotated[
+        int, Meta(ge=1, le=1024, title="adapters", description="LoRA adapters that one instance has loaded at once")
+    ] = 8
+    max_adapter_rank: Annotated[
+        int, Meta(ge=1, le=4096, title="rank", description="highest rank of a LoRA adapter that is deployed")
+    ] = 256
+    max_adapter_bytes: Annotated[
+        int, Meta(ge=64 * KIB, le=1024 * GIB, title="bytes", description="largest LoRA adapter that is deployed")
+    ] = 4 * GIB
     engine_refill_delay_s: Annotated[
         float, Meta(ge=0, le=60, title="s", description="wait before a taken warm engine is replaced")
     ] = 0.5

@@ -38,7 +38,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     `source` is where it was registered from. `card` names what is kept of one that came through a network, whose `path`
     has everything but the weights; it is empty for a folder. `host_bytes` is what it takes of a host pool, in whole
     chunks. `keep_alive_s` may be infinite. `embedding` says how it embeds texts; one that does not `generate` does only
-    that. A registration of an earlier version says nothing of it.
+    that. A registration of an earlier version says nothing of it. A LoRA adapter has the name of its `base`, on
+    whose instances it runs, and that model's folder as `text_path`; both are empty for any other model.
     """
 
     name: ModelName
@@ -65,3 +66,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     default_max_tokens: int | None = None
     generates: bool = True
     embedding: Embedding | None = None
+    base: str = ""
+    text_path: str = ""
+
+    @property
+    def texts(self) -> str:
+        """The folder of its tokenizer and chat template: an adapter speaks as its base does."""
+        return self.text_path or self.path

@@ -87,6 +87,7 @@ async def _register(gateway: Gateway, body: DeployRequest) -> Model:
         source=body.source,
         keep_alive_s=_keep_alive_s(body.keep_alive),
         replace=body.replace,
+        base=body.base,
     )
     model: Model = await gateway.manager.ask(message, timeout_s=gateway.limits.deploy_timeout_s)
     return model

@@ -70,7 +70,7 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
     Raises:
         SllmError: whatever went wrong, by its type.
     """
-    writer = Writer(text, wish.model.path, wish.prompt, wish.stops, wish.marker)
+    writer = Writer(text, wish.model.texts, wish.prompt, wish.stops, wish.marker)
     request = Generate(
         request_id=wish.request_id,
         model=wish.model.name,
@@ -80,6 +80,7 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
         spans=wish.spans,
         priority=wish.priority,
         grammar=wish.grammar,
+        base=wish.model.base,
     )
     prompt_tokens = len(wish.prompt)
     async with aclosing(router.stream(request)) as items:

@@ -39,6 +39,8 @@ def embedding_of(model: Model, dimensions: int | None) -> How:
         InvalidRequest: it does not, or has no vectors of so many dimensions.
     """
     how = model.embedding
+    if model.base:
+        raise InvalidRequest(f"{model.name} is a LoRA adapter, which embeds no texts: ask {model.base}", param="model")
     if how is None:
         raise InvalidRequest(
             f"{model.name} was registered by a version that did not embed: deploy it again", param="model"

@@ -99,7 +99,7 @@ class GrammarService:
     async def _compiled(self, model: Model, form: GrammarForm, source: str) -> _Known:
         question = CompileGrammar(
             call=next(self._calls),
-            path=model.path,
+            path=model.texts,
             vocabulary_tokens=model.vocabulary_tokens,
             stop_token_ids=model.eos_token_ids,
             form=form,
@@ -189,7 +189,7 @@ class GrammarService:
 
 def _key(model: Model, form: GrammarForm, source: str) -> bytes:
     whole = hashlib.blake2b(digest_size=32)
-    for part in (model.path, model.fingerprint, str(model.vocabulary_tokens), str(model.eos_token_ids), form, source):
+    for part in (model.texts, model.fingerprint, str(model.vocabulary_tokens), str(model.eos_token_ids), form, source):
         whole.update(part.encode())
         whole.update(b"\0")
     return whole.digest()

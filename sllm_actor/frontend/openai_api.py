@@ -42,7 +42,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         raise InvalidRequest(f"{model.name} has no chat template; use /v1/completions", param="model")
     begin_s = gateway.clock.monotonic_s()
     turns = [message.turn() for message in body.messages]
-    rendered = await gateway.text.render(model.path, turns, written_tools(body.tools, body.tool_choice))
+    rendered = await gateway.text.render(model.texts, turns, written_tools(body.tools, body.tool_choice))
     prompt = unpack_uint32(rendered.token_ids)
     text_span = Span(name="text", begin_s=begin_s, end_s=gateway.clock.monotonic_s())
     wish = _wish(request, model, list(prompt), body, arrived_s, text_span)
@@ -104,7 +104,7 @@ def _generating(model: Model) -> Model:
 
 async def _prompt_tokens(gateway: Gateway, model: Model, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
-        return list(await gateway.text.encode(model.path, prompt))
+        return list(await gateway.text.encode(model.texts, prompt))
     check_vocabulary("prompt", prompt, model)
     return prompt
 
@@ -112,7 +112,7 @@ async def _prompt_tokens(gateway: Gateway, model: Model, prompt: str | list[int]
 async def _echo(gateway: Gateway, model: Model, prompt: str | list[int]) -> str:
     if isinstance(prompt, str):
         return prompt
-    return await gateway.text.detokenizer(model.path, ()).push(prompt, final=True)
+    return await gateway.text.detokenizer(model.texts, ()).push(prompt, final=True)
 
 
 @routes.get("/v1/models")
@@ -139,6 +139,7 @@ def _model_card(model: Model) -> dict[str, Any]:
         "created": int(model.registered_wall_s),
         "owned_by": "sllm_actor",
         "max_model_len": model.context_tokens,
+        "parent": model.base or None,
     }
 
 

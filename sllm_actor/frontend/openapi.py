@@ -47,7 +47,14 @@ def _ref(name: str) -> dict[str, Any]:
 ANSWERS: dict[str, Any] = {
     "Error": _object(error=_object(message=STRING, type=STRING, param=NULLABLE_STRING, code=STRING)),
     "Usage": _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER),
-    "ModelCard": _object(id=STRING, object={"const": "model"}, created=INTEGER, owned_by=STRING, max_model_len=INTEGER),
+    "ModelCard": _object(
+        id=STRING,
+        object={"const": "model"},
+        created=INTEGER,
+        owned_by=STRING,
+        max_model_len=INTEGER,
+        parent=NULLABLE_STRING,
+    ),
     "ChatCompletion": _object(
         id=STRING,
         object={"const": "chat.completion"},

@@ -272,6 +272,7 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     source: str
     keep_alive: str | Annotated[float, Meta(ge=0)] | None = None
     replace: bool = False
+    base: str = ""
 
 
 class TierRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,8 +14,9 @@ class Generate:
     the typed error of whatever went wrong.
     `spans` is what the caller measured before it asked, for the request's timeline. One that goes on with an answer
     has its tokens so far in `generated`, packed like the prompt; what is new comes behind them. `grammar` is a compiled
-    grammar as xgrammar writes it, `adapter` the name of a LoRA adapter; both may be empty. Of those who wait,
-    the one of the lowest `priority` is first.
+    grammar as xgrammar writes it; of a LoRA adapter, `model` is the adapter's name and `base` that of the model that it
+    runs on, whose engine knows it as `adapter`; all three may be empty. Of those who wait, the one of the lowest
+    `priority` is first.
     """
 
     request_id: RequestId
@@ -28,6 +29,7 @@ class Generate:
     resume: Resume = Resume.FAST
     grammar: str = ""
     adapter: str = ""
+    base: str = ""
     priority: int = 0
 
 

@@ -10,12 +10,14 @@ from sllm_actor.messages.declare import message
 class StartInstance:
     """Load the model and give it an engine, under a placement.
 
+    The bytes of an `adapter` that is wanted with it come beside its own; empty for none.
     Answered by a stream of `StartProgress` that ends with `InstanceStarted`; fails with the typed error of whatever
     went wrong, everything given back.
     """
 
     placement_id: str
     model: ModelName
+    adapter: str = ""
 
 
 @message("instances.start_progress")
@@ -34,6 +36,26 @@ class InstanceStarted:
     model: ModelName
     node: NodeId
     worker: str
+    spans: tuple[Span, ...]
+
+
+@message("instances.hold_adapter")
+class HoldAdapter:
+    """Have an adapter in the engine of an instance, which stays there as long as the stream of this is open.
+
+    Answered by a stream of one `AdapterHeld`; fails with the typed error of whatever went wrong, or with `Draining`
+    where the instance is leaving.
+    """
+
+    instance_id: str
+    adapter: ModelName
+
+
+@message("instances.adapter_held")
+class AdapterHeld:
+    """Requests name the adapter by this `key`; `spans` is what its load took, where it had to be waited for."""
+
+    key: str
     spans: tuple[Span, ...]
 
 

@@ -10,7 +10,8 @@ from sllm_actor.messages.declare import message
 class RegisterModel:
     """Check the checkpoint that `source` names and register it as `name`.
 
-    A name that is registered from the same folder is updated; from another one, only with `replace`.
+    A name that is registered from the same folder is updated; from another one, only with `replace`. `base` is the
+    registered model that an adapter is for; empty where the adapter's description names one.
     Answered by `Model`, or fails with a `CheckpointInvalid`, `SourceInvalid` or `ModelExists`.
     """
 
@@ -18,6 +19,7 @@ class RegisterModel:
     source: str
     keep_alive_s: float | None
     replace: bool
+    base: str = ""
 
 
 @message("models.remove")

@@ -206,6 +206,8 @@ class Node:
             inspect,
             BUILTIN,
             tiers.describe,
+            max_adapter_rank=self.config.max_adapter_rank,
+            max_adapter_bytes=self.config.max_adapter_bytes,
             pool_bytes=self.config.host_pool_bytes,
             chunk_bytes=self.config.chunk_bytes,
             keep_alive_s=self.config.keep_alive_s,
@@ -249,6 +251,7 @@ class Node:
             max_instances=config.max_instances,
             host_pool_bytes=tiers.loader.pool_bytes,
             max_requests_per_instance=config.max_requests_per_instance,
+            max_adapters_per_instance=config.max_adapters_per_instance,
             drain_timeout_s=config.drain_timeout_s,
             engine_stop_timeout_s=config.engine_stop_timeout_s,
         )
@@ -322,7 +325,7 @@ class Node:
         """Load the tokenizers of registered models, so that the first request to each need not."""
         statuses: tuple[ModelStatus, ...] = await gateway.manager.ask(ListModels(), timeout_s=self.config.ask_timeout_s)
         # Several names may share one folder, and each load reads it anew.
-        paths = dict.fromkeys(status.model.path for status in statuses)
+        paths = dict.fromkeys(status.model.texts for status in statuses)
         for path in list(paths)[:PRELOADED_TOKENIZERS]:
             try:
                 await text.load(path)

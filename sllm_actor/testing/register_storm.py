@@ -102,6 +102,7 @@ async def _opened(folder: Path, ssd: SsdTier, sources: Mapping[str, KnownModel])
         stack.push_async_callback(store.close)
         examiner = _UnbuiltExaminer(
             cast(EnginePool, None), no_tokenizer, {}, tiers.describe,
+            max_adapter_rank=1, max_adapter_bytes=1 << 40,
             pool_bytes=1 << 40, chunk_bytes=CHUNK_BYTES, keep_alive_s=_KEEP_ALIVE_S, stop_timeout_s=1.0,
         )  # fmt: skip
         registry = Registry(store, examiner, tiers, clock)
