@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart, gateway, interference, load, remote, serve
+from benchmarks import actors, coldstart, gateway, interference, load, lora, remote, serve
 from benchmarks.report import Report
 
-BENCHES = ("actors", "coldstart", "gateway", "interference", "load", "remote", "serve")
+BENCHES = ("actors", "coldstart", "gateway", "interference", "load", "lora", "remote", "serve")
 SECONDS = 0.8
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         help="of actors and load: these parts alone",
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="of load, interference, remote and serve: much less of everything"
+        "--tiny", action="store_true", help="of load, interference, lora, remote and serve: much less of everything"
     )
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
@@ -51,6 +51,8 @@ def main() -> None:
         gateway.run(report, arguments.repeats)
     elif arguments.name == "remote":
         remote.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
+    elif arguments.name == "lora":
+        lora.run(report, arguments.repeats, arguments.work_dir, coldstart.DATA, arguments.tiny)
     elif arguments.name == "serve":
         serve.run(report, arguments.repeats, arguments.tiny)
     else:
