@@ -16,7 +16,7 @@ from sllm_actor.frontend.http_errors import body_of
 from sllm_actor.frontend.node_metrics import render
 from sllm_actor.frontend.openapi import SHIPPED
 from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest
-from sllm_actor.frontend.sse import write_in_time
+from sllm_actor.frontend.sse import write_on
 from sllm_actor.messages.generation import GetTimeline, ListRequests
 from sllm_actor.messages.instances import EndStart, ListInstances, StopInstances
 from sllm_actor.messages.migration import MigrateRequest
@@ -105,7 +105,7 @@ async def pull(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
 
     async def write_line(content: Any) -> None:
-        await write_in_time(request, response, encode_json(content) + b"\n", gateway.limits.send_timeout_s)
+        await write_on(request, response, encode_json(content) + b"\n")
 
     await write_line({"status": "registered", "model": model})
     try:

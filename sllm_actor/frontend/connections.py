@@ -1,7 +1,8 @@
 """The connections of the HTTP endpoint, bounded in number and in what each may leave undone.
 
 A connection waits for a request or is busy with one. One that waits too long is closed, sooner once the head of a
-request has begun to come; where there are too many, the one that has waited longest makes room for a new one.
+request has begun to come; where there are too many, the one that has waited longest makes room for a new one. One
+whose client leaves its buffer full for too long is dropped.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ConnectionLimits(NamedTuple):
     idle_timeout_s: float
     header_timeout_s: float
     send_buffer_bytes: int
+    send_timeout_s: float
 
 
 class Connection(web.RequestHandler):
@@ -74,6 +76,19 @@ class Connection(web.RequestHandler):
         if data:
             self._connections.head_comes(self)
         super().data_received(data)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._connections.full(self)
+
+    def resume_writing(self) -> None:
+        self._connections.drained(self)
+        super().resume_writing()
+
+    def drop(self) -> None:
+        """Close at once, whatever has not been sent; a request that is being answered is cancelled."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def begin(self) -> None:
         """Note that a whole head has come: the connection is busy until `end`."""
@@ -130,7 +145,9 @@ class Connections:
         self._open: set[Connection] = set()
         # Those that wait, the one that has for the longest first.
         self._waiting: dict[Connection, None] = {}
-        self.closed: dict[str, int] = dict.fromkeys(("idle", "slow_head", "made_room", "refused"), 0)
+        # Those whose buffer is full, and since when.
+        self._full_since_s: dict[Connection, float] = {}
+        self.closed: dict[str, int] = dict.fromkeys(("idle", "slow_head", "made_room", "refused", "unread"), 0)
 
     def __call__(self) -> Connection:
         """Make the protocol of a connection, for `create_server`."""
@@ -158,6 +175,7 @@ class Connections:
         """Forget one that is closed."""
         self._open.discard(connection)
         self._waiting.pop(connection, None)
+        self._full_since_s.pop(connection, None)
 
     def head_comes(self, connection: Connection) -> None:
         """Note the first bytes of a request."""
@@ -175,6 +193,14 @@ class Connections:
             connection.head_since_s = None
             self._waiting[connection] = None
 
+    def full(self, connection: Connection) -> None:
+        """Note that its client has left so much unread that nothing more is written."""
+        self._full_since_s[connection] = self._clock.monotonic_s()
+
+    def drained(self, connection: Connection) -> None:
+        """Note that its client has read on."""
+        self._full_since_s.pop(connection, None)
+
     async def watch(self) -> None:
         """Close those that wait too long, until cancelled."""
         while True:
@@ -182,6 +208,11 @@ class Connections:
             self._sweep(self._clock.monotonic_s())
 
     def _sweep(self, now_s: float) -> None:
+        for connection, since_s in list(self._full_since_s.items()):
+            if now_s - since_s > self.limits.send_timeout_s:
+                self.closed["unread"] += 1
+                self.discard(connection)
+                connection.drop()
         for connection in list(self._waiting):
             if connection.head_since_s is not None and now_s - connection.head_since_s > self.limits.header_timeout_s:
                 self.closed["slow_head"] += 1

@@ -43,13 +43,44 @@ async def within(
     Raises:
         DeadlineExceeded: they had not ended by then.
     """
-    async with aclosing(items):
-        while True:
+    limit = _Limit()
+    timer = asyncio.get_running_loop().call_later(begin_s + timeout_s - clock.monotonic_s(), limit.end)
+    try:
+        async with aclosing(items):
+            while True:
+                try:
+                    item = await limit.next(items)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    if not limit.over:
+                        raise
+                    raise DeadlineExceeded(f"the answer was not finished within {timeout_s:g} s") from None
+                yield item
+    finally:
+        timer.cancel()
+
+
+class _Limit:
+    """The end of one answer's time. It interrupts the wait for an item, and nothing that is done with one.
+
+    One timer serves a whole answer: one for each of its items would be work for every token.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self._waiting: asyncio.Timeout | None = None
+
+    def end(self) -> None:
+        self.over = True
+        if self._waiting is not None:
+            self._waiting.reschedule(0.0)
+
+    async def next(self, items: AsyncGenerator[T, None]) -> T:
+        if self.over:
+            raise TimeoutError
+        async with asyncio.timeout(None) as self._waiting:
             try:
-                async with asyncio.timeout(begin_s + timeout_s - clock.monotonic_s()):
-                    item = await anext(items)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise DeadlineExceeded(f"the answer was not finished within {timeout_s:g} s") from None
-            yield item
+                return await anext(items)
+            finally:
+                self._waiting = None

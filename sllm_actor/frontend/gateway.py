@@ -44,7 +44,6 @@ class Limits(NamedTuple):
     drain_timeout_s: float
     stream_open_after_s: float
     heartbeat_interval_s: float
-    send_timeout_s: float
     request_timeout_s: float
 
     @property
@@ -149,7 +148,6 @@ class Gateway:
             self.clock,
             open_after_s=self.limits.stream_open_after_s,
             interval_s=self.limits.heartbeat_interval_s,
-            send_timeout_s=self.limits.send_timeout_s,
         )
 
     @contextmanager

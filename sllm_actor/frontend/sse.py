@@ -27,20 +27,15 @@ HEADERS = {
 }
 
 
-async def write_in_time(request: web.Request, response: web.StreamResponse, data: bytes, timeout_s: float) -> None:
-    """Write, waiting for a full buffer to drain.
+async def write_on(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Write, waiting for a full buffer to drain; `Connections` drops a client that leaves it full.
 
     Raises:
-        ConnectionError: the client has left, or read nothing for `timeout_s` and is dropped.
+        ConnectionError: the client has left.
     """
-    try:
-        async with asyncio.timeout(timeout_s):
-            await response.write(data)
-            await request.writer.drain()
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionAbortedError(f"the client read nothing for {timeout_s:g} s") from None
+    await response.write(data)
+    if request.protocol.writing_paused:
+        await request.writer.drain()
 
 
 class EventStream:
@@ -60,7 +55,6 @@ class EventStream:
         *,
         open_after_s: float,
         interval_s: float,
-        send_timeout_s: float,
     ) -> None:
         self._request = request
         self._response = web.StreamResponse(headers=HEADERS | headers)
@@ -69,8 +63,8 @@ class EventStream:
         self._clock = clock
         self._open_after_s = open_after_s
         self._interval_s = interval_s
-        self._send_timeout_s = send_timeout_s
         self._opening = asyncio.Lock()
+        self._open = False
         self._beating: asyncio.Task[None] | None = None
         self._sent_s = 0.0
         self.opened = False
@@ -93,7 +87,7 @@ class EventStream:
         """Send one event; the first one opens the stream.
 
         Raises:
-            ConnectionError: the client has left, or does not read.
+            ConnectionError: the client has left.
         """
         await self._write(b"data: " + msgspec.json.encode(content) + b"\n\n")
 
@@ -114,12 +108,18 @@ class EventStream:
         return self._response
 
     async def _write(self, data: bytes) -> None:
+        if not self._open:
+            await self._prepare()
+        self._sent_s = self._clock.monotonic_s()
+        await write_on(self._request, self._response, data)
+
+    async def _prepare(self) -> None:
+        """Send the status, once, whoever comes first with something to say."""
         async with self._opening:
-            if not self.opened:
+            if not self._open:
                 self.opened = True
                 await self._response.prepare(self._request)
-        self._sent_s = self._clock.monotonic_s()
-        await write_in_time(self._request, self._response, data, self._send_timeout_s)
+                self._open = True
 
     async def _beat(self) -> None:
         wait_s = self._open_after_s

@@ -21,6 +21,8 @@ class StopScanner:
         """Give what can be shown now; nothing of a stop string or behind it ever is."""
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
