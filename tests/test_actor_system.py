@@ -14,6 +14,7 @@ from loops import on_both_loops
 from sllm_actor.errors import (
     ActorDied,
     DeadlineExceeded,
+    HandlerFailed,
     MailboxFull,
     ModelNotFound,
     NoSuchActor,
@@ -41,6 +42,10 @@ class Count(NamedTuple):
     """Answered by a stream of so many numbers."""
 
     numbers: int
+
+
+class Look(NamedTuple):
+    """Answered by a plain function, with how much was seen."""
 
 
 class Fail(NamedTuple):
@@ -101,6 +106,10 @@ class Recorder(Actor):
             self.closed_streams += 1
             self.cancelled.set()
 
+    @handles(Look)
+    def look(self, _: Look) -> int:
+        return len(self.seen)
+
     @handles(Fail)
     async def fail(self, message: Fail) -> None:
         raise message.error
@@ -111,6 +120,14 @@ class Recorder(Actor):
 
     async def stopped(self) -> None:
         self.ends += 1
+
+
+class Broken(Actor):
+    """Its plain function has a bug."""
+
+    @handles(Look)
+    def look(self, _: Look) -> int:
+        raise RuntimeError("a bug")
 
 
 async def turn(times: int = 20) -> None:
@@ -132,6 +149,46 @@ async def test_messages_of_one_sender_are_handled_in_order_and_one_at_a_time() -
         ref.tell(Note(text))
     assert await ref.ask(Note("d"), timeout_s=FOR_EVER_S) == "d"
     assert actor.seen == [f"{step} {text}" for text in "abcd" for step in ("begin", "end")]
+    await system.close()
+
+
+@on_both_loops
+async def test_a_plain_function_answers_an_idle_actors_asker_without_a_turn_of_the_loop() -> None:
+    system, _, ref = await recorder()
+    await ref.ask(Note("a"), timeout_s=FOR_EVER_S)
+    await turn()
+    asking = ref.ask(Look(), timeout_s=FOR_EVER_S)
+    with pytest.raises(StopIteration) as answered:
+        asking.send(None)  # It is a coroutine, which has not waited for anything.
+    assert answered.value.value == 2
+    await system.close()
+
+
+@on_both_loops
+async def test_a_plain_function_that_has_a_bug_fails_its_asker_and_has_the_actor_made_anew() -> None:
+    system = ActorSystem()
+    ref = await system.spawn(Broken, "broken")
+    for restarts in (1, 2):
+        with pytest.raises(HandlerFailed):
+            await ref.ask(Look(), timeout_s=FOR_EVER_S)
+        await turn()
+        assert system.cell("broken").restarts == restarts
+    await system.close()
+
+
+@on_both_loops
+async def test_a_plain_function_waits_its_turn_behind_what_came_before_it() -> None:
+    system, actor, ref = await recorder()
+    await turn()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ref.ask(Hold(), timeout_s=FOR_EVER_S))
+        await actor.begun.wait()
+        ref.tell(Note("a"))
+        asked = group.create_task(ref.ask(Look(), timeout_s=FOR_EVER_S))
+        await turn()
+        assert not asked.done()
+        actor.gate.set()
+    assert asked.result() == 2
     await system.close()
 
 

@@ -145,7 +145,7 @@ class ModelManager(Actor):
         self._report()
 
     @handles(GetModel)
-    async def get(self, message: GetModel) -> Model:
+    def get(self, message: GetModel) -> Model:
         return self._registry.find(message.name)
 
     @handles(ListModels)

@@ -20,14 +20,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Handler(NamedTuple):
-    """How one message type is handled. A stream handler is an async generator and always concurrent."""
+    """How one message type is handled. A stream handler is an async generator and always concurrent.
+
+    One that answers `at_once` is a plain function: it can't wait.
+    """
 
     function: Callable[..., Any]
     concurrent: bool
     stream: bool
     priority: bool
-    # Neither concurrent nor with priority, as most are.
+    # A coroutine, neither concurrent nor with priority, as most are.
     plain: bool
+    at_once: bool
 
 
 # To name a field of a named tuple takes longer than to count to it, and this is done for every message.
@@ -38,14 +42,17 @@ def handles(message_type: type, *, concurrent: bool = False, priority: bool = Fa
     """Mark the method that handles `message_type`.
 
     A coroutine answers an ask with what it returns, or with the typed error that it raises. An async
-    generator answers a stream. A `concurrent` handler does not hold up the messages behind it. A
+    generator answers a stream. A plain function answers without any task being woken, where its actor does nothing
+    else: for questions that are answered from memory. A `concurrent` handler does not hold up the messages behind it. A
     `priority` one is for control: its messages are served before ordinary ones, and have a bound of their own.
     """
 
     def mark(function: F) -> F:
         stream = inspect.isasyncgenfunction(function)
         aside = concurrent or stream
-        handler = Handler(function, aside, stream, priority, not (aside or priority))
+        at_once = not stream and not inspect.iscoroutinefunction(function)
+        assert not (at_once and concurrent), f"{function.__name__} is a plain function: it holds up nobody"
+        handler = Handler(function, aside, stream, priority, not (aside or priority or at_once), at_once)
         function.__handles__ = (message_type, handler)  # type: ignore[attr-defined]
         return function
 

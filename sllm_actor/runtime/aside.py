@@ -1,4 +1,4 @@
-"""The handlers of one actor that run beside its mailbox: concurrent ones and streams, a task each."""
+"""The handlers of one actor that run beside its mailbox: concurrent ones and streams, a task each; plain functions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from sllm_actor.runtime.tasks import TaskScope
 
 if TYPE_CHECKING:
     from sllm_actor.runtime.cell import Cell
+
+
+def answer_at_once(cell: Cell, envelope: Envelope) -> None:
+    """Run a handler that is a plain function. The actor must be doing nothing else."""
+    message, reply, handler, _, _ = envelope
+    before = CURRENT.set(envelope)
+    try:
+        result = handler.function(cell.actor, message)
+        if reply is not None and not reply.done():
+            reply.set_result(result)
+    except SllmError as error:
+        cell.failed_as_typed(error, message, reply)
+    except Exception as error:
+        cell.failed_by_bug(error, message, reply)
+    finally:
+        CURRENT.reset(before)
 
 
 class Aside:

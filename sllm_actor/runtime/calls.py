@@ -14,11 +14,12 @@ from contextvars import ContextVar
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sllm_actor.errors import DeadlineExceeded, SllmError
+from sllm_actor.errors import DeadlineExceeded, NoSuchActor, SllmError
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.letters import MAX_TRACE_BYTES
 
 if TYPE_CHECKING:
+    from sllm_actor.runtime.actor import Handler
     from sllm_actor.runtime.cell import Cell
 
 # Two sweeps are at least this far apart, so that many deadlines close together cost one of them.
@@ -126,6 +127,14 @@ def sweep_cell(cell: Cell, now_s: float) -> float:
 def too_late(target: str, what: type) -> DeadlineExceeded:
     """Say that an answer did not come in time."""
     return DeadlineExceeded(f"{target} did not answer {what.__name__} within its time")
+
+
+def refusal(name: str, message: object, handler: Handler | None) -> NoSuchActor:
+    """Say that an actor does not take a message, or not that way."""
+    what = type(message).__name__
+    if handler is None:
+        return NoSuchActor(f"{name} does not handle {what}")
+    return NoSuchActor(f"{name} answers {what} by {'a stream' if handler.stream else 'one answer, no stream'}")
 
 
 class Inflow:

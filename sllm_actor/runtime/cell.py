@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from math import inf
 from typing import TYPE_CHECKING
 
-from sllm_actor.errors import ActorDied, HandlerFailed, MailboxFull, NoSuchActor, SllmError
+from sllm_actor.errors import ActorDied, HandlerFailed, MailboxFull, SllmError
 from sllm_actor.runtime.actor import FUNCTION, PLAIN, Actor, ActorContext, Handler
-from sllm_actor.runtime.aside import Aside
-from sllm_actor.runtime.calls import CURRENT, NO_ENVELOPE, Envelope, Reply, fail, too_late, wake
+from sllm_actor.runtime.aside import Aside, answer_at_once
+from sllm_actor.runtime.calls import CURRENT, NO_ENVELOPE, Envelope, Reply, fail, refusal, too_late, wake
 from sllm_actor.runtime.supervision import Ended, RestartWindow, Supervision
 from sllm_actor.runtime.tasks import TaskScope
 
@@ -109,14 +109,19 @@ class Cell:
             raise ActorDied(f"{self.name} has stopped")
         handler = self.handlers.get(type(message))
         if handler is None or handler.stream is not wants_stream:
-            raise self._refusal(message, handler)
-        queue = self.queue
+            raise refusal(self.name, message, handler)
+        queue, waiter = self.queue, self.waiter
         if not handler[PLAIN]:
             queue = self._queue_for(handler)
+            apart = handler.concurrent or handler.at_once
+            if apart and waiter is not None and not waiter.done() and self._current is None:
+                # Nothing is before it, so it need not wait for the runner's turn.
+                self.handled += 1
+                self._run_apart((message, reply, handler, deadline_s, trace))
+                return
         elif len(queue) >= self.bound:
             raise MailboxFull(f"the mailbox of {self.name} is full", retry_after_s=1.0)
         queue.append((message, reply, handler, deadline_s, trace))
-        waiter = self.waiter
         if waiter is None:
             self._stir()
         elif not waiter.done():
@@ -130,12 +135,6 @@ class Cell:
         if len(queue) >= bound or (handler.concurrent and self._aside is not None and len(self._aside) >= bound):
             raise MailboxFull(f"the mailbox of {self.name} is full", retry_after_s=1.0)
         return queue
-
-    def _refusal(self, message: object, handler: Handler | None) -> NoSuchActor:
-        what = type(message).__name__
-        if handler is None:
-            return NoSuchActor(f"{self.name} does not handle {what}")
-        return NoSuchActor(f"{self.name} answers {what} by {'a stream' if handler.stream else 'one answer, no stream'}")
 
     def hear_of(self, ended: Ended) -> None:
         """Queue a notice that was asked for by watching; as many come as there are watches."""
@@ -203,13 +202,8 @@ class Cell:
         control, queue, actor, gone = self._control, self.queue, self.actor, self._gone
         handled = 0
         began_s = self.system.now_s()
-        for _ in range(TURN_MESSAGES):
-            if control:
-                envelope = control.popleft()
-            elif queue:
-                envelope = queue.popleft()
-            else:
-                break
+        while handled < TURN_MESSAGES and self._failure is None and (control or queue):
+            envelope = (control or queue).popleft()
             handled += 1
             message, reply, handler, deadline_s, _ = envelope
             if gone and reply in gone:
@@ -218,8 +212,8 @@ class Cell:
             if deadline_s <= began_s:
                 fail(reply, too_late(self.name, type(message)))
                 continue
-            if not handler[PLAIN] and handler.concurrent:
-                self._run_aside(envelope)
+            if not handler[PLAIN] and (handler.concurrent or handler.at_once):
+                self._run_apart(envelope)
                 continue
             set_current(envelope)
             self._current = envelope
@@ -231,8 +225,6 @@ class Cell:
                     break  # The handler was cancelled, and would not have it.
             except BaseException as error:
                 self._handle_failure(error, message, reply)
-                if self._failure is not None:
-                    break
         self._current = None
         self.handled += handled
         self.busy_s += self.system.now_s() - began_s
@@ -269,7 +261,12 @@ class Cell:
             self._failure = error
             self._stir()
 
-    def _run_aside(self, envelope: Envelope) -> None:
+    def _run_apart(self, envelope: Envelope) -> None:
+        if envelope[2].at_once:
+            self._current = envelope
+            answer_at_once(self, envelope)
+            self._current = None
+            return
         if self._aside is None:
             self._aside = Aside(self)
         self._aside.run(envelope)
