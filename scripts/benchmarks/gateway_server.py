@@ -6,6 +6,7 @@ Both stream the same number of events, paced alike. Prints its URL, and at the e
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import resource
 import sys
@@ -17,6 +18,7 @@ import uvloop
 from aiohttp import web
 
 from sllm_actor import Config
+from sllm_actor.cli.start import YOUNG_OBJECTS
 from sllm_actor.domain import FinishReason, Model, ModelName
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.frontend.access import Access
@@ -44,7 +46,7 @@ class Manager(Actor):
     """Knows one model."""
 
     @handles(GetModel)
-    async def get(self, _: GetModel) -> Model:
+    def get(self, _: GetModel) -> Model:
         return MODEL
 
 
@@ -126,7 +128,12 @@ async def main() -> None:
     tasks.spawn(lag.watch(), "lag")
     async with AsyncExitStack() as stack:
         stack.push_async_callback(tasks.close)
-        print(await ours(tasks, stack) if sys.argv[1] == "ours" else await bare(stack), flush=True)
+        url = await ours(tasks, stack) if sys.argv[1] == "ours" else await bare(stack)
+        # As `sllm-node start` does, and here for both.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS)
+        print(url, flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
         print(json.dumps({"worst_s": lag.worst_s, "faults": lag.faults}), flush=True)
 
