@@ -387,14 +387,6 @@ def test_an_architecture_that_is_not_served_is_refused_with_those_that_are(tmp_p
     assert choose(["Other", "OPTForCausalLM", "GPT2LMHeadModel"]) == "OPTForCausalLM"
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = change_config(
-        save_model(tmp_path, "LlamaForCausalLM"), quantization_config={"quant_method": "gptq", "bits": 4}
-    )
-    with pytest.raises(UnsupportedArchitecture, match="quantization"):
-        skeleton.build(str(folder), "F32")
-
-
 @pytest.mark.parametrize(
     "changes",
     [

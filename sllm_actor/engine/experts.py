@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -36,8 +35,8 @@ class Experts(nn.ModuleList):  # type: ignore[misc]
             tokens, places = torch.where(top_k_index == number)
             expert = self[number]
             state = hidden[tokens]
-            inner = self.act_fn(linear(state, expert.gate_proj.weight)) * linear(state, expert.up_proj.weight)
-            outer = linear(inner, expert.down_proj.weight) * top_k_weights[tokens, places, None]
+            inner = self.act_fn(expert.gate_proj(state)) * expert.up_proj(state)
+            outer = expert.down_proj(inner) * top_k_weights[tokens, places, None]
             found.index_add_(0, tokens, outer.to(found.dtype))
         return found
 

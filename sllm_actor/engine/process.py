@@ -53,7 +53,7 @@ from sllm_actor.runtime.clock import Clock
 
 # Maps pooled files into this process: (chunk_bytes, files) -> the bytes of each, kept mapped until it ends.
 MapFiles = Callable[[int, Sequence[PooledFile]], Mapping[str, memoryview]]
-WATCHED = ("torch", "transformers")
+WATCHED = ("bitsandbytes", "torch", "transformers")
 # In one message, each with up to twenty likeliest tokens.
 MAX_SCORED = 256
 

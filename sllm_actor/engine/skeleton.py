@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from transformers.initialization import no_init_weights
 
 from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.safetensors_header import Tensor
-from sllm_actor.engine import attention
+from sllm_actor.engine import attention, quantized
 from sllm_actor.engine.architectures import ENCODERS, EVERY, choose
 from sllm_actor.engine.experts import unpack_experts
+from sllm_actor.engine.quantization import weight_bits
 from sllm_actor.errors import CheckpointConfigInvalid, CheckpointInvalid, UnsupportedArchitecture
 
 DTYPES = {
@@ -44,8 +45,6 @@ def build(path: str, dtype: str, *, generates: bool = True) -> PreTrainedModel:
     Raises:
         UnsupportedArchitecture, CheckpointConfigInvalid: its config can't be served.
     """
-    if dtype not in COMPUTE_DTYPES:
-        raise UnsupportedArchitecture(f"weights of type {dtype} can't be computed with; use F32, F16 or BF16")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         name = choose(config.architectures or (), generates=generates)
@@ -54,7 +53,7 @@ def build(path: str, dtype: str, *, generates: bool = True) -> PreTrainedModel:
     model_class = getattr(importlib.import_module(EVERY[name]), name)
     _check(config, name, model_class.config_class)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
+    torch.set_default_dtype(_compute_dtype(config, dtype))
     try:
         with torch.device("meta"), no_init_weights():
             # The pooler of BERT and its kin is for another task, and many checkpoints lack it.
@@ -72,8 +71,6 @@ def _check(config: Any, name: str, config_class: type) -> None:
     """Refuse what the engine would compute wrongly, and overrule what a config may not choose."""
     if type(config).__name__ != config_class.__name__:
         raise CheckpointConfigInvalid(f"config.json has the model type {config.model_type} and names {name}")
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedArchitecture("config.json names a quantization, which this version does not serve")
     layers = config.num_hidden_layers
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
         raise CheckpointConfigInvalid(f"config.json asks for {layers} layers; 1 to {MAX_LAYERS} can be served")
@@ -97,6 +94,18 @@ def _check_encoder(config: Any, name: str) -> None:
     config._attn_implementation = "eager" if name == "MPNetModel" else "sdpa"
 
 
+def _compute_dtype(config: Any, dtype: str) -> torch.dtype:
+    """Most of a quantized checkpoint is of a type that can't be computed with: its config says which one to take."""
+    named = getattr(config, "dtype", None)
+    if getattr(config, "quantization_config", None):
+        weight_bits(config.quantization_config)
+        if named in {DTYPES[known] for known in COMPUTE_DTYPES}:
+            return named
+    if dtype not in COMPUTE_DTYPES:
+        raise UnsupportedArchitecture(f"weights of type {dtype} can't be computed with; use F32, F16 or BF16")
+    return DTYPES[dtype]
+
+
 def match(
     model: PreTrainedModel, tensors: Iterable[Tensor], aliases: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
@@ -109,14 +118,17 @@ def match(
         CheckpointInvalid: a tensor is missing, or has another shape than config.json says.
         UnsupportedArchitecture: a tensor is of a type that its place can't take.
     """
-    wanted = model.state_dict()
     prefix = f"{model.base_model_prefix}."
     found: dict[str, Tensor] = {}
     stored = {tensor.name: tensor for tensor in tensors if not is_pad(tensor.name)}
     aliased = {alias: stored[name] for alias, name in (aliases or {}).items() if name in stored}
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization:
+        bits = weight_bits(quantization)
+        quantized.place(model, bits, aliased | stored, lambda known: _possible_names(known, prefix))
+    wanted = model.state_dict()
     for known, tensor in (aliased | stored).items():
-        called = (known, *_renamed(known))
-        for name in (*called, *(prefix + name for name in called), *(name.removeprefix(prefix) for name in called)):
+        for name in _possible_names(quantized.inner_name(known), prefix):
             if name in wanted:
                 found[name] = tensor
                 break
@@ -137,6 +149,11 @@ def match(
                 f"the tensor {tensor.name} has type {tensor.dtype}, which the engine can't use"
             )
     return found
+
+
+def _possible_names(known: str, prefix: str) -> Iterator[str]:
+    called = (known, *_renamed(known))
+    yield from (*called, *(prefix + name for name in called), *(name.removeprefix(prefix) for name in called))
 
 
 def _renamed(name: str) -> tuple[str, ...]:
@@ -200,6 +217,7 @@ def put_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> 
 
     Raises:
         UnsupportedArchitecture: something of the model is still without storage.
+        CheckpointInvalid: what is said of quantized weights is not so.
     """
     places = model.state_dict()
     # A mixed checkpoint is computed in one type, as its dominant one says.
@@ -214,6 +232,7 @@ def put_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> 
         if value.is_meta:
             raise UnsupportedArchitecture(f"{type(model).__name__}: {name} can't be rebuilt from a checkpoint")
     model.requires_grad_(False)
+    quantized.settle(model)
 
 
 def _rebuild_buffers(model: PreTrainedModel, module: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from sllm_actor.domain import Embedding, EngineLimits, Pooling, Sampling
-from sllm_actor.engine import attention
+from sllm_actor.engine import attention, four_bits
 from sllm_actor.engine.architectures import ENCODERS, MODULES
 from sllm_actor.engine.encoder import EncoderRunner
 from sllm_actor.engine.experts import unpack_experts
@@ -36,6 +36,7 @@ def warm() -> None:
     """Import and run every architecture that engines serve."""
     torch.set_num_threads(1)
     assert AutoTokenizer is not None
+    four_bits.load()
     for name, module in MODULES.items():
         model_class = getattr(importlib.import_module(module), name)
         config = model_class.config_class(**TINY)

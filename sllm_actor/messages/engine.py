@@ -129,7 +129,7 @@ class AdapterDropped:
 
 @message("engine.ready")
 class EngineReady:
-    """The model can generate. `late_imports` names torch and transformers modules imported since the fork."""
+    """The model can generate. `late_imports` names modules of torch and their like imported since the fork."""
 
     spans: tuple[Span, ...]
     late_imports: tuple[str, ...]

@@ -127,7 +127,7 @@ class ListInstances:
 class InstanceStatus:
     """A running instance as `ps` shows it; `expires_in_s` is 0.0 while it generates, inf if it is kept.
 
-    `late_imports` names the torch and transformers modules that its engine had to import for it: none, if
+    `late_imports` names the modules of torch and their like that its engine had to import for it: none, if
     the fork server did its work.
     """
 
