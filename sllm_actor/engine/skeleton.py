@@ -99,7 +99,7 @@ def _compute_dtype(config: Any, dtype: str) -> torch.dtype:
     named = getattr(config, "dtype", None)
     if getattr(config, "quantization_config", None):
         weight_bits(config.quantization_config)
-        if named in {DTYPES[known] for known in COMPUTE_DTYPES}:
+        if isinstance(named, torch.dtype) and named in {DTYPES[known] for known in COMPUTE_DTYPES}:
             return named
     if dtype not in COMPUTE_DTYPES:
         raise UnsupportedArchitecture(f"weights of type {dtype} can't be computed with; use F32, F16 or BF16")
