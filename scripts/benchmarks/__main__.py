@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart, gateway, interference, load, lora, remote, serve
+from benchmarks import actors, coldstart, gateway, interference, load, lora, remote, serve, weights
 from benchmarks.report import Report
 
-BENCHES = ("actors", "coldstart", "gateway", "interference", "load", "lora", "remote", "serve")
+BENCHES = ("actors", "coldstart", "gateway", "interference", "load", "lora", "remote", "serve", "weights")
 SECONDS = 0.8
 
 
@@ -23,12 +23,14 @@ def main() -> None:
         "--only",
         nargs="+",
         default=[],
-        choices=(*actors.NAMES, *load.NAMES),
+        choices=(*actors.NAMES, *load.NAMES, *weights.SHAPES),
         metavar="PART",
-        help="of actors and load: these parts alone",
+        help="of actors, load and weights: these parts alone",
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="of load, interference, lora, remote and serve: much less of everything"
+        "--tiny",
+        action="store_true",
+        help="of load, interference, lora, remote, serve and weights: much less of everything",
     )
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
@@ -55,6 +57,8 @@ def main() -> None:
         lora.run(report, arguments.repeats, arguments.work_dir, coldstart.DATA, arguments.tiny)
     elif arguments.name == "serve":
         serve.run(report, arguments.repeats, arguments.tiny)
+    elif arguments.name == "weights":
+        weights.run(report, arguments.repeats, arguments.work_dir, arguments.only, arguments.tiny)
     else:
         coldstart.run(report, arguments.repeats, arguments.work_dir)
     report.print()
