@@ -24,6 +24,7 @@ from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.instances import StartInstance
 from sllm_actor.messages.models import RegisterModel
+from sllm_actor.metadata.store import Fact, Listing
 from sllm_actor.runtime import ActorSystem
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
@@ -125,8 +126,8 @@ class OneModel:
     def __init__(self, model: Model) -> None:
         self._value = msgspec.msgpack.encode(model)
 
-    async def list(self, prefix: str) -> dict[str, bytes]:
-        return {f"{prefix}m": self._value}
+    async def list(self, prefix: str) -> Listing:
+        return Listing((Fact(f"{prefix}m", self._value, 1, 1, None),), 1)
 
     async def put(self, key: str, value: bytes) -> None: ...
 
