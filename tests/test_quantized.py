@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_adapters import load_adapter, merged, save_adapter
 from safetensors.torch import load_file
 from tiny_models import (
     CONTEXT_TOKENS,
@@ -142,6 +143,21 @@ def test_quantized_requests_that_run_together_answer_as_alone(save: Callable[...
     together = [runner.begin(prompt, greedy(12)) for prompt in prompts]
     finish(runner)
     assert [generation.tokens for generation in together] == [run(model, prompt, greedy(12)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_an_adapter_is_added_to_quantized_weights(architecture: str, save: Callable[..., Path]) -> None:
+    folder, prompt = save("int8", architecture), prompt_of(40)
+    adapter = save_adapter(folder.with_name("adapter"), folder.with_name("whole"), "all-linear")
+    model = attach(folder)
+    runner = Runner(model, (), CONTEXT_TOKENS, LIMITS)
+    runner.adapters.put("adapter", load_adapter(model, adapter))
+    adapted, bare = runner.begin(prompt, greedy(12), adapter="adapter"), runner.begin(prompt, greedy(12))
+    finish(runner)
+    assert bare.tokens == run(model, prompt, greedy(12)) != adapted.tokens
+    written_out = change_config(change_tensors(folder, in_full), quantization_config=None)
+    wanted = merged(written_out, adapter, folder.with_name("merged"))
+    assert_alike(wanted, prompt, adapted.tokens, run_transformers(wanted, prompt, 12), gap=0.02)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4-nested"])

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from sllm_actor.checkpoint.adapter import LoraConfig, side_of
 from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.safetensors_header import Tensor
+from sllm_actor.engine.quantized import QuantizedLinear
 from sllm_actor.engine.skeleton import COMPUTE_DTYPES
 from sllm_actor.errors import AdapterInvalid
 
@@ -123,7 +124,7 @@ def linear_modules(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if module is head or ".experts." in name:
             continue
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | QuantizedLinear):
             found[name] = module.in_features, module.out_features
         elif isinstance(module, Conv1D):
             found[name] = module.nx, module.nf
