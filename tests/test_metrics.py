@@ -146,7 +146,12 @@ def test_of_many_actors_the_fullest_are_shown() -> None:
         "loader": {"pool": {"size_bytes": 5, "free_bytes": 3}},
         "waiting": {"m": 2},
         "in_progress": {"m": 5},
-        "starts": {"placements": 1, "failed": {}, "loads": {"ssd": {"count": 2, "seconds": 1.5, "bytes": 7}}},
+        "starts": {
+            "placements": 1,
+            "failed": {},
+            "loads": {"ssd": {"count": 2, "seconds": 1.5, "bytes": 7}},
+            "estimate_errors": {"bounds": (0.1, 1.0), "tiers": {"ssd": {"counts": [1, 2, 1], "sum": 4.5}}},
+        },
         "connections": {"counts": {"open": 1}, "closed": {}},
     }
     samples = parsed(render(Metrics().registry, seen).decode())

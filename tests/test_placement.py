@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,13 +11,19 @@ from hypothesis import strategies as st
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 from sllm_actor.policy.bandwidth import SMALLEST_BYTES, WEIGHT, corrected
-from sllm_actor.policy.placement import Decision, Evict, Grant, Start, Wait, decide, fits_nowhere, startup_s
+from sllm_actor.policy.cluster_view import ClusterView, Grant
+from sllm_actor.policy.estimator import FIRST_LEAVE_S, Estimator
+from sllm_actor.policy.offers import Action
+from sllm_actor.policy.placement import ABLE, Decision, Evict, Start, Wait
+from sllm_actor.policy.placement import decide as decide_in
+from sllm_actor.policy.placement import fits_nowhere as fits_nowhere_in
+from sllm_actor.policy.policies import Situation
 from sllm_actor.units import GIB
 
 NOBODY: frozenset[str] = frozenset()
 
 
-def question(size_bytes: int = GIB, host_bytes: int = GIB) -> PlaceModel:
+def question(size_bytes: int = GIB, host_bytes: int = GIB, **more: Any) -> PlaceModel:
     return PlaceModel(
         request_id=RequestId("r"),
         model=ModelName("m"),
@@ -24,16 +31,20 @@ def question(size_bytes: int = GIB, host_bytes: int = GIB) -> PlaceModel:
         size_bytes=size_bytes,
         host_bytes=host_bytes,
         timeout_s=1.0,
+        **more,
     )
 
 
-def instance(instance_id: str, *, active: int = 0, idle_since_s: float = 0.0, host_bytes: int = GIB) -> InstanceView:
+def instance(
+    instance_id: str, *, active: int = 0, idle_since_s: float = 0.0, host_bytes: int = GIB, **more: Any
+) -> InstanceView:
     return InstanceView(
         instance_id=instance_id,
         model=ModelName(f"model-of-{instance_id}"),
         active=active,
         idle_since_s=idle_since_s,
         host_bytes=host_bytes,
+        **more,
     )
 
 
@@ -50,6 +61,7 @@ def node(
     on_ssd: bool = True,
     remote_bytes_per_s: float = 1e8,
     remote_queue_s: float = 0.0,
+    host_fingerprints: tuple[str, ...] = ("other",),
 ) -> NodeReport:
     return NodeReport(
         node=NodeId(name),
@@ -60,13 +72,47 @@ def node(
         pinned_host_bytes=pinned or {},
         ended_placements=(),
         starting_placements=(),
-        host_fingerprints=("print",) if in_host_memory else ("other",),
+        host_fingerprints=("print",) if in_host_memory else host_fingerprints,
         ssd_fingerprints=("print",) if on_ssd else (),
         ssd_bytes_per_s=ssd_bytes_per_s,
         disk_queues_s={"print": queue_s, "other": 999.0},
         remote_bytes_per_s=remote_bytes_per_s,
         remote_queue_s=remote_queue_s,
     )
+
+
+def view_of(
+    nodes: Iterable[NodeReport], grants: Iterable[Grant] = (), leaving: Iterable[str] = (), now_s: float = 0.0
+) -> ClusterView:
+    view, gone = ClusterView(), set(leaving)
+    for report in nodes:
+        view.hear(report, now_s)
+        view.give_up(report.node, [one.instance_id for one in report.instances if one.instance_id in gone])
+    for number, grant in enumerate(grants):
+        view.grant(f"placement-{number}", grant)
+    return view
+
+
+def decide(
+    asked: PlaceModel,
+    nodes: Iterable[NodeReport],
+    grants: Iterable[Grant] = (),
+    leaving: frozenset[str] = NOBODY,
+    *,
+    policy: str = "startup_time",
+    estimator: Estimator | None = None,
+    waited_s: float = 0.0,
+    able: frozenset[Action] = ABLE,
+) -> Decision:
+    situation = Situation(
+        view_of(nodes, grants, leaving), estimator or Estimator(), asked, now_s=0.0, waited_s=waited_s,
+        locality_wait_s=10.0, able=able,
+    )  # fmt: skip
+    return decide_in(situation, policy)
+
+
+def fits_nowhere(asked: PlaceModel, nodes: Sequence[NodeReport]) -> str:
+    return fits_nowhere_in(asked, view_of(nodes))
 
 
 def started_on(decision: Decision) -> str:
@@ -79,7 +125,7 @@ def test_a_node_that_holds_the_model_in_memory_starts_it_soonest() -> None:
     decision = decide(question(), nodes, [], NOBODY)
     assert isinstance(decision, Start)
     assert (decision.report.node, decision.estimate_s) == ("b", 0.0)
-    assert decision.reason == "b holds it in host memory"
+    assert decision.explanation.reason == "b holds it in host memory"
 
 
 def test_of_two_disks_the_faster_one_wins_and_the_estimate_says_why() -> None:
@@ -87,7 +133,7 @@ def test_of_two_disks_the_faster_one_wins_and_the_estimate_says_why() -> None:
     decision = decide(question(size_bytes=4 * 10**9), nodes, [], NOBODY)
     assert isinstance(decision, Start)
     assert (decision.report.node, decision.estimate_s) == ("b", 2.0)
-    assert "4.0 GB at 2.00 GB/s" in decision.reason
+    assert "4.0 GB at 2.00 GB/s" in decision.explanation.reason
 
 
 def test_a_long_queue_loses_to_a_slower_disk_and_a_short_one_does_not() -> None:
@@ -98,7 +144,8 @@ def test_a_long_queue_loses_to_a_slower_disk_and_a_short_one_does_not() -> None:
 
 def test_a_node_without_a_known_bandwidth_comes_last() -> None:
     unknown = node("a", ssd_bytes_per_s=0.0)
-    assert startup_s(unknown, "print", GIB) == float("inf")
+    only = decide(question(), [unknown])
+    assert isinstance(only, Start) and only.estimate_s == float("inf")
     assert started_on(decide(question(), [unknown, node("b", queue_s=1e6)], [], NOBODY)) == "b"
     assert started_on(decide(question(), [unknown], [], NOBODY)) == "a"
 
@@ -173,13 +220,14 @@ def test_the_instance_that_has_been_idle_longest_is_given_up() -> None:
     ]
     decision = decide(question(), [node("a", slots=3, instances=instances)], [], NOBODY)
     assert isinstance(decision, Evict)
-    assert decision.victim.instance_id == "old"
-    assert "model-of-old" in decision.reason
+    assert decision.victims[0].instance_id == "old"
+    assert "model-of-old" in decision.explanation.reason
 
 
-def test_nothing_is_given_up_where_a_slot_is_free_elsewhere() -> None:
+def test_an_idle_instance_is_given_up_where_that_is_sooner_than_a_slot_that_is_free_elsewhere() -> None:
     full = node("a", slots=1, instances=[instance("idle")])
-    assert started_on(decide(question(), [full, node("b", queue_s=60.0)], [], NOBODY)) == "b"
+    assert isinstance(decide(question(), [full, node("b", queue_s=60.0)]), Evict)
+    assert started_on(decide(question(), [full, node("b", queue_s=FIRST_LEAVE_S / 2)])) == "b"
 
 
 def test_an_instance_that_generates_is_never_given_up() -> None:
@@ -226,7 +274,7 @@ nodes = st.builds(
     ssd_bytes_per_s=st.floats(0, 1e10),
     queue_s=st.floats(0, 100),
 )
-grants = st.builds(Grant, st.sampled_from("abc").map(NodeId), st.integers(0, 4), st.just(0.0))
+grants = st.builds(Grant, st.sampled_from("abc").map(NodeId), st.integers(0, 4), st.just(0.0), st.integers(1, 2))
 
 
 @given(
@@ -247,16 +295,17 @@ def test_a_start_never_exceeds_slots_or_pool_and_a_victim_is_always_idle_and_of_
     here = [grant for grant in open_grants if grant.node == report.node]
     held_bytes = host_bytes + sum(grant.host_bytes for grant in here)
     if isinstance(decision, Start):
-        assert len(report.instances) + len(here) + 1 <= report.slots
+        assert len(report.instances) + sum(grant.slots for grant in here) + 1 <= report.slots
         assert held_bytes + sum(one.host_bytes for one in report.instances) <= report.host_pool_bytes
         assert decision.estimate_s >= 0
     else:
-        assert decision.victim in report.instances
-        assert decision.victim.active == 0
-        assert decision.victim.instance_id not in leaving
-        busy = [one for one in report.instances if one.active]
-        assert len(busy) + len(here) + 1 <= report.slots
-        assert held_bytes + sum(one.host_bytes for one in busy) <= report.host_pool_bytes
+        assert decision.victims
+        assert set(decision.victims) <= set(report.instances)
+        assert all(one.active == 0 and one.instance_id not in leaving for one in decision.victims)
+        gone = {one.instance_id for one in decision.victims} | leaving
+        stays = [one for one in report.instances if one.instance_id not in gone]
+        assert len(stays) + sum(grant.slots for grant in here) + 1 <= report.slots
+        assert held_bytes + sum(one.host_bytes for one in stays) <= report.host_pool_bytes
 
 
 def test_a_bandwidth_moves_towards_what_was_seen_and_ignores_what_tells_nothing() -> None:
@@ -274,15 +323,17 @@ def test_a_node_whose_disk_has_the_model_starts_it_sooner_than_one_that_must_fet
     nodes = [node("a", on_ssd=False), node("b", ssd_bytes_per_s=5e8)]
     decision = decide(question(), nodes, [], NOBODY)
     assert started_on(decision) == "b"
-    assert "reads" in decision.reason
+    assert isinstance(decision, Start)
+    assert "reads" in decision.explanation.reason
 
 
 def test_a_fetch_has_its_own_queue_and_bandwidth() -> None:
     busy = node("a", queue_s=500.0, on_ssd=False, remote_bytes_per_s=2e8, remote_queue_s=3.0)
-    assert startup_s(busy, "print", 10**9) == 3.0 + 5.0
-    decision = decide(question(), [busy], [], NOBODY)
+    decision = decide(question(10**9), [busy], [], NOBODY)
     assert isinstance(decision, Start)
-    assert "fetches" in decision.reason
-    assert "at 0.20 GB/s after a queue of 3.0" in decision.reason
+    assert decision.estimate_s == 3.0 + 5.0
+    assert "fetches" in decision.explanation.reason
+    assert "at 0.20 GB/s after a queue of 3.0" in decision.explanation.reason
     stuck = node("b", on_ssd=False, remote_bytes_per_s=0.0)
-    assert startup_s(stuck, "print", 1) == float("inf")
+    alone = decide(question(1), [stuck])
+    assert isinstance(alone, Start) and alone.estimate_s == float("inf")

@@ -9,6 +9,8 @@ import pytest
 
 from sllm_actor.actors import Scheduler
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.scheduler import Limits
+from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
 from sllm_actor.errors import InvalidRequest, ModelTooLarge, NoCapacity, QueueFull, RequestNotFound
 from sllm_actor.messages.generation import Finished, Generate, Tokens
@@ -17,6 +19,7 @@ from sllm_actor.messages.placement import HurryPlacement, InstanceView, ListNode
 from sllm_actor.runtime import Actor, ActorRef, ActorSystem, handles
 
 MIB = 1024 * 1024
+LIMITS = Limits(lease_s=60, evict_timeout_s=5, max_waiting=2)
 
 
 class HandClock:
@@ -67,9 +70,12 @@ def report(
     instances: list[InstanceView] | None = None,
     ended: tuple[str, ...] = (),
     starting: tuple[str, ...] = (),
+    failed: tuple[str, ...] = (),
+    name: str = "node-1",
+    on_ssd: tuple[str, ...] = ("new",),
 ) -> NodeReport:
     return NodeReport(
-        node=NodeId("node-1"),
+        node=NodeId(name),
         manager="manager",
         slots=slots,
         host_pool_bytes=100 * MIB,
@@ -78,7 +84,8 @@ def report(
         ended_placements=ended,
         starting_placements=starting,
         host_fingerprints=(),
-        ssd_fingerprints=("new",),
+        ssd_fingerprints=on_ssd,
+        failed_placements=failed,
         ssd_bytes_per_s=1e9,
         disk_queues_s={},
         remote_bytes_per_s=1e8,
@@ -106,7 +113,7 @@ def clock() -> HandClock:
 @pytest.fixture
 async def system(clock: HandClock) -> AsyncIterator[ActorSystem]:
     system = ActorSystem()
-    await system.spawn(Scheduler(clock, lease_s=60, evict_timeout_s=5, max_waiting=2), "scheduler")
+    await system.spawn(Scheduler(clock, LIMITS, StartCounts()), "scheduler")
     yield system
     await system.close()
 

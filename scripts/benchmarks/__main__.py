@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart, gateway, interference, load, lora, remote, serve, weights
+from benchmarks import actors, coldstart, gateway, interference, load, lora, policy, remote, serve, weights
 from benchmarks.report import Report
 
-BENCHES = ("actors", "coldstart", "gateway", "interference", "load", "lora", "remote", "serve", "weights")
+BENCHES = (
+    "actors", "coldstart", "gateway", "interference", "load", "lora", "policy", "remote", "serve", "weights",
+)  # fmt: skip
 SECONDS = 0.8
 
 
@@ -51,6 +53,8 @@ def main() -> None:
         interference.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     elif arguments.name == "gateway":
         gateway.run(report, arguments.repeats)
+    elif arguments.name == "policy":
+        policy.run(report, arguments.repeats, arguments.work_dir)
     elif arguments.name == "remote":
         remote.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     elif arguments.name == "lora":

@@ -9,20 +9,14 @@ from typing import Any
 
 import msgspec
 
+from sllm_actor.actors.running import Running
 from sllm_actor.actors.slots import Slots
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.engine.client import Engine, Item
 from sllm_actor.errors import Draining
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.generation import Generate
-from sllm_actor.messages.instances import (
-    AdapterHeld,
-    HoldAdapter,
-    InstanceActivity,
-    InstanceDied,
-    InstanceExpired,
-    Retire,
-)
+from sllm_actor.messages.instances import AdapterHeld, Answered, HoldAdapter, InstanceDied, InstanceExpired, Retire
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 
 FIRST_REQUEST_S = 10.0
@@ -51,7 +45,7 @@ class InferenceWorker(Actor):
         self._slots = Slots(max_requests)
         self._room = room
         self._stop_timeout_s = stop_timeout_s
-        self._active = 0
+        self._running = Running(instance_id)
         self._idle = asyncio.Event()
         self._idle.set()
         self._retiring = False
@@ -77,7 +71,8 @@ class InferenceWorker(Actor):
     async def _run(self, request: Generate | Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
         if self._retiring or self._engine.died.done():
             raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
-        self._count(+1)
+        self._running.begin(request, self._clock.monotonic_s())
+        self._tell_activity()
         try:
             if not self._slots.take_now():
                 with self._room.place(request.model):
@@ -85,11 +80,12 @@ class InferenceWorker(Actor):
             try:
                 async with aclosing(self._compute(request)) as items:
                     async for item in items:
+                        self._running.take(request.request_id, item, self._clock.monotonic_s())
                         yield item
             finally:
                 self._slots.give()
         finally:
-            self._count(-1)
+            self._tell_activity(self._running.end(request.request_id))
 
     async def _compute(self, request: Generate | Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
         if not isinstance(request, Generate) or not request.base:
@@ -112,10 +108,10 @@ class InferenceWorker(Actor):
         await self._idle.wait()
         await self._engine.leave(self._stop_timeout_s)
 
-    def _count(self, change: int) -> None:
-        self._active += change
-        self._manager.tell(InstanceActivity(instance_id=self._instance_id, active=self._active))
-        if self._active:
+    def _tell_activity(self, answered: Answered | None = None) -> None:
+        activity = self._running.activity(self._clock.monotonic_s(), answered)
+        self._manager.tell(activity)
+        if activity.active:
             self._idle.clear()
             if self._expiry is not None:
                 self._expiry.cancel()

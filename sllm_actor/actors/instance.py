@@ -8,8 +8,9 @@ from collections.abc import Collection
 from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.instance_starter import Started
 from sllm_actor.domain import Model, NodeId
-from sllm_actor.messages.instances import InstanceStatus
+from sllm_actor.messages.instances import InstanceActivity, InstanceStatus
 from sllm_actor.messages.placement import InstanceView
+from sllm_actor.policy.answer_times import LearnedTimes
 from sllm_actor.runtime import ActorRef
 
 
@@ -23,6 +24,7 @@ class Instance:
         started: Started,
         adapters: InstanceAdapters,
         worker: ActorRef,
+        times: LearnedTimes,
         now_s: float,
     ) -> None:
         self.instance_id = instance_id
@@ -30,23 +32,48 @@ class Instance:
         self.started = started
         self.adapters = adapters
         self.worker = worker
-        self.active = 0
+        self._times = times
         self.idle_since_s = now_s
         self.retired: asyncio.Future[None] | None = None
+        self._activity = InstanceActivity(instance_id=instance_id, active=0)
+        self._told_s = now_s
+
+    @property
+    def active(self) -> int:
+        """How many requests run on it."""
+        return self._activity.active
+
+    def hear(self, activity: InstanceActivity, now_s: float) -> None:
+        """Note how busy it is, and what its last answer teaches."""
+        if activity.answered is not None:
+            self._times.learn(self.model.name, activity.answered)
+        self._activity, self._told_s = activity, now_s
+        if not activity.active:
+            self.idle_since_s = now_s
 
     def serves(self, model: Model) -> bool:
         """Tell whether it can answer for a model at once: its own, or an adapter that it has."""
         return model.name == self.model.name or (model.base != "" and model.fingerprint in self.adapters.fingerprints)
 
-    def view(self, pinned: Collection[str]) -> InstanceView:
+    def view(self, pinned: Collection[str], now_s: float) -> InstanceView:
         """Describe it to the Scheduler; memory that is pinned is counted once, and not here."""
         own_bytes = 0 if self.model.fingerprint in pinned else self.model.host_bytes
+        times = self._times.of(self.model.name)
+        resume_s_per_token, resume_s = times.resume.rising
         return InstanceView(
             instance_id=self.instance_id,
             model=self.model.name,
             active=self.active,
             idle_since_s=self.idle_since_s,
             host_bytes=own_bytes + self.adapters.host_bytes(pinned),
+            fingerprint=self.model.fingerprint,
+            size_bytes=self.model.size_bytes,
+            prompt_tokens=self._activity.prompt_tokens,
+            running_s=self._activity.running_s + self.active * (now_s - self._told_s),
+            priority=self._activity.priority,
+            token_s=times.token_s,
+            resume_s_per_token=resume_s_per_token,
+            resume_s=resume_s,
         )
 
     def status(self, node: NodeId, now_s: float) -> InstanceStatus:

@@ -56,6 +56,7 @@ from sllm_actor.messages.models import (
     UnpinModel,
 )
 from sllm_actor.messages.placement import NodeReport
+from sllm_actor.policy.answer_times import LearnedTimes
 from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import Actor, Clock, handles
 from sllm_actor.runtime.progress import Step, followed
@@ -101,7 +102,7 @@ class ModelManager(Actor):
         self._counts = counts
         self._instances: dict[str, Instance] = {}
         self._starting: dict[str, ModelName] = {}
-        self._changing: set[ModelName] = set()
+        self._times = LearnedTimes()
         self._instance_ids = itertools.count(1)
         self._ssd = ObservedWay(FIRST_SSD_BYTES_PER_S, tiers.loader.paths().ssd)
         self._remote = ObservedWay(FIRST_REMOTE_BYTES_PER_S, tiers.remote_path())
@@ -127,6 +128,7 @@ class ModelManager(Actor):
     async def remove(self, message: RemoveModel) -> Model:
         with self._registry.change(message.name):
             model = await self._registry.remove(message.name)
+            self._times.forget(message.name)
             await self._stop_all(message.name)
             self._report()
             return model
@@ -195,6 +197,7 @@ class ModelManager(Actor):
     async def _start(self, message: StartInstance, on_progress: OnProgress) -> InstanceStarted:
         self._starting[message.placement_id] = message.model
         self._report()
+        failed = True
         try:
             model = self._registry.find(message.model)
             if message.adapter:
@@ -202,7 +205,9 @@ class ModelManager(Actor):
             started = await self._starter.start(model, await self._registry.wanted(model), on_progress)
             self._counts.started(started.spans)
             try:
-                return await self._install(model, started)
+                installed = await self._install(model, started)
+                failed = False
+                return installed
             except BaseException:
                 await self._discard(started)
                 raise
@@ -211,7 +216,7 @@ class ModelManager(Actor):
             raise
         finally:
             del self._starting[message.placement_id]
-            self._report(ended=message.placement_id)
+            self._report(ended=message.placement_id, failed=failed)
 
     def _bring(self, adapter: Model) -> None:
         """Have an adapter come to host memory beside its base. What this fails with, its request meets again."""
@@ -259,7 +264,9 @@ class ModelManager(Actor):
             chunk_bytes=self._starter.chunk_bytes,
             limit=self._limits.max_adapters_per_instance,
         )
-        self._instances[instance_id] = Instance(instance_id, model, started, adapters, ref, self._clock.monotonic_s())
+        self._instances[instance_id] = Instance(
+            instance_id, model, started, adapters, ref, self._times, self._clock.monotonic_s()
+        )
         started.lease.is_of(instance_id)
         self._learn_bandwidth()
         return InstanceStarted(
@@ -330,9 +337,7 @@ class ModelManager(Actor):
         instance = self._instances.get(message.instance_id)
         if instance is None:
             return
-        instance.active = message.active
-        if not message.active:
-            instance.idle_since_s = self._clock.monotonic_s()
+        instance.hear(message, self._clock.monotonic_s())
         self._report()
 
     @handles(InstanceExpired, concurrent=True)
@@ -366,7 +371,7 @@ class ModelManager(Actor):
         gone = InstanceGone(instance_id=instance.instance_id, model=instance.model.name)
         self.context.system.ref("router").tell(gone)
 
-    def _report(self, ended: str = "") -> None:
+    def _report(self, ended: str = "", *, failed: bool = False) -> None:
         """Tell the Scheduler what this node has, once it is up and after every change."""
         residents = self._tiers.loader.residents()
         pinned = {resident.fingerprint for resident in residents if resident.pinned}
@@ -376,7 +381,7 @@ class ModelManager(Actor):
                 manager=self.context.self_ref.name,
                 slots=self._limits.max_instances,
                 host_pool_bytes=self._limits.host_pool_bytes,
-                instances=tuple(instance.view(pinned) for instance in self._instances.values()),
+                instances=tuple(one.view(pinned, self._clock.monotonic_s()) for one in self._instances.values()),
                 pinned_host_bytes={
                     model.fingerprint: model.host_bytes
                     for model in self._registry.models()
@@ -390,5 +395,6 @@ class ModelManager(Actor):
                 disk_queues_s=self._registry.disk_queues_s(),
                 remote_bytes_per_s=self._remote.bytes_per_s,
                 remote_queue_s=self._tiers.queues().remote_s,
+                failed_placements=(ended,) if failed else (),
             )
         )

@@ -21,6 +21,8 @@ class RequestRecord:
         self.tokens: list[int] = []
         self.instance: InstanceStarted | None = None
         self.cold = False
+        self.beside = 0
+        self.start_of = ""
         self.first_token_s = 0.0
         self.end_s = 0.0
         self.prompt_tokens = len(request.prompt) // 4
@@ -51,6 +53,10 @@ class RequestRecord:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=len(self.tokens),
             outcome=self.outcome,
+            instance_id=self.instance.instance_id if self.instance is not None else "",
+            node=self.instance.node if self.instance is not None else "",
+            beside=self.beside,
+            start_of=self.start_of,
         )
 
 
@@ -74,6 +80,11 @@ class RequestLog:
         record = RequestRecord(request)
         self._running[request.request_id] = record
         return record
+
+    def route(self, record: RequestRecord, instance: InstanceStarted) -> None:
+        """Note the instance that answers a request, and how many it answers already."""
+        record.beside = sum(one.instance is instance for one in self._running.values() if one is not record)
+        record.instance = instance
 
     def close(self, record: RequestRecord) -> None:
         """Move a record to the finished ones; the oldest of those is forgotten."""

@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
-from sllm_actor.domain import Model, ModelName, Span, Timeline
-from sllm_actor.errors import ActorDied, Conflict, Draining, NoCapacity, NoSuchActor, SllmError
+from sllm_actor.domain import Model, ModelName, RequestId, Span, Timeline
+from sllm_actor.errors import ActorDied, Conflict, Draining, NoCapacity, NoSuchActor, RequestNotFound, SllmError
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.engine import Prefilled
+from sllm_actor.messages.explanation import Explained, ExplainPlacement, ExplainRequest, Explanation
 from sllm_actor.messages.generation import (
     Finished,
     Generate,
@@ -42,7 +44,7 @@ Answered = PromptLogprobs | Tokens | Embedded | Finished
 
 
 class _Start:
-    """A start under way, how many requests wait for it, and the lowest priority of them so far."""
+    """A start under way, the request it was begun for, how many wait for it, and the lowest priority of them so far."""
 
     def __init__(self, request: Generate | Embed) -> None:
         self.request = request
@@ -111,7 +113,7 @@ class Router(Actor):
         """Run the request; one that met an instance just leaving has not begun, and is routed again."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
             instance = await self._instance(request, record)
-            record.instance = instance
+            self._log.route(record, instance)
             worker = self.context.system.ref(instance.worker)
             try:
                 async with aclosing(worker.stream(request)) as items:
@@ -136,11 +138,13 @@ class Router(Actor):
             return self._routes[served]
         record.cold = True
         with self._room.place(request.model):
-            instance, spans = await self._share(request)
+            instance, spans = await self._share(request, record)
         record.spans.extend(spans)
         return instance
 
-    async def _share(self, request: Generate | Embed) -> tuple[InstanceStarted, tuple[Span, ...]]:
+    async def _share(
+        self, request: Generate | Embed, record: RequestRecord
+    ) -> tuple[InstanceStarted, tuple[Span, ...]]:
         """Wait for the start of the request's model; it ends when the last who waits for it leaves."""
         served = _served(request)
         start = self._starts.get(served)
@@ -153,6 +157,7 @@ class Router(Actor):
         if request.priority < start.priority:
             start.priority = request.priority
             self._scheduler.tell(HurryPlacement(request_id=start.request.request_id, priority=start.priority))
+        record.start_of = start.request.request_id
         start.waiters += 1
         try:
             await asyncio.wait([start.task])
@@ -244,6 +249,26 @@ class Router(Actor):
     @handles(GetTimeline)
     async def timeline(self, message: GetTimeline) -> Timeline:
         return self._log.timeline(message.request_id)
+
+    @handles(ExplainRequest, concurrent=True)
+    async def explain(self, message: ExplainRequest) -> Explained:
+        try:
+            timeline = self._log.timeline(message.request_id)
+        except RequestNotFound:
+            # The Scheduler remembers more of them, under the request that a start was begun for.
+            return explained(await self._decision(message.request_id))
+        if not timeline.cold:
+            return explained_warm(timeline)
+        try:
+            decision = await self._decision(RequestId(timeline.start_of))
+        except RequestNotFound:
+            return explained_undecided(timeline)
+        return explained(decision, timeline)
+
+    async def _decision(self, request_id: RequestId) -> Explanation:
+        question = ExplainPlacement(request_id=request_id)
+        decision: Explanation = await self._scheduler.ask(question, timeout_s=self._ask_timeout_s)
+        return decision
 
     @handles(ListRequests)
     async def requests(self, _: ListRequests) -> tuple[Timeline, ...]:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from sllm_actor.domain import NodeId
+from sllm_actor.actors.decision_log import DecisionLog, Granted, granted
+from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.errors import DeliveryFailed, ModelTooLarge, NoCapacity, QueueFull
+from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.instances import StopInstances
-from sllm_actor.messages.placement import HurryPlacement, ListNodes, NodeReport, Placement, PlaceModel
-from sllm_actor.policy.placement import Evict, Grant, Start, Wait, Waiter, decide, fits_nowhere, next_of
+from sllm_actor.messages.placement import HurryPlacement, InstanceView, ListNodes, NodeReport, Placement, PlaceModel
+from sllm_actor.policy.cluster_view import ClusterView, Grant
+from sllm_actor.policy.estimator import Estimator
+from sllm_actor.policy.explaining import refused
+from sllm_actor.policy.placement import ABLE, Decision, Evict, Start, Wait, Waiter, decide, fits_nowhere, next_of
+from sllm_actor.policy.policies import Situation
 from sllm_actor.policy.retrying import Pace, placement_s
 from sllm_actor.runtime import Actor, Clock, handles
 
@@ -23,66 +29,101 @@ log = logging.getLogger(__name__)
 BEGIN_WITHIN_S = 10.0
 
 
-class _Waiting:
-    """Who waits, and what is to be told."""
+class Limits(NamedTuple):
+    """The Scheduler's knobs; most names are those of `Config`."""
 
-    def __init__(self, question: PlaceModel, since_s: float) -> None:
+    lease_s: float
+    evict_timeout_s: float
+    max_waiting: int
+    placement_policy: str = "startup_time"
+    locality_wait_s: float = 10.0
+    decision_history: int = 10_000
+
+
+class _Waiting:
+    """A question, since when it waits, and whose instances were given up for it."""
+
+    def __init__(self, question: PlaceModel, asked_s: float) -> None:
         self.question = question
-        self.since_s = since_s
+        self.asked_s = asked_s
         self.answer: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
+        self.given_up: tuple[str, ...] = ()
+        self.why = ""
+        self.recheck: asyncio.Task[None] | None = None
 
 
 class Scheduler(Actor):
-    """Owns the cluster view: the newest report of every node, the grants not yet used, who waits."""
+    """Owns the cluster view, what was learned of starts, the last decisions, and who waits."""
 
-    def __init__(self, clock: Clock, *, lease_s: float, evict_timeout_s: float, max_waiting: int) -> None:
+    def __init__(self, clock: Clock, limits: Limits, counts: StartCounts) -> None:
         self._clock = clock
-        self._lease_s = lease_s
-        self._evict_timeout_s = evict_timeout_s
-        self._max_waiting = max_waiting
-        self._reports: dict[NodeId, NodeReport] = {}
-        self._grants: dict[str, Grant] = {}
-        self._leaving: set[str] = set()
+        self._limits = limits
+        self._counts = counts
+        self._view = ClusterView()
+        self._estimator = Estimator()
+        self._decisions = DecisionLog(limits.decision_history)
+        self._granted: dict[str, Granted] = {}
         self._waiting: list[_Waiting] = []
         self._placements = itertools.count(1)
         self._pace = Pace()
 
     @handles(NodeReport)
     async def hear(self, report: NodeReport) -> None:
-        self._reports[report.node] = report
+        now_s = self._clock.monotonic_s()
+        self._view.hear(report, now_s)
         for placement_id in report.ended_placements:
-            self._grants.pop(placement_id, None)
-        for placement_id in report.starting_placements:
-            if placement_id in self._grants:  # A start that goes on keeps its room.
-                expires_s = self._clock.monotonic_s() + self._lease_s
-                self._grants[placement_id] = self._grants[placement_id]._replace(expires_s=expires_s)
-        living = {view.instance_id for known in self._reports.values() for view in known.instances}
-        self._leaving &= living
+            self._view.release(placement_id)
+            self._ended(placement_id, "failed" if placement_id in report.failed_placements else "started", now_s)
+        for placement_id in report.starting_placements:  # A start that goes on keeps its room.
+            self._view.extend(placement_id, now_s + self._limits.lease_s)
         self._serve()
+
+    def _ended(self, placement_id: str, outcome: str, now_s: float) -> None:
+        """Compare what was expected of a start with what it took, and learn from that."""
+        start = self._granted.pop(placement_id, None)
+        if start is None:
+            return
+        observed_s = now_s - start.granted_s
+        self._decisions.end(start.request_id, outcome, observed_s)
+        if outcome != "started" or start.predicted_s == float("inf"):
+            return
+        self._counts.estimated(start.tier, start.predicted_s, observed_s)
+        self._estimator.learn_start(
+            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s
+        )
 
     @handles(ListNodes)
     async def list_nodes(self, _: ListNodes) -> tuple[NodeReport, ...]:
-        return tuple(self._reports.values())
+        return tuple(node.report for node in self._view.nodes.values())
+
+    @handles(ExplainPlacement)
+    async def explain(self, message: ExplainPlacement) -> Explanation:
+        return self._decisions.find(message.request_id)
 
     @handles(PlaceModel, concurrent=True)
     async def place(self, question: PlaceModel) -> Placement:
         now_s = self._clock.monotonic_s()
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=self._pace.next_s(now_s))
         waiting = _Waiting(question, now_s)
         self._waiting.append(waiting)
         self._serve()
+        if self._limits.placement_policy == "locality_wait" and not waiting.answer.done():
+            waiting.recheck = self.context.tasks.spawn(self._serve_later(self._limits.locality_wait_s), "recheck")
         try:
             async with asyncio.timeout(question.timeout_s):
                 return await waiting.answer
         except TimeoutError:
+            self._note_refusal(waiting)
             raise NoCapacity(
                 f"no node could start {question.model} within {question.timeout_s:g} s: all of them are busy",
-                retry_after_s=placement_s(question, list(self._reports.values())),
+                retry_after_s=placement_s(question, [node.report for node in self._view.nodes.values()]),
             ) from None
         finally:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
+            if waiting.recheck is not None:
+                waiting.recheck.cancel()
             self._pace.note(self._clock.monotonic_s())
 
     @handles(HurryPlacement)
@@ -93,64 +134,95 @@ class Scheduler(Actor):
                 waiting.question = msgspec.structs.replace(cast(Any, waiting.question), priority=priority)
         self._serve()
 
+    async def _serve_later(self, wait_s: float) -> None:
+        """Look again when a wait for the best node has lasted long enough, whether that node reports or not."""
+        await self._clock.sleep(wait_s)
+        self._serve()
+
+    def _note_refusal(self, waiting: _Waiting) -> None:
+        waited_s = self._clock.monotonic_s() - waiting.asked_s
+        why = waiting.why or "others waited before it"
+        self._decisions.note(refused(waiting.question, self._limits.placement_policy, why, waited_s))
+
     def _serve(self) -> None:
         """Grant by priority and then in the order of asking, until someone has to wait."""
         self._refuse()
         now_s = self._clock.monotonic_s()
-        self._grants = {key: grant for key, grant in self._grants.items() if grant.expires_s > now_s}
-        while self._waiting:
-            place = next_of([Waiter(waiting.question, waiting.since_s) for waiting in self._waiting], now_s)
-            waiting = self._waiting[place]
-            decision = decide(
-                waiting.question,
-                list(self._reports.values()),
-                self._grants.values(),
-                frozenset(self._leaving),
-            )
+        for placement_id in self._view.expired(now_s):
+            self._ended(placement_id, "expired", now_s)
+        asking = list(self._waiting)
+        while asking:
+            waiting = asking.pop(next_of([Waiter(one.question, one.asked_s) for one in asking], now_s))
+            decision = self._decide(waiting, now_s)
             if isinstance(decision, Wait):
-                return
+                waiting.why = decision.reason
+                if decision.holds_up:
+                    return
+                continue
             if isinstance(decision, Evict):
-                self._leaving.add(decision.victim.instance_id)
-                self.context.tasks.spawn(self._evict(decision), f"evict-{decision.victim.instance_id}")
+                self._give_up(waiting, decision)
                 return
-            del self._waiting[place]
+            self._waiting.remove(waiting)
             if not waiting.answer.done():
-                waiting.answer.set_result(self._grant(waiting.question, decision, now_s))
+                waiting.answer.set_result(self._grant(waiting, decision, now_s))
+
+    def _decide(self, waiting: _Waiting, now_s: float) -> Decision:
+        situation = Situation(
+            view=self._view,
+            estimator=self._estimator,
+            question=waiting.question,
+            now_s=now_s,
+            waited_s=now_s - waiting.asked_s,
+            locality_wait_s=self._limits.locality_wait_s,
+            able=ABLE,
+        )
+        return decide(situation, self._limits.placement_policy, waiting.given_up)
 
     def _refuse(self) -> None:
         """Tell those who would wait in vain, also behind others who don't."""
         for waiting in list(self._waiting):
-            reason = fits_nowhere(waiting.question, list(self._reports.values()))
+            reason = fits_nowhere(waiting.question, self._view)
             if reason:
                 self._waiting.remove(waiting)
                 if not waiting.answer.done():
                     waiting.answer.set_exception(ModelTooLarge(reason, param="model"))
 
-    def _grant(self, question: PlaceModel, start: Start, now_s: float) -> Placement:
+    def _grant(self, waiting: _Waiting, start: Start, now_s: float) -> Placement:
+        question = waiting.question
         placement_id = f"placement-{next(self._placements)}"
-        lease_s = min(self._lease_s, BEGIN_WITHIN_S)
-        self._grants[placement_id] = Grant(start.report.node, question.host_bytes, now_s + lease_s)
+        lease_s = min(self._limits.lease_s, BEGIN_WITHIN_S)
+        grant = Grant(start.report.node, question.host_bytes, now_s + lease_s, question.slots)
+        self._view.grant(placement_id, grant)
+        self._granted[placement_id] = granted(question, start, now_s)
+        self._decisions.note(start.explanation)
         return Placement(
             placement_id=placement_id,
             node=start.report.node,
             manager=start.report.manager,
             estimate_s=start.estimate_s,
             lease_s=lease_s,
-            reason=start.reason,
+            reason=start.explanation.reason,
         )
 
-    async def _evict(self, decision: Evict) -> None:
+    def _give_up(self, waiting: _Waiting, decision: Evict) -> None:
+        self._view.give_up(decision.report.node, [victim.instance_id for victim in decision.victims])
+        waiting.given_up += tuple(victim.instance_id for victim in decision.victims)
+        for victim in decision.victims:
+            self.context.tasks.spawn(self._evict(decision.report, victim), f"evict-{victim.instance_id}")
+
+    async def _evict(self, report: NodeReport, victim: InstanceView) -> None:
         """Ask for the victim's slot; the manager's next report tells when it is free."""
-        manager = self.context.system.ref(decision.report.manager)
-        victim = decision.victim
-        stopped = 0
+        manager = self.context.system.ref(report.manager)
+        begin_s, stopped = self._clock.monotonic_s(), 0
         try:
             stopped = await manager.ask(
                 StopInstances(model=victim.model, instance_id=victim.instance_id, only_idle=True),
-                timeout_s=self._evict_timeout_s,
+                timeout_s=self._limits.evict_timeout_s,
             )
         except DeliveryFailed as error:
             log.warning("instance %s could not be given up: %s", victim.instance_id, error)
-        if not stopped:
-            self._leaving.discard(victim.instance_id)
+        if stopped:
+            self._estimator.learn_leave(report.node, self._clock.monotonic_s() - begin_s)
+        else:
+            self._view.keep(report.node, victim.instance_id)
             self._serve()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 from sllm_actor.domain import Span
+
+# How far an estimate was from the start that was observed, in parts of the latter.
+ERROR_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0, 2.0, 5.0)
 
 
 class StartCounts:
@@ -15,6 +19,8 @@ class StartCounts:
     def __init__(self) -> None:
         self.placements = 0
         self.failed: Counter[str] = Counter()
+        self._errors: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(ERROR_RATIOS) + 1))
+        self._error_sums: defaultdict[str, float] = defaultdict(float)
         self._loads: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
 
     def started(self, spans: Iterable[Span]) -> None:
@@ -26,10 +32,26 @@ class StartCounts:
                 load[1] += span.end_s - span.begin_s
                 load[2] += span.size_bytes
 
+    def estimated(self, tier: str, predicted_s: float, observed_s: float) -> None:
+        """Note a start that was expected to take `predicted_s`, from the tier that was then the highest."""
+        if observed_s <= 0:
+            return
+        ratio = abs(predicted_s - observed_s) / observed_s
+        self._errors[tier][bisect_left(ERROR_RATIOS, ratio)] += 1
+        self._error_sums[tier] += ratio
+
     def observe(self) -> dict[str, Any]:
-        """Give the counts: loads have a number, seconds and bytes for each tier."""
+        """Give the counts: loads have a number, seconds and bytes for each tier, errors of estimates a histogram."""
         loads = {
             tier: {"count": int(count), "seconds": seconds, "bytes": int(size_bytes)}
             for tier, (count, seconds, size_bytes) in self._loads.items()
         }
-        return {"placements": self.placements, "failed": dict(self.failed), "loads": loads}
+        errors = {
+            tier: {"counts": list(counts), "sum": self._error_sums[tier]} for tier, counts in self._errors.items()
+        }
+        return {
+            "placements": self.placements,
+            "failed": dict(self.failed),
+            "loads": loads,
+            "estimate_errors": {"bounds": ERROR_RATIOS, "tiers": errors},
+        }

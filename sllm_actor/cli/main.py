@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sllm_actor.cli import checkpoints, keep, key_commands
+from sllm_actor.cli import checkpoints, explain, keep, key_commands
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.pull import default_name, pull_model
@@ -341,7 +341,7 @@ def verify(
         checkpoints.run_verify(folder, as_json=as_json)
 
 
-for verb in (keep.pin, keep.unpin, keep.evict):
+for verb in (keep.pin, keep.unpin, keep.evict, explain.explain):
     app.command()(verb)
 
 

@@ -267,6 +267,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ask_timeout_s: Annotated[
         float, Meta(ge=0.1, le=3600, title="s", description="deadline of a question between actors")
     ] = 10.0
+    placement_policy: Annotated[
+        Text,
+        Meta(
+            pattern=r"^(startup_time|availability|locality_wait|preempt)\Z",
+            title="policy",
+            description="where models start: startup_time, availability, locality_wait or preempt",
+        ),
+    ] = "startup_time"
+    locality_wait_s: Annotated[
+        float,
+        Meta(ge=0, le=3600, title="s", description="of locality_wait: longest wait for the node that holds the model"),
+    ] = 10.0
+    decision_history: Annotated[
+        int, Meta(ge=1, le=1_000_000, title="decisions", description="placements whose explanations are kept")
+    ] = 10_000
     request_history: Annotated[
         int,
         Meta(ge=1, le=1_000_000, title="requests", description="finished requests whose timelines are kept"),

@@ -24,7 +24,8 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The record of one request. `cold`: it had to wait for an instance to be started.
 
     `first_token_s` and `end_s` are moments of the monotonic clock, like the spans' borders, and 0.0
-    until they have come.
+    until they have come. `instance_id` is the instance on `node` that answers, which had `beside` other requests when
+    this one came to it; `start_of` is the request whose start this one waited for, often itself.
     """
 
     request_id: RequestId
@@ -37,3 +38,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prompt_tokens: int
     generated_tokens: int
     outcome: str
+    instance_id: str = ""
+    node: str = ""
+    beside: int = 0
+    start_of: str = ""

@@ -17,6 +17,7 @@ from sllm_actor.frontend.node_metrics import render
 from sllm_actor.frontend.openapi import SHIPPED
 from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest
 from sllm_actor.frontend.sse import write_on
+from sllm_actor.messages.explanation import ExplainRequest
 from sllm_actor.messages.generation import GetTimeline, ListRequests
 from sllm_actor.messages.instances import EndStart, ListInstances, StopInstances
 from sllm_actor.messages.migration import MigrateRequest
@@ -209,6 +210,13 @@ async def requests(request: web.Request) -> web.Response:
 async def timeline(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     question = GetTimeline(request_id=RequestId(request.match_info["request_id"]))
+    return json_response(await gateway.router.ask(question, timeout_s=gateway.limits.ask_timeout_s))
+
+
+@routes.get("/admin/explain/{request_id}")
+async def explain(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    question = ExplainRequest(request_id=RequestId(request.match_info["request_id"]))
     return json_response(await gateway.router.ask(question, timeout_s=gateway.limits.ask_timeout_s))
 
 

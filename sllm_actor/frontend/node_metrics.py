@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 
 # Of more actors than these, those whose mailboxes are the fullest are shown.
 MAX_ACTORS = 200
@@ -62,6 +69,18 @@ def _starts(starts: Mapping[str, Any]) -> Iterator[Metric]:
         size.add_metric([tier], load["bytes"])
     yield seconds
     yield size
+    yield _estimate_errors(**starts["estimate_errors"])
+
+
+def _estimate_errors(bounds: Sequence[float], tiers: Mapping[str, Any]) -> Metric:
+    family = HistogramMetricFamily(
+        "sllm:start_estimate_error_ratio", "Predicted starts against observed ones, in parts of these.", labels=["tier"]
+    )
+    edges = [*(str(bound) for bound in bounds), "+Inf"]
+    for tier, errors in tiers.items():
+        below = itertools.accumulate(errors["counts"])
+        family.add_metric([tier], list(zip(edges, below, strict=True)), errors["sum"])
+    return family
 
 
 def _runtime(system: Any) -> Iterator[Metric]:

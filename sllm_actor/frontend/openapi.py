@@ -47,6 +47,16 @@ def _ref(name: str) -> dict[str, Any]:
 ANSWERS: dict[str, Any] = {
     "Error": _object(error=_object(message=STRING, type=STRING, param=NULLABLE_STRING, code=STRING)),
     "Usage": _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER),
+    "Explained": _object(
+        request_id=STRING,
+        model=STRING,
+        text=STRING,
+        instance_id=STRING,
+        node=STRING,
+        beside=INTEGER,
+        start_of=STRING,
+        decision={"type": ["object", "null"]},
+    ),
     "ModelCard": _object(
         id=STRING,
         object={"const": "model"},
@@ -153,6 +163,9 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
     ("get", "/admin/instances"): ("List instances.", None, 200, _object(instances=_list(OBJECT)), _ADMIN),
     ("get", "/admin/requests"): ("List requests.", None, 200, _object(requests=_list(OBJECT)), _ADMIN),
     ("get", "/admin/requests/{request_id}"): ("Show a request's timeline.", None, 200, OBJECT, _ADMIN),
+    ("get", "/admin/explain/{request_id}"): (
+        "Tell how a request came to its instance, and why there.", None, 200, _ref("Explained"), _ADMIN,
+    ),
     ("post", "/admin/requests/{request_id}/migrate"): (
         "Move a running request.", MigrationRequest, 202, _object(migrating=STRING), (*_ADMIN, 408, 409, 413),
     ),

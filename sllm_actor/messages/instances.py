@@ -90,12 +90,30 @@ class InstanceGone:
     model: ModelName
 
 
+@message("instances.answered")
+class Answered:
+    """What one answer took: its prompt, less what was computed already, and then its tokens."""
+
+    computed_tokens: int
+    prefill_s: float
+    tokens: int
+    decode_s: float
+
+
 @message("instances.activity")
 class InstanceActivity:
-    """Told to the ModelManager by a worker whenever its number of running generations changes."""
+    """Told to the ModelManager by a worker whenever its number of running generations changes.
+
+    Of those that run: their prompts together, how long they have been running together, the most urgent one's priority.
+    `answered` is of the one that has just ended well.
+    """
 
     instance_id: str
     active: int
+    prompt_tokens: int = 0
+    running_s: float = 0.0
+    priority: int = 0
+    answered: Answered | None = None
 
 
 @message("instances.expired")

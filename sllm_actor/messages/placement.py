@@ -11,7 +11,8 @@ class PlaceModel:
     """Ask for the node that can start an instance of `model` soonest.
 
     Answered by `Placement`, as soon as a slot is free, those of the lowest `priority` first; fails with `NoCapacity`,
-    `QueueFull` or, where no node has the memory beside what is pinned, at once with `ModelTooLarge`.
+    `QueueFull` or, where no node has the memory beside what is pinned, at once with `ModelTooLarge`. The model takes so
+    many `slots` of one node, a device each.
     """
 
     request_id: RequestId
@@ -20,6 +21,7 @@ class PlaceModel:
     size_bytes: int
     host_bytes: int
     timeout_s: float
+    slots: int = 1
     priority: int = 0
 
 
@@ -48,13 +50,27 @@ class Placement:
 
 @message("placement.instance")
 class InstanceView:
-    """An instance as the Scheduler sees it. `idle_since_s`: monotonic, meaningful while `active` is 0."""
+    """An instance as the Scheduler sees it. `idle_since_s`: monotonic, meaningful while `active` is 0.
+
+    Of the requests that run on it: their prompts together, how long they have been generating together, the most urgent
+    one's priority. Of its model: what it takes to load, seconds a generated token, and what recomputing takes, for a
+    token and for a request; 0.0 until it was observed.
+    """
 
     instance_id: str
     model: ModelName
     active: int
     idle_since_s: float
     host_bytes: int
+    slots: int = 1
+    fingerprint: str = ""
+    size_bytes: int = 0
+    prompt_tokens: int = 0
+    running_s: float = 0.0
+    priority: int = 0
+    token_s: float = 0.0
+    resume_s_per_token: float = 0.0
+    resume_s: float = 0.0
 
 
 @message("placement.report")
@@ -63,7 +79,8 @@ class NodeReport:
 
     `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
     fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
-    the placements whose start has succeeded or failed since the last report, `starting_placements` those under way;
+    the placements whose start has succeeded or failed since the last report, of which `failed_placements` failed, and
+    `starting_placements` those under way;
     `host_fingerprints` the checkpoints in host memory, `ssd_fingerprints` those on its disks; bandwidths are observed
     ones. `disk_queues_s` says, by fingerprint, for which of these their disk is busy, and how long; `remote_queue_s` is
     for what comes from elsewhere.
@@ -83,6 +100,7 @@ class NodeReport:
     disk_queues_s: dict[str, float]
     remote_bytes_per_s: float
     remote_queue_s: float
+    failed_placements: tuple[str, ...] = ()
 
 
 @message("placement.nodes")

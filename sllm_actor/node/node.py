@@ -17,6 +17,7 @@ from sllm_actor.actors.model_manager import Limits as ManagerLimits
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.scheduler import Limits as SchedulerLimits
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
@@ -232,6 +233,18 @@ class Node:
             max_instances=config.max_instances,
         )
 
+    def _scheduler(self) -> Scheduler:
+        config = self.config
+        limits = SchedulerLimits(
+            lease_s=config.engine_start_timeout_s,
+            evict_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,
+            max_waiting=config.max_waiting_requests,
+            placement_policy=config.placement_policy,
+            locality_wait_s=config.locality_wait_s,
+            decision_history=config.decision_history,
+        )
+        return Scheduler(self.clock, limits, self._starts)
+
     async def _spawn_actors(
         self,
         node_id: str,
@@ -255,15 +268,7 @@ class Node:
             drain_timeout_s=config.drain_timeout_s,
             engine_stop_timeout_s=config.engine_stop_timeout_s,
         )
-        scheduler = await self.system.spawn(
-            Scheduler(
-                self.clock,
-                lease_s=config.engine_start_timeout_s,
-                evict_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,
-                max_waiting=config.max_waiting_requests,
-            ),
-            "scheduler",
-        )
+        scheduler = await self.system.spawn(self._scheduler(), "scheduler")
         manager = await self.system.spawn(
             ModelManager(
                 check_node_id(node_id), registry, tiers, starter, self.clock, manager_limits, self._room, self._starts

@@ -1,96 +1,63 @@
-"""Choose the node that can start a model soonest.
-
-Pure functions over what nodes reported: no clock, no I/O.
-Cost model: ServerlessLLM (OSDI '24), startup-time-optimized scheduling: `q + n / b`.
-"""
+"""Decide where a model starts, or what must leave for it first, or that it waits. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from sllm_actor.domain import NodeId
+from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
-from sllm_actor.units import format_bytes, format_seconds
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.policy.explaining import explain
+from sllm_actor.policy.offers import Action
+from sllm_actor.policy.policies import POLICIES, Situation
+from sllm_actor.units import format_bytes
+
+# What the actors can carry out; running inferences are neither moved nor ended for another model in this version.
+ABLE = frozenset({Action.START, Action.AWAIT, Action.EVICT})
 
 
 class Start(NamedTuple):
-    """A slot is free on the node: start there."""
+    """There is room on the node: start there."""
 
     report: NodeReport
     estimate_s: float
-    reason: str
+    tier: str
+    explanation: Explanation
 
 
 class Evict(NamedTuple):
-    """Every slot is taken, and this idle instance is the one to give up."""
+    """These idle instances of the node leave first."""
 
     report: NodeReport
-    victim: InstanceView
-    reason: str
+    victims: tuple[InstanceView, ...]
+    explanation: Explanation
 
 
 class Wait(NamedTuple):
-    """There is no room, and none to be made, or an instance is being given up already."""
+    """There is no room, and none to be made, or it is being made already.
+
+    Where only a better place is awaited, it does not hold up those who asked later.
+    """
 
     reason: str
-
-
-class Grant(NamedTuple):
-    """A placement whose instance does not show in its node's report yet: its slot and memory are taken."""
-
-    node: NodeId
-    host_bytes: int
-    expires_s: float
+    holds_up: bool = True
 
 
 Decision = Start | Evict | Wait
 
 
-def startup_s(report: NodeReport, fingerprint: str, size_bytes: int) -> float:
-    """Estimate the seconds until a checkpoint of `size_bytes` is in the node's host memory.
-
-    A CPU engine computes where the host pool lies, so bytes that are there need no further move.
-    """
-    if fingerprint in report.host_fingerprints:
-        return 0.0
-    queue_s, bytes_per_s, _ = _way(report, fingerprint)
-    return queue_s + size_bytes / bytes_per_s if bytes_per_s > 0 else float("inf")
-
-
-def _way(report: NodeReport, fingerprint: str) -> tuple[float, float, str]:
-    """Give the queue and the bandwidth of the way from the highest tier below host memory, and what it is called."""
-    if fingerprint in report.ssd_fingerprints:
-        return report.disk_queues_s.get(fingerprint, 0.0), report.ssd_bytes_per_s, "reads"
-    return report.remote_queue_s, report.remote_bytes_per_s, "fetches"
-
-
-def decide(
-    question: PlaceModel, reports: Sequence[NodeReport], grants: Iterable[Grant], leaving: frozenset[str]
-) -> Decision:
-    """Place one start.
-
-    `leaving`: instances that are being given up already; their slots are awaited, not taken twice.
-    """
-    open_grants = list(grants)
-    ranked = sorted(
-        reports,
-        key=lambda report: (startup_s(report, question.fingerprint, question.size_bytes), report.node),
-    )
-    for report in ranked:
-        if _has_room(report, report.instances, open_grants, question):
-            estimate_s = startup_s(report, question.fingerprint, question.size_bytes)
-            return Start(report, estimate_s, _reason(report, question, estimate_s))
-    for report in ranked:
-        if not _could_have_room(report, open_grants, question):
-            continue
-        if any(instance.instance_id in leaving for instance in report.instances):
-            return Wait(f"an instance is leaving {report.node}")
-        idle = [instance for instance in report.instances if instance.active == 0]
-        if idle:
-            victim = min(idle, key=lambda instance: (instance.idle_since_s, instance.instance_id))
-            return Evict(report, victim, f"{victim.model} has been idle the longest on {report.node}")
-    return Wait("no node would have room, whichever idle instances were given up")
+def decide(situation: Situation, policy: str, given_up: tuple[str, ...] = ()) -> Decision:
+    """Place one start; `given_up` are instances that have left for it already."""
+    choice = POLICIES[policy](situation)
+    if choice.taken is None:
+        return Wait(choice.why, choice.holds_up)
+    offer, report = choice.taken, situation.view.nodes[choice.taken.node].report
+    explanation = explain(situation, policy, choice, given_up)
+    if offer.action is Action.START:
+        return Start(report, offer.estimate_s, offer.tier, explanation)
+    assert offer.action is Action.EVICT, f"nobody can {offer.action}"
+    return Evict(report, offer.leaving, explanation)
 
 
 class Waiter(NamedTuple):
@@ -112,46 +79,23 @@ def next_of(waiting: Sequence[Waiter], now_s: float) -> int:
     return min(range(len(waiting)), key=lambda place: (waiting[place].question.priority, place))
 
 
-def fits_nowhere(question: PlaceModel, reports: Sequence[NodeReport]) -> str:
+def fits_nowhere(question: PlaceModel, view: ClusterView) -> str:
     """Say why no node that has reported could start the model, whatever else left it; empty where one could."""
-    if not reports or any(question.host_bytes <= _unpinned_bytes(report, question) for report in reports):
+    print_, host_bytes = question.fingerprint, question.host_bytes
+    if not view.nodes or any(
+        host_bytes <= node.unpinned_bytes(print_) and question.slots <= node.report.slots
+        for node in view.nodes.values()
+    ):
         return ""
-    report = max(reports, key=lambda report: (report.host_pool_bytes, _unpinned_bytes(report, question)))
-    needs, has = format_bytes(question.host_bytes), format_bytes(report.host_pool_bytes)
+    nodes = [node for node in view.nodes.values() if question.slots <= node.report.slots]
+    if not nodes:
+        slots = max(node.report.slots for node in view.nodes.values())
+        return f"{question.model} needs {question.slots} slots of one node, no node has more than {slots}"
+    node = max(nodes, key=lambda node: (node.report.host_pool_bytes, node.unpinned_bytes(print_)))
+    pool_bytes = node.report.host_pool_bytes
+    needs, has = format_bytes(host_bytes), format_bytes(pool_bytes)
     missing = f"{question.model} needs {needs} of host memory, the pool has {has}"
-    if question.host_bytes > report.host_pool_bytes:
+    if host_bytes > pool_bytes:
         return f"{missing}: raise host_pool_bytes"
-    pinned = format_bytes(report.host_pool_bytes - _unpinned_bytes(report, question))
+    pinned = format_bytes(pool_bytes - node.unpinned_bytes(print_))
     return f"{missing}, of which other models have {pinned} pinned: unpin one, or raise host_pool_bytes"
-
-
-def _unpinned_bytes(report: NodeReport, question: PlaceModel) -> int:
-    """Count the host memory that the pins of other checkpoints leave."""
-    pinned_bytes = sum(report.pinned_host_bytes.values()) - report.pinned_host_bytes.get(question.fingerprint, 0)
-    return report.host_pool_bytes - pinned_bytes
-
-
-def _could_have_room(report: NodeReport, grants: Sequence[Grant], question: PlaceModel) -> bool:
-    """Tell whether there would be room once every instance that does not generate had left."""
-    kept = [instance for instance in report.instances if instance.active]
-    return _has_room(report, kept, grants, question)
-
-
-def _has_room(
-    report: NodeReport, instances: Sequence[InstanceView], grants: Sequence[Grant], question: PlaceModel
-) -> bool:
-    """Tell whether a slot and the host memory for one more are free beside `instances`, open grants and pins."""
-    here = [grant for grant in grants if grant.node == report.node]
-    taken_bytes = sum(instance.host_bytes for instance in instances) + sum(grant.host_bytes for grant in here)
-    fits = taken_bytes + question.host_bytes <= _unpinned_bytes(report, question)
-    return fits and len(instances) + len(here) < report.slots
-
-
-def _reason(report: NodeReport, question: PlaceModel, estimate_s: float) -> str:
-    if question.fingerprint in report.host_fingerprints:
-        return f"{report.node} holds it in host memory"
-    queue_s, bytes_per_s, does = _way(report, question.fingerprint)
-    return (
-        f"{report.node} {does} {format_bytes(question.size_bytes)} at {bytes_per_s / 1e9:.2f} GB/s"
-        f" after a queue of {format_seconds(queue_s)}: {format_seconds(estimate_s)}"
-    )

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from sllm_actor.messages.placement import NodeReport, PlaceModel
-from sllm_actor.policy.placement import startup_s
+from sllm_actor.policy.cluster_view import NodeView
+from sllm_actor.policy.offers import way_up
 
 LEAST_S = 1.0
 MOST_S = 60.0
@@ -39,8 +40,8 @@ class Pace:
 
 def placement_s(question: PlaceModel, reports: Sequence[NodeReport]) -> float:
     """Estimate when a start that found no room is worth another try: when the soonest node could have done with it."""
-    estimates = [startup_s(report, question.fingerprint, question.size_bytes) for report in reports]
-    return bounded(max(min(estimates, default=0.0), UNKNOWN_S))
+    ways = [way_up(NodeView(report, (), ()), question) for report in reports]
+    return bounded(max(min((way.queue_s + way.move_s for way in ways), default=0.0), UNKNOWN_S))
 
 
 def rest_s(done_bytes: int, total_bytes: int, elapsed_s: float) -> float:

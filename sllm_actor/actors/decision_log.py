@@ -1,0 +1,80 @@
+"""The Scheduler's memory: why each of the last requests was placed where it was, and how its start then went."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import msgspec
+
+from sllm_actor.domain import NodeId, RequestId
+from sllm_actor.errors import RequestNotFound
+from sllm_actor.messages.explanation import Explanation
+from sllm_actor.messages.placement import PlaceModel
+from sllm_actor.policy.placement import Start
+
+
+class Granted(NamedTuple):
+    """A placement whose start has not ended: what was expected of it."""
+
+    request_id: RequestId
+    node: NodeId
+    tier: str
+    fingerprint: str
+    size_bytes: int
+    predicted_s: float
+    # Of it, what the queue and the bytes were to take.
+    moving_s: float
+    granted_s: float
+
+
+def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
+    """Note what is expected of a start that begins now."""
+    chosen = start.explanation.chosen
+    assert chosen is not None
+    engine_s = sum(term.seconds for term in chosen.terms if term.name == "engine")
+    return Granted(
+        request_id=question.request_id,
+        node=start.report.node,
+        tier=start.tier,
+        fingerprint=question.fingerprint,
+        size_bytes=question.size_bytes,
+        predicted_s=start.estimate_s,
+        moving_s=start.estimate_s - engine_s,
+        granted_s=now_s,
+    )
+
+
+class DecisionLog:
+    """Owns the explanations of the last `history` decisions, packed: ten thousand of them take a few megabytes."""
+
+    def __init__(self, history: int) -> None:
+        self._history = history
+        self._packed: OrderedDict[RequestId, bytes] = OrderedDict()
+
+    def note(self, explanation: Explanation) -> None:
+        """Keep the explanation in the place of an earlier one of its request; the oldest is forgotten."""
+        self._packed.pop(explanation.request_id, None)
+        self._packed[explanation.request_id] = msgspec.msgpack.encode(explanation)
+        if len(self._packed) > self._history:
+            self._packed.popitem(last=False)
+
+    def end(self, request_id: RequestId, outcome: str, observed_s: float = 0.0) -> None:
+        """Add how the start went, if its decision is remembered still."""
+        packed = self._packed.get(request_id)
+        if packed is not None:
+            # It is a struct, which a type checker does not see of messages.
+            explanation: Any = msgspec.msgpack.decode(packed, type=Explanation)
+            ended = msgspec.structs.replace(explanation, outcome=outcome, observed_s=observed_s)
+            self._packed[request_id] = msgspec.msgpack.encode(ended)
+
+    def find(self, request_id: RequestId) -> Explanation:
+        """Give the explanation of a request's placement.
+
+        Raises:
+            RequestNotFound: it asked for none, or that is forgotten.
+        """
+        packed = self._packed.get(request_id)
+        if packed is None:
+            raise RequestNotFound(f"no placement of a request {request_id} is remembered", param="request_id")
+        return msgspec.msgpack.decode(packed, type=Explanation)

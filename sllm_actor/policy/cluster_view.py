@@ -1,0 +1,195 @@
+"""What is known of all nodes, kept so that a placement need not look at each: reports in, indexes out. Pure.
+
+The same reports and grants in the same order give the same view. No clock: moments come with the calls.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from sllm_actor.domain import NodeId
+from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
+
+
+class Grant(NamedTuple):
+    """A placement whose instance does not show in its node's report yet: its slots and memory are taken."""
+
+    node: NodeId
+    host_bytes: int
+    expires_s: float
+    slots: int = 1
+
+
+class Room(NamedTuple):
+    """Slots and host memory."""
+
+    slots: int
+    host_bytes: int
+
+    def plus(self, other: Room) -> Room:
+        """Add both."""
+        return Room(self.slots + other.slots, self.host_bytes + other.host_bytes)
+
+
+class NodeView:
+    """One node: its newest report, and what of it is free, could be given up, or is busy."""
+
+    __slots__ = ("busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes", "report")
+
+    def __init__(self, report: NodeReport, grants: Iterable[Grant], leaving: Collection[str]) -> None:
+        self.report = report
+        self.on_host = frozenset(report.host_fingerprints)
+        self.on_ssd = frozenset(report.ssd_fingerprints)
+        self.pinned_bytes = sum(report.pinned_host_bytes.values())
+        self.account(grants, leaving)
+
+    def account(self, grants: Iterable[Grant], leaving: Collection[str]) -> None:
+        """Count anew what is free beside the instances and the grants."""
+        report = self.report
+        taken = _room_of(report.instances)
+        for grant in grants:
+            taken = taken.plus(Room(grant.slots, grant.host_bytes))
+        self.free = Room(report.slots - taken.slots, report.host_pool_bytes - self.pinned_bytes - taken.host_bytes)
+        self.leaving_room = _room_of(one for one in report.instances if one.instance_id in leaving)
+        staying = [one for one in report.instances if one.instance_id not in leaving]
+        self.busy = tuple(one for one in staying if one.active)
+        idle = [one for one in staying if not one.active]
+        self.idle = tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
+        self.idle_room = _room_of(idle)
+
+    def unpinned_bytes(self, fingerprint: str) -> int:
+        """Count the host memory that the pins of other checkpoints leave."""
+        own_bytes = self.report.pinned_host_bytes.get(fingerprint, 0)
+        return self.report.host_pool_bytes - self.pinned_bytes + own_bytes
+
+    def missing(self, question: PlaceModel) -> Room:
+        """Tell what is not free yet of what a model needs; nothing is missing where neither is above 0."""
+        own_bytes = self.report.pinned_host_bytes.get(question.fingerprint, 0)
+        return Room(question.slots - self.free.slots, question.host_bytes - self.free.host_bytes - own_bytes)
+
+
+def _room_of(instances: Iterable[InstanceView]) -> Room:
+    slots = host_bytes = 0
+    for instance in instances:
+        slots += instance.slots
+        host_bytes += instance.host_bytes
+    return Room(slots, host_bytes)
+
+
+class ClusterView:
+    """Owns the newest report of every node, the grants not yet used, and which instances are being given up."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[NodeId, NodeView] = {}
+        self.grants: dict[str, Grant] = {}
+        self.leaving: dict[NodeId, set[str]] = {}
+        self._heard_s: dict[NodeId, float] = {}
+        self._holders: dict[str, dict[NodeId, None]] = {}
+        self.names: list[NodeId] = []
+        # The nodes by their queue of fetches, each with how fast it fetches.
+        self.by_remote_queue: list[tuple[float, NodeId, float]] = []
+        self._remote_bandwidths: list[float] = []
+
+    def hear(self, report: NodeReport, now_s: float) -> None:
+        """Take in a node's newest report."""
+        before = self.nodes.get(report.node)
+        if report.node in self.leaving:
+            self.leaving[report.node] &= {instance.instance_id for instance in report.instances}
+        view = NodeView(report, self._grants_of(report.node), self.leaving.get(report.node, ()))
+        self.nodes[report.node] = view
+        self._heard_s[report.node] = now_s
+        self._index(before, view)
+
+    def forget(self, node: NodeId) -> None:
+        """Forget a node that has gone, its grants with it."""
+        gone = self.nodes.pop(node, None)
+        if gone is None:
+            return
+        del self._heard_s[node]
+        self.grants = {key: grant for key, grant in self.grants.items() if grant.node != node}
+        self.leaving.pop(node, None)
+        self._index(gone, None)
+
+    def _index(self, before: NodeView | None, view: NodeView | None) -> None:
+        old = before.on_host | before.on_ssd if before is not None else frozenset()
+        new = view.on_host | view.on_ssd if view is not None else frozenset()
+        for fingerprint in old - new:
+            assert before is not None
+            holders = self._holders[fingerprint]
+            del holders[before.report.node]
+            if not holders:
+                del self._holders[fingerprint]
+        for fingerprint in new - old:
+            assert view is not None
+            self._holders.setdefault(fingerprint, {})[view.report.node] = None
+        if before is None and view is not None:
+            insort(self.names, view.report.node)
+        if view is None and before is not None:
+            self.names.remove(before.report.node)
+        if before is not None:
+            del self.by_remote_queue[bisect_left(self.by_remote_queue, _queued(before.report))]
+            del self._remote_bandwidths[bisect_left(self._remote_bandwidths, before.report.remote_bytes_per_s)]
+        if view is not None:
+            insort(self.by_remote_queue, _queued(view.report))
+            insort(self._remote_bandwidths, view.report.remote_bytes_per_s)
+
+    def grant(self, placement_id: str, grant: Grant) -> None:
+        """Take the room of a placement."""
+        self.grants[placement_id] = grant
+        self._account(grant.node)
+
+    def release(self, placement_id: str) -> Grant | None:
+        """Give the room of a placement back, if it has any still."""
+        grant = self.grants.pop(placement_id, None)
+        if grant is not None:
+            self._account(grant.node)
+        return grant
+
+    def extend(self, placement_id: str, expires_s: float) -> None:
+        """Let a placement keep its room for longer, if it has any still."""
+        grant = self.grants.get(placement_id)
+        if grant is not None:
+            self.grants[placement_id] = grant._replace(expires_s=expires_s)
+
+    def expired(self, now_s: float) -> list[str]:
+        """Release the placements that nobody used in time; give their ids."""
+        ids = [placement_id for placement_id, grant in self.grants.items() if grant.expires_s <= now_s]
+        for placement_id in ids:
+            self.release(placement_id)
+        return ids
+
+    def give_up(self, node: NodeId, instance_ids: Iterable[str]) -> None:
+        """Note instances that were asked to leave."""
+        self.leaving.setdefault(node, set()).update(instance_ids)
+        self._account(node)
+
+    def keep(self, node: NodeId, instance_id: str) -> None:
+        """Note that an instance stays after all."""
+        self.leaving.get(node, set()).discard(instance_id)
+        self._account(node)
+
+    def _account(self, node: NodeId) -> None:
+        if node in self.nodes:
+            self.nodes[node].account(self._grants_of(node), self.leaving.get(node, ()))
+
+    def _grants_of(self, node: NodeId) -> list[Grant]:
+        return [grant for grant in self.grants.values() if grant.node == node]
+
+    def age_s(self, node: NodeId, now_s: float) -> float:
+        """Tell how old a node's newest report is."""
+        return max(0.0, now_s - self._heard_s[node])
+
+    def holders(self, fingerprint: str) -> Collection[NodeId]:
+        """List the nodes that have a checkpoint in host memory or on their disk."""
+        return self._holders.get(fingerprint, {})
+
+    @property
+    def best_remote_bytes_per_s(self) -> float:
+        """No node fetches faster."""
+        return self._remote_bandwidths[-1] if self._remote_bandwidths else 0.0
+
+
+def _queued(report: NodeReport) -> tuple[float, NodeId, float]:
+    return report.remote_queue_s, report.node, report.remote_bytes_per_s

@@ -1,0 +1,145 @@
+"""What each node could do for a model that is to start, and how long that would take. Pure.
+
+Of a thousand nodes few are looked at: those that hold the checkpoint, found by an index, and of the others those whose
+queue alone is not longer already than the best whole starts.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import insort
+from typing import NamedTuple
+
+from sllm_actor.domain import NodeId
+from sllm_actor.messages.explanation import Term
+from sllm_actor.messages.placement import InstanceView, PlaceModel
+from sllm_actor.policy.cluster_view import ClusterView, NodeView
+from sllm_actor.policy.estimator import HOST, SOURCE, SSD, Estimator
+
+INF = float("inf")
+
+
+class Action(enum.StrEnum):
+    """What happens first on the node: nothing, or instances leave it (await: they do so already)."""
+
+    START = "start"
+    AWAIT = "await"
+    EVICT = "evict"
+    MIGRATE = "migrate"
+    PREEMPT = "preempt"
+
+
+class Offer(NamedTuple):
+    """A node's part in a decision; offers compare by their estimates, equal ones by name."""
+
+    estimate_s: float
+    node: NodeId
+    action: Action
+    tier: str
+    leaving: tuple[InstanceView, ...] = ()
+    first: tuple[Term, ...] = ()
+
+
+class Way(NamedTuple):
+    """The way up from the highest tier that holds the checkpoint."""
+
+    tier: str
+    queue_s: float
+    size_bytes: int
+    bytes_per_s: float
+
+    @property
+    def move_s(self) -> float:
+        """How long the bytes take, once it is their turn."""
+        if not self.size_bytes:
+            return 0.0
+        return self.size_bytes / self.bytes_per_s if self.bytes_per_s > 0 else INF
+
+
+def way_up(node: NodeView, question: PlaceModel) -> Way:
+    """Find the way to host memory, where a CPU engine computes: bytes that are there need no further move."""
+    report, fingerprint = node.report, question.fingerprint
+    if fingerprint in node.on_host:
+        return Way(HOST, 0.0, 0, 0.0)
+    if fingerprint in node.on_ssd:
+        return Way(SSD, report.disk_queues_s.get(fingerprint, 0.0), question.size_bytes, report.ssd_bytes_per_s)
+    return Way(SOURCE, report.remote_queue_s, question.size_bytes, report.remote_bytes_per_s)
+
+
+def startup_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: Way) -> float:
+    """Estimate a start on a node that has room."""
+    move_s = way.move_s
+    constant_s = estimator.constant_s(node.report.node, way.tier, question.fingerprint, question.size_bytes, move_s)
+    return way.queue_s + move_s + constant_s
+
+
+def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> tuple[Term, ...]:
+    """Give the parts of that estimate, with what they were made of."""
+    way, name = way_up(node, question), node.report.node
+    constant_s = estimator.constant_s(name, way.tier, question.fingerprint, question.size_bytes, way.move_s)
+    starts = estimator.starts(name, way.tier, question.fingerprint)
+    bytes_in: dict[str, float] = {"size_bytes": way.size_bytes}
+    if way.size_bytes:
+        bytes_in["bytes_per_s"] = way.bytes_per_s
+    return (
+        Term(name="queue", seconds=way.queue_s, inputs={}),
+        Term(name="bytes", seconds=way.move_s, inputs=bytes_in),
+        Term(name="engine", seconds=constant_s, inputs={"starts_seen": starts}),
+    )
+
+
+def leave_term(estimator: Estimator, node: NodeId) -> Term:
+    """The part that idle instances take to leave, which they do together."""
+    return Term(name="leave", seconds=estimator.leave_s(node), inputs={})
+
+
+def first_action(node: NodeView, question: PlaceModel) -> Action | None:
+    """Tell what must happen before the model could start there; None where idle instances are not enough."""
+    slots, host_bytes = node.missing(question)
+    if slots <= 0 and host_bytes <= 0:
+        return Action.START
+    leaving, idle = node.leaving_room, node.idle_room
+    if slots <= leaving.slots and host_bytes <= leaving.host_bytes:
+        return Action.AWAIT
+    if slots <= leaving.slots + idle.slots and host_bytes <= leaving.host_bytes + idle.host_bytes:
+        return Action.EVICT
+    return None
+
+
+def offer_of(node: NodeView, estimator: Estimator, question: PlaceModel) -> Offer | None:
+    """Give what the node could do without touching what generates; None where that is nothing."""
+    action = first_action(node, question)
+    if action is None:
+        return None
+    way, name = way_up(node, question), node.report.node
+    estimate_s = startup_s(node, estimator, question, way)
+    if action is not Action.START:
+        estimate_s += estimator.leave_s(name)
+    return Offer(estimate_s, name, action, way.tier)
+
+
+def soonest(view: ClusterView, estimator: Estimator, question: PlaceModel, most: int) -> list[Offer]:
+    """Give the `most` soonest offers of all nodes, soonest first."""
+    best: list[Offer] = []
+    holders, size_bytes = view.holders(question.fingerprint), question.size_bytes
+    for name in holders:
+        _take(best, offer_of(view.nodes[name], estimator, question), most)
+    fastest = view.best_remote_bytes_per_s
+    least_s = size_bytes / fastest if fastest > 0 else INF
+    worst_s = best[-1].estimate_s if len(best) == most else INF
+    for queue_s, name, bytes_per_s in view.by_remote_queue:
+        # What follows waits as long or longer, and no constant of a fetch is below 0.
+        if queue_s + least_s > worst_s:
+            break
+        if (bytes_per_s > 0 and queue_s + size_bytes / bytes_per_s > worst_s) or name in holders:
+            continue
+        _take(best, offer_of(view.nodes[name], estimator, question), most)
+        worst_s = best[-1].estimate_s if len(best) == most else INF
+    return best
+
+
+def _take(best: list[Offer], offer: Offer | None, most: int) -> None:
+    if offer is None or (len(best) == most and offer[:2] > best[-1][:2]):
+        return
+    insort(best, offer, key=lambda one: one[:2])
+    del best[most:]

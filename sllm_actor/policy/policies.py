@@ -1,0 +1,136 @@
+"""Four ways to choose among what nodes offer, with one interface. Pure.
+
+`startup_time` is ServerlessLLM's (OSDI '24, section 6); the others are the baselines that the paper compares with:
+`availability` takes what is free, `locality_wait` waits for the node that holds the checkpoint, `preempt` ends less
+urgent answers there (after Shepherd, NSDI '23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+from sllm_actor.messages.placement import PlaceModel
+from sllm_actor.policy import moving
+from sllm_actor.policy.cluster_view import ClusterView, NodeView
+from sllm_actor.policy.estimator import Estimator
+from sllm_actor.policy.offers import INF, Action, Offer, offer_of, soonest, startup_s, way_up
+
+# Candidates that an explanation shows.
+SHOWN = 6
+NO_ROOM = "no node would have room, whichever idle instances were given up"
+
+
+class Situation(NamedTuple):
+    """All that a policy may look at. `able` are the actions that can be carried out."""
+
+    view: ClusterView
+    estimator: Estimator
+    question: PlaceModel
+    now_s: float
+    waited_s: float = 0.0
+    locality_wait_s: float = 0.0
+    able: Collection[Action] = frozenset(Action)
+
+    def locality(self) -> NodeView | None:
+        """Find the node that holds the checkpoint nearest to where it is computed."""
+        return moving.locality(self.view, self.estimator, self.question)
+
+
+class Choice(NamedTuple):
+    """Offers as the policy ranks them, and the one that it takes; None is to wait, and `why` says for what.
+
+    `by_estimate` tells whether it took the soonest of those that can be carried out, `holds_up` whether those who asked
+    later wait, too.
+    """
+
+    ranked: list[Offer]
+    taken: Offer | None
+    why: str = ""
+    by_estimate: bool = True
+    holds_up: bool = True
+
+
+Policy = Callable[[Situation], Choice]
+
+
+def startup_time(situation: Situation) -> Choice:
+    """Take what is soonest: a free place, one whose idle instances leave, or one that running inferences move from."""
+    offers = soonest(situation.view, situation.estimator, situation.question, SHOWN)
+    moved = _soonest_by_moving(situation, offers[0].estimate_s if offers else INF)
+    return _first_possible(situation, [moved, *offers] if moved is not None else offers)
+
+
+def _soonest_by_moving(situation: Situation, best_s: float) -> Offer | None:
+    """Give the offer of the node that holds the checkpoint, where moving inferences away is sooner than `best_s`."""
+    node = situation.locality()
+    if node is None or not node.busy:
+        return None
+    view, estimator, question = situation.view, situation.estimator, situation.question
+    if startup_s(node, estimator, question, way_up(node, question)) >= best_s:
+        return None
+    offer = moving.migrate(view, estimator, question, node, situation.now_s)
+    return offer if offer is not None and offer.estimate_s < best_s else None
+
+
+def availability(situation: Situation) -> Choice:
+    """Take the first node by name that has a place free; where none has, the first whose idle instances can leave."""
+    free: list[Offer] = []
+    other: list[Offer] = []
+    for name in situation.view.names:
+        offer = offer_of(situation.view.nodes[name], situation.estimator, situation.question)
+        if offer is not None:
+            (free if offer.action is Action.START else other).append(offer)
+            if len(free) == SHOWN:
+                break
+    return _first_possible(situation, [*free, *other][:SHOWN], by_estimate=False)
+
+
+def locality_wait(situation: Situation) -> Choice:
+    """Wait for a place on the node that holds the checkpoint, for at most `locality_wait_s`; then as `startup_time`."""
+    node = situation.locality()
+    offers = soonest(situation.view, situation.estimator, situation.question, SHOWN)
+    if node is None:
+        return _first_possible(situation, offers)
+    here = offer_of(node, situation.estimator, situation.question)
+    if here is not None:
+        others = [offer for offer in offers if offer.node != here.node]
+        return _first_possible(situation, [here, *others][:SHOWN], by_estimate=False)
+    if situation.waited_s < situation.locality_wait_s:
+        why = f"{node.report.node} holds it, and has no place yet"
+        return Choice(offers, None, why, by_estimate=False, holds_up=False)
+    return _first_possible(situation, offers)
+
+
+def preempt(situation: Situation) -> Choice:
+    """Start on the node that holds the checkpoint, ending less urgent inferences there; else as `startup_time`."""
+    node = situation.locality()
+    offers = soonest(situation.view, situation.estimator, situation.question, SHOWN)
+    if node is None:
+        return _first_possible(situation, offers)
+    here = offer_of(node, situation.estimator, situation.question) or moving.preempt(
+        situation.view, situation.estimator, situation.question, node, situation.now_s
+    )
+    if here is None:
+        return _first_possible(situation, offers)
+    others = [offer for offer in offers if offer.node != here.node]
+    return _first_possible(situation, [here, *others][:SHOWN], by_estimate=False)
+
+
+def _first_possible(situation: Situation, ranked: list[Offer], *, by_estimate: bool = True) -> Choice:
+    """Take the first that can be carried out, with the instances that have to leave for it."""
+    for index, offer in enumerate(ranked):
+        if offer.action not in situation.able:
+            continue
+        if offer.action is Action.AWAIT:
+            return Choice(ranked, None, f"an instance is leaving {offer.node}", by_estimate)
+        if offer.action is Action.EVICT:
+            leaving = moving.victims(situation.view.nodes[offer.node], situation.question)
+            offer = ranked[index] = offer._replace(leaving=leaving)
+        return Choice(ranked, offer, by_estimate=by_estimate)
+    return Choice(ranked, None, NO_ROOM, by_estimate)
+
+
+POLICIES: Mapping[str, Policy] = {
+    policy.__name__: policy for policy in (startup_time, availability, locality_wait, preempt)
+}

@@ -1,0 +1,257 @@
+"""The view of a cluster says what a scan of all reports would; four policies choose by it, and each says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_placement import NOBODY, decide, grants, instance, node, nodes, question, started_on, view_of
+
+from sllm_actor.domain import NodeId
+from sllm_actor.messages.explanation import Explanation
+from sllm_actor.messages.placement import NodeReport
+from sllm_actor.policy.cluster_view import ClusterView, Grant, NodeView
+from sllm_actor.policy.estimator import HOST, SOURCE, SSD, Estimator
+from sllm_actor.policy.explaining import explain
+from sllm_actor.policy.offers import Action, Offer, offer_of, soonest
+from sllm_actor.policy.placement import ABLE, Evict, Start, Wait
+from sllm_actor.policy.policies import POLICIES, SHOWN, Choice, Situation
+from sllm_actor.units import GIB
+
+ALL = frozenset(Action)
+
+
+def busy(name: str, **more: Any) -> Any:
+    given = {"active": 1, "fingerprint": f"print-of-{name}", "size_bytes": GIB, "prompt_tokens": 100, **more}
+    return instance(name, **given)
+
+
+def choose(policy: str, reports: list[NodeReport], estimator: Estimator | None = None, **more: Any) -> Choice:
+    asked = more.pop("asked", question())
+    situation = Situation(view_of(reports), estimator or Estimator(), asked, now_s=0.0, locality_wait_s=10.0, **more)
+    return POLICIES[policy](situation)
+
+
+def taken(choice: Choice) -> Offer:
+    assert choice.taken is not None, choice.why
+    return choice.taken
+
+
+# The view.
+
+
+def scanned(view: ClusterView, estimator: Estimator, asked: Any) -> list[Offer]:
+    offers = [offer_of(one, estimator, asked) for one in view.nodes.values()]
+    return sorted((one for one in offers if one is not None), key=lambda one: one[:2])
+
+
+many_nodes = st.lists(
+    st.builds(
+        node,
+        st.sampled_from([f"node-{number}" for number in range(20)]),
+        instances=st.lists(
+            st.builds(instance, st.integers(0, 9).map(str), active=st.integers(0, 1), host_bytes=st.integers(0, 4)),
+            max_size=3,
+            unique_by=lambda one: one.instance_id,
+        ),
+        slots=st.integers(0, 4),
+        pool_bytes=st.integers(0, 12),
+        in_host_memory=st.booleans(),
+        on_ssd=st.booleans(),
+        ssd_bytes_per_s=st.floats(0, 1e10),
+        queue_s=st.sampled_from([0.0, 0.5, 7.0]),
+        remote_bytes_per_s=st.sampled_from([0.0, 1e8, 1e9]),
+        remote_queue_s=st.sampled_from([0.0, 1.0, 5.0, 100.0]),
+    ),
+    max_size=30,
+)
+starts = st.lists(
+    st.tuples(
+        st.integers(0, 19).map(lambda number: NodeId(f"node-{number}")),
+        st.sampled_from([HOST, SSD, SOURCE]),
+        st.floats(-5, 5),
+    ),
+    max_size=9,
+)
+
+
+@settings(max_examples=200)
+@given(many_nodes, starts, st.integers(1, 10**10), st.integers(0, 6), st.integers(1, 2), st.integers(1, 5))
+def test_the_indexes_find_what_a_scan_of_every_node_finds(
+    reports: list[NodeReport], seen: list[tuple[NodeId, str, float]], size_bytes: int, host_bytes: int, slots: int,
+    most: int,
+) -> None:  # fmt: skip
+    estimator, asked = Estimator(), question(size_bytes, host_bytes, slots=slots)
+    for name, tier, constant_s in seen:
+        estimator.learn_start(name, tier, "print", size_bytes, constant_s)
+    view = view_of(reports)
+    assert soonest(view, estimator, asked, most) == scanned(view, estimator, asked)[:most]
+
+
+@given(st.lists(nodes, max_size=8), st.lists(grants, max_size=4), st.frozensets(st.sampled_from("abc"), max_size=2))
+def test_a_view_that_was_kept_up_to_date_is_one_that_was_made_anew(
+    reports: list[NodeReport], open_grants: list[Grant], gone: frozenset[str]
+) -> None:
+    kept = ClusterView()
+    for number, grant in enumerate(open_grants):
+        kept.grant(f"early-{number}", grant)
+    for report in reports:
+        kept.hear(report, 1.0)
+    for number in range(len(open_grants)):
+        assert kept.release(f"early-{number}") is not None
+    for name in gone:
+        kept.forget(NodeId(name))
+    newest = {report.node: report for report in reports if report.node not in gone}
+    anew = view_of(newest.values())
+    assert kept.nodes.keys() == anew.nodes.keys()
+    for name, there in kept.nodes.items():
+        assert [getattr(there, slot) for slot in NodeView.__slots__] == [
+            getattr(anew.nodes[name], slot) for slot in NodeView.__slots__
+        ]
+    assert kept.names == anew.names
+    assert kept.by_remote_queue == anew.by_remote_queue
+    assert kept.best_remote_bytes_per_s == anew.best_remote_bytes_per_s
+    for fingerprint in ("print", "other", "none"):
+        assert set(kept.holders(fingerprint)) == set(anew.holders(fingerprint))
+
+
+# The policies.
+
+
+def test_what_was_seen_of_starts_decides_between_nodes_that_seem_alike() -> None:
+    reports, estimator = [node("a"), node("b")], Estimator()
+    assert started_on(decide(question(), reports, estimator=estimator)) == "a"
+    estimator.learn_start(NodeId("a"), SSD, "print", GIB, 3.0)
+    assert started_on(decide(question(), reports, estimator=estimator)) == "b"
+
+
+def test_availability_takes_the_first_free_place_wherever_the_model_is() -> None:
+    reports = [node("a", on_ssd=False), node("b", in_host_memory=True)]
+    assert started_on(decide(question(), reports, policy="startup_time")) == "b"
+    assert started_on(decide(question(), reports, policy="availability")) == "a"
+    full = [node("a", slots=1, instances=[instance("idle")]), *reports[1:]]
+    assert started_on(decide(question(), full, policy="availability")) == "b"
+    assert isinstance(decide(question(), full[:1], policy="availability"), Evict)
+
+
+def test_locality_wait_waits_for_the_node_that_holds_the_model_and_not_for_ever() -> None:
+    reports = [node("a", slots=1, in_host_memory=True, instances=[busy("x")]), node("b", on_ssd=False)]
+    waits = decide(question(), reports, policy="locality_wait")
+    assert waits == Wait("a holds it, and has no place yet", holds_up=False)
+    assert started_on(decide(question(), reports, policy="locality_wait", waited_s=10.0)) == "b"
+    assert started_on(decide(question(), reports, policy="startup_time")) == "b"
+    free = [node("a", slots=2, in_host_memory=True, queue_s=99.0, instances=[busy("x")]), node("b")]
+    assert started_on(decide(question(), free, policy="locality_wait")) == "a"
+    assert started_on(decide(question(), [node("b", on_ssd=False)], policy="locality_wait")) == "b"
+
+
+def test_preempt_ends_what_is_less_urgent_where_the_model_is_and_nothing_else() -> None:
+    def there(priority: int) -> list[NodeReport]:
+        running = busy("x", priority=priority)
+        return [node("a", slots=1, in_host_memory=True, instances=[running]), node("b", on_ssd=False)]
+
+    offer = taken(choose("preempt", there(priority=5)))
+    assert (offer.node, offer.action, [one.instance_id for one in offer.leaving]) == ("a", Action.PREEMPT, ["x"])
+    assert taken(choose("preempt", there(priority=0))).node == "b"
+    # This version ends no answer for another one.
+    decision = decide(question(), there(priority=5), policy="preempt", able=ABLE)
+    assert started_on(decision) == "b"
+    assert isinstance(decision, Start)
+    assert "to preempt x on a would have taken" in decision.explanation.reason
+    assert "this version can't do" in decision.explanation.reason
+
+
+def test_an_inference_moves_where_that_is_sooner_than_all_else_and_it_has_somewhere_to_go() -> None:
+    moving = busy("x", resume_s_per_token=0.001, resume_s=0.05, running_s=6.0, token_s=0.02)
+    full = node("a", slots=1, in_host_memory=True, instances=[moving])
+    slow = node("b", on_ssd=False, remote_bytes_per_s=1e8)
+    quick_for_it = node("b", on_ssd=False, remote_bytes_per_s=1e8, host_fingerprints=("print-of-x",))
+    offer = taken(choose("startup_time", [full, quick_for_it]))
+    assert (offer.node, offer.action) == ("a", Action.MIGRATE)
+    # 100 tokens of the prompt and 6 s / 20 ms of the answer.
+    assert offer.estimate_s == pytest.approx(0.001 * 400 + 0.05)
+    assert taken(choose("startup_time", [full, slow])).node == "b"
+    assert choose("startup_time", [full]).taken is None
+    assert started_on(decide(question(), [full, quick_for_it])) == "b"
+
+
+def test_a_model_of_several_devices_needs_as_many_slots_of_one_node() -> None:
+    asked = question(slots=2)
+    halves = [node("a", slots=2, instances=[busy("x")]), node("b", slots=2, instances=[busy("y")])]
+    assert isinstance(decide(asked, halves), Wait)
+    assert started_on(decide(asked, [*halves, node("c", slots=2)])) == "c"
+    narrow = [instance("p", idle_since_s=5.0), instance("q", idle_since_s=6.0)]
+    for wide_since_s, leaving in ((1.0, ["wide"]), (9.0, ["p", "q"])):
+        wide = instance("wide", slots=2, idle_since_s=wide_since_s)
+        decision = decide(asked, [node("a", slots=4, instances=[*narrow, wide])])
+        assert isinstance(decision, Evict)
+        assert [one.instance_id for one in decision.victims] == leaving
+
+
+# Explanations.
+
+
+def explained(reports: list[NodeReport], policy: str = "startup_time") -> Explanation:
+    situation = Situation(view_of(reports), Estimator(), question(), now_s=0.0, able=ABLE)
+    return explain(situation, policy, POLICIES[policy](situation))
+
+
+def test_an_explanation_has_every_candidate_with_the_parts_of_its_estimate() -> None:
+    reports = [node("a", queue_s=2.0), node("b", in_host_memory=True), node("c", on_ssd=False)]
+    explanation = explained(reports)
+    assert [one.node for one in explanation.candidates] == ["b", "a", "c"]
+    for one in explanation.candidates:
+        assert sum(term.seconds for term in one.terms) == pytest.approx(one.estimate_s)
+    assert [term.name for term in explanation.candidates[1].terms] == ["queue", "bytes", "engine"]
+    assert explanation.candidates[1].terms[1].inputs == {"size_bytes": GIB, "bytes_per_s": 1e9}
+    assert (explanation.chosen, explanation.runner_up) == explanation.candidates[:2]
+
+
+def test_no_more_candidates_are_shown_than_one_can_read() -> None:
+    explanation = explained([node(f"n{number:02}") for number in range(30)])
+    assert len(explanation.candidates) == SHOWN
+    assert explanation.more == 30 - SHOWN
+
+
+def test_what_would_have_changed_it_does() -> None:
+    def reports(a_queue_s: float) -> list[NodeReport]:
+        return [node("a", queue_s=a_queue_s, ssd_bytes_per_s=1e9), node("b", ssd_bytes_per_s=0.5e9, queue_s=0.2)]
+
+    explanation = explained(reports(1.0))
+    flip = explanation.flip
+    assert flip is not None and explanation.chosen is not None and explanation.runner_up is not None
+    assert (explanation.chosen.node, explanation.runner_up.node) == ("a", "b")
+    gap_s = explanation.runner_up.estimate_s - explanation.chosen.estimate_s
+    # The largest part changes the least in relation to itself.
+    assert (flip.node, flip.term) == ("b", "bytes")
+    assert flip.to_s == pytest.approx(2 * GIB / 1e9 - gap_s)
+    assert "b would have been chosen had the bytes on b taken less than" in flip.text
+    quicker = [reports(1.0)[0], node("b", ssd_bytes_per_s=GIB / (flip.to_s - 0.001), queue_s=0.2)]
+    slower = [reports(1.0)[0], node("b", ssd_bytes_per_s=GIB / (flip.to_s + 0.001), queue_s=0.2)]
+    assert started_on(decide(question(), quicker)) == "b"
+    assert started_on(decide(question(), slower)) == "a"
+
+
+def test_equal_nodes_say_that_their_names_decide_also_where_nothing_is_known_of_either() -> None:
+    for reports in ([node("a"), node("b")], [node("a", ssd_bytes_per_s=0.0), node("b", ssd_bytes_per_s=0.0)]):
+        flip = explained(reports).flip
+        assert flip is not None and "their names decide" in flip.text
+    unknown = explained([node("a"), node("b", ssd_bytes_per_s=0.0)]).flip
+    assert unknown is not None and unknown.text == "b might have been chosen had its bandwidth been known"
+
+
+def test_a_policy_that_ranks_by_something_else_says_so() -> None:
+    explanation = explained([node("a", on_ssd=False), node("b")], "availability")
+    assert explanation.flip is not None
+    assert explanation.flip.text == "with no room on a, b would have been chosen"
+    assert explained([node("a")]).flip is None
+
+
+def test_the_same_questions_get_the_same_answers_from_every_policy_whatever_the_order_of_reports() -> None:
+    reports = [node("b", queue_s=1.0), node("a", on_ssd=False), node("c", slots=1, instances=[instance("i")])]
+    for policy in POLICIES:
+        assert decide(question(), reports, [], NOBODY, policy=policy) == decide(
+            question(), reports[::-1], [], NOBODY, policy=policy
+        )
