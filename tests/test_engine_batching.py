@@ -20,6 +20,7 @@ from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling
 from sllm_actor.engine import runner as runner_module
 from sllm_actor.engine import sampling as sampling_module
 from sllm_actor.engine.kv_cache import FIRST_CAPACITY_TOKENS, KvShape, Slot, SlotPool, common_prefix
+from sllm_actor.engine.lora import Adapter
 from sllm_actor.engine.runner import Generation, Runner
 from sllm_actor.errors import GenerationFailed, InvalidRequest
 
@@ -303,6 +304,8 @@ def test_the_least_recently_used_sequence_is_forgotten_first(model: PreTrainedMo
 
 def test_keys_of_one_adapter_are_not_those_of_another(model: PreTrainedModel) -> None:
     runner = engine(model)
+    for key in ("a", "b"):
+        runner.adapters.put(key, Adapter({}))
     seen = []
     for adapter in ("", "a", "b", "a", ""):
         generation = runner.begin(prompt_of(20), greedy(1), adapter=adapter)
