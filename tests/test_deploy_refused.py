@@ -86,10 +86,10 @@ def test_a_missing_config(node: NodeProcess, folder: Path) -> None:
 
 
 def test_an_architecture_that_is_not_served_is_named_beside_those_that_are(node: NodeProcess, folder: Path) -> None:
-    change_config(folder, architectures=["BertForMaskedLM"])
+    change_config(folder, architectures=["T5ForConditionalGeneration"])
     error = refusal(node, folder)
     assert error["code"] == "unsupported_architecture"
-    assert "BertForMaskedLM" in error["message"]
+    assert "T5ForConditionalGeneration" in error["message"]
     assert "LlamaForCausalLM" in error["message"]
 
 
