@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-import xoscar  # type: ignore[import-untyped]
+import xoscar
 
 from benchmarks.actors_process import Commands, Tally, measure, serve
 from benchmarks.actors_raw_plain import TELL_FRAMES

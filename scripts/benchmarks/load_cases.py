@@ -126,12 +126,16 @@ def _fastest(run: Run, cases: Iterable[Case]) -> Case | None:
 def _over(run: Run, best_of: Iterable[Case], case: Case) -> list[float]:
     """Divide the fastest of `best_of` by `case`, in each repeat in which both were measured."""
     best = _fastest(run, best_of)
+    if best is None:
+        return []
     return [found[best]["s"] / found[case]["s"] for found in run if best in found and case in found]
 
 
 def _two(run: Run) -> list[float]:
     """Divide the rate of two loads at once by that of the limit."""
     best = _fastest(run, LIMITS)
+    if best is None:
+        return []
     return [_rate(found[BOTH]) / _rate(found[best]) for found in run if best in found and BOTH in found]
 
 

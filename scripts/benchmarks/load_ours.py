@@ -76,8 +76,9 @@ async def node(library: str, pool_bytes: str, chunk_bytes: str, pages: str) -> t
     quiet()
     loader = await load_api.open_loader(int(pool_bytes), int(chunk_bytes), pages != "small")
     made = Node(loader, library)
-    commands = {"load": made.load, "load_both": made.load_both, "hold": made.hold, "let_go": made.let_go}
-    return msgspec.to_builtins(loader.facts()), commands
+    commands: Commands = {"load": made.load, "load_both": made.load_both, "hold": made.hold, "let_go": made.let_go}
+    facts: dict[str, Any] = msgspec.to_builtins(loader.facts())
+    return facts, commands
 
 
 async def engine(library: str) -> tuple[None, Commands]:

@@ -118,4 +118,4 @@ def _see_load(timeline: dict[str, Any]) -> None:
 
 
 def _length_s(span: dict[str, Any]) -> float:
-    return round(span["end_s"] - span["begin_s"], 4)
+    return round(float(span["end_s"] - span["begin_s"]), 4)

@@ -24,6 +24,7 @@ from benchmarks.coldstart import DATA
 from benchmarks.report import Report
 from sllm_actor.checkpoint.convert import convert
 from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.checkpoint.safetensors_header import Tensor
 from sllm_actor.cli.show import out
 from sllm_actor.domain import EngineLimits, Sampling
 from sllm_actor.engine import four_bits, skeleton
@@ -103,7 +104,8 @@ def _attach(folder: Path) -> PreTrainedModel:
     """Map a checkpoint and make its bytes a model's weights, as an engine does."""
     checkpoint = read_folder(folder)
     model = skeleton.build(str(folder), checkpoint.dtype)
-    tensors, views = [], {}
+    tensors: list[Tensor] = []
+    views: dict[str, torch.Tensor] = {}
     for file in checkpoint.files:
         with checkpoint.file_path(file).open("rb") as opened:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
