@@ -136,7 +136,7 @@ class Registering:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    async def examine(self, message: object, now_s: float) -> tuple[Model, Checkpoint]:
+    async def examine(self, message: object, now_s: float, find_base: object) -> tuple[Model, Checkpoint]:
         return model_of(self._checkpoint), self._checkpoint
 
 
