@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sentence_models import NORMALIZE, POOLING, TRANSFORMER, save_layout
 
-from sllm_actor.checkpoint.embedding_config import embedding_of
+from sllm_actor.checkpoint.embedding_config import embedding_of, names_width
 from sllm_actor.checkpoint.model_config import ModelConfig
 from sllm_actor.checkpoint.sentence_layout import SentenceLayout, read_sentence_layout
 from sllm_actor.domain import Pooling
@@ -152,3 +152,8 @@ def test_the_class_without_a_head_serves_what_does_not_generate(named: str, gene
 def test_another_class_is_refused(named: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match="this version serves"):
         choose([named])
+
+
+def test_a_config_that_leaves_the_width_to_its_family_is_told_from_one_that_names_it() -> None:
+    assert not names_width({"model_type": "opt", "vocab_size": 8})
+    assert all(names_width({name: 8}) for name in ("word_embed_proj_dim", "hidden_size", "dim", "n_embd"))

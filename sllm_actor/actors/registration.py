@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from sllm_actor.checkpoint.adapter import LoraConfig
-from sllm_actor.checkpoint.embedding_config import embedding_of
+from sllm_actor.checkpoint.embedding_config import embedding_of, names_width
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.checkpoint.model_config import ModelConfig, read_model_config
 from sllm_actor.checkpoint.sentence_layout import read_sentence_layout
@@ -86,7 +86,10 @@ class Examiner:
         architecture = choose(checkpoint.architectures, generates=layout is None)
         generates = architecture in MODULES
         facts = await loop.run_in_executor(None, read_model_config, checkpoint.path, checkpoint.config)
-        embedding = embedding_of(checkpoint.config, facts, layout, encodes=architecture in ENCODERS)
+        # What generates need not be able to embed, too.
+        embeds = not generates or names_width(checkpoint.config)
+        encodes = architecture in ENCODERS
+        embedding = embedding_of(checkpoint.config, facts, layout, encodes=encodes) if embeds else None
         host_bytes = self._host_bytes(checkpoint)
         await self._try_model(checkpoint, facts, generates)
         tokenizer = await self._inspect_tokenizer(str(checkpoint.path))
@@ -105,7 +108,7 @@ class Examiner:
             dtype=checkpoint.dtype,
             size_bytes=checkpoint.size_bytes,
             host_bytes=host_bytes,
-            context_tokens=facts.context_tokens if generates else embedding.max_tokens,
+            context_tokens=facts.context_tokens if embedding is None or generates else embedding.max_tokens,
             vocabulary_tokens=facts.vocabulary_tokens,
             eos_token_ids=facts.eos_token_ids,
             default_temperature=facts.default_temperature,

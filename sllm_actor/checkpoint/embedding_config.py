@@ -17,19 +17,26 @@ from sllm_actor.errors import CheckpointConfigInvalid
 
 # These count positions from behind the padding token's, and have as many fewer.
 _LATE_POSITIONS = frozenset({"roberta", "xlm-roberta", "mpnet"})
+# What families call the length of their states, the one that counts first.
+_WIDTHS = ("word_embed_proj_dim", "hidden_size", "dim", "n_embd")
 Size = Annotated[int, Meta(gt=0, lt=2**31)]
 
 
 class _Config(msgspec.Struct, frozen=True):
     model_type: str = ""
     pad_token_id: Annotated[int, Meta(ge=0, lt=2**31)] | None = None
-    # What families call the length of their states, the one that counts first.
+    # As in `_WIDTHS`.
     word_embed_proj_dim: Size | None = None
     hidden_size: Size | None = None
     dim: Size | None = None
     n_embd: Size | None = None
     is_matryoshka: bool = False
     matryoshka_dimensions: Annotated[list[Size], Meta(max_length=1024)] | None = None
+
+
+def names_width(config: dict[str, Any]) -> bool:
+    """Tell whether config.json says how long the model's states are; transformers has a default where none does."""
+    return any(config.get(name) is not None for name in _WIDTHS)
 
 
 def embedding_of(

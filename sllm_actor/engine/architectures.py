@@ -50,7 +50,8 @@ def choose(architectures: Sequence[str], *, generates: bool = True) -> str:
         if name in EVERY or (headless in ENCODERS and name.endswith("ForMaskedLM")):
             return headless
     raise UnsupportedArchitecture(
-        f"config.json names {', '.join(architectures)[:200] or 'no architecture'}; this version serves "
-        + ", ".join(sorted(EVERY)),
+        f"config.json names {', '.join(architectures)[:160] or 'no architecture'}; this version serves "
+        + ", ".join(sorted(MODULES | ENCODERS))
+        + ", and the former without their heads",
         param="architectures",
     )

@@ -43,7 +43,9 @@ def embedding_of(model: Model, dimensions: int | None) -> How:
         raise InvalidRequest(f"{model.name} is a LoRA adapter, which embeds no texts: ask {model.base}", param="model")
     if how is None:
         raise InvalidRequest(
-            f"{model.name} was registered by a version that did not embed: deploy it again", param="model"
+            f"{model.name} embeds no texts: its config.json has no hidden_size, or it was registered by a "
+            "version that did not embed (deploy it again)",
+            param="model",
         )
     if dimensions is None:
         return How(how, 0)

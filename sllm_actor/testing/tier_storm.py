@@ -39,10 +39,7 @@ from sllm_actor.sources.source import SourceFile
 
 CHUNK_BYTES = 8192
 MODELS = 12
-_CONFIG = (
-    b'{"model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 8, "max_position_embeddings": 8, '
-    b'"hidden_size": 8}'
-)
+_CONFIG = b'{"model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 8, "max_position_embeddings": 8}'
 _OURS = {".sllm-tier.json", ".sllm-pinned"}
 # Told to whoever watches, before and after each thing that is done.
 Tell = Callable[[str], None]
