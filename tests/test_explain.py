@@ -44,9 +44,11 @@ async def start(system: ActorSystem, clock: HandClock, took_s: float, **ended: A
 
 async def test_a_decision_knows_what_was_expected_and_then_what_was_seen(system: ActorSystem, clock: HandClock) -> None:
     scheduler(system).tell(report())
-    await ask(system, question())
+    placement = await ask(system, question())
     assert (await why(system)).outcome == "granted"
-    explanation = await start(system, clock, took_s=3.0)
+    clock.now_s += 3.0
+    scheduler(system).tell(report(ended=(placement.placement_id,)))
+    explanation = await why(system)
     assert (explanation.outcome, explanation.observed_s) == ("started", 3.0)
     assert explanation.predicted_s == pytest.approx(1024 * 1024 / 1e9)
 

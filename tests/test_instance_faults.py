@@ -13,7 +13,9 @@ from loaders import CHUNK, checkpoint_of, opened
 from sllm_actor.actors import registry
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.actors.model_manager import Limits, ModelManager
+from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.checkpoint.folder import Checkpoint
@@ -24,7 +26,7 @@ from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.instances import StartInstance
 from sllm_actor.messages.models import RegisterModel
-from sllm_actor.metadata.store import Fact, Listing
+from sllm_actor.metadata.store import Fact, Listing, Outcome
 from sllm_actor.runtime import ActorSystem
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
@@ -129,7 +131,8 @@ class OneModel:
     async def list(self, prefix: str) -> Listing:
         return Listing((Fact(f"{prefix}m", self._value, 1, 1, None),), 1)
 
-    async def put(self, key: str, value: bytes) -> None: ...
+    async def commit(self, conditions: object, operations: object) -> Outcome:
+        return Outcome(True, 2)
 
 
 class Registering:
@@ -167,12 +170,13 @@ async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weig
         system, tiers = ActorSystem(), over(loader, tmp_path)
         store, examiner = cast(Any, OneModel(model_of(old))), cast(Any, Registering(new))
         manager = ModelManager(
-            NodeId("n"),
+            Place(NodeId("n")),
+            SchedulerWay(SystemClock(), 0.0),
             Registry(store, examiner, tiers, SystemClock()),
             tiers,
             cast(Any, asked),
             SystemClock(),
-            Limits(1, 1, 1, 1.0, 1.0, 1),
+            Limits(1, 1, 1.0, 1.0, 1),
             WaitingRoom(SystemClock(), max_in_all=1, max_per_model=1),
             StartCounts(),
         )

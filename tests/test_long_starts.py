@@ -20,9 +20,12 @@ from test_tier_races import holding
 
 from sllm_actor.actors import Router
 from sllm_actor.actors.model_manager import Limits, ModelManager
+from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler import BEGIN_WITHIN_S
+from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId
@@ -84,7 +87,8 @@ async def routed(steps_s: list[float]) -> tuple[ActorSystem, Starting]:
     ref = await made.spawn(everything, "all")
     log = RequestLog(made.clock, 9)
     router = Router(
-        ref, ref, log, made.clock, room=ROOM, counts=StartCounts(), ask_timeout_s=5.0, placement_timeout_s=5.0,
+        ref, SchedulerWay(made.clock, 0.0, ref), log, made.clock,
+        routes=Routes(), room=ROOM, counts=StartCounts(), ask_timeout_s=5.0, placement_timeout_s=5.0,
         start_timeout_s=START_TIMEOUT_S,
     )  # fmt: skip
     await made.spawn(router, "router")
@@ -240,17 +244,18 @@ class Hearing(Actor):
 async def test_the_scheduler_hears_of_a_copy_as_soon_as_the_ssd_has_it(origin: Path) -> None:
     async with house(origin) as node:
         made, hearing = ActorSystem(), Hearing()
-        await made.spawn(hearing, "scheduler")
+        way = SchedulerWay(SystemClock(), 0.0, await made.spawn(hearing, "scheduler"))
         checkpoint = node.card.checkpoint
         store = OneModel(msgspec.structs.replace(model_of(checkpoint), card=node.card.key))
         registry = Registry(cast(Any, store), cast(Any, None), node.tiers, SystemClock())
         manager = ModelManager(
-            NodeId("n"),
+            Place(NodeId("n")),
+            way,
             registry,
             node.tiers,
             cast(Any, None),
             SystemClock(),
-            Limits(1, 1, 1, 1.0, 1.0, 1),
+            Limits(1, 1, 1.0, 1.0, 1),
             ROOM,
             StartCounts(),
         )

@@ -162,6 +162,15 @@ async def test_an_error_that_many_askers_share_does_not_grow() -> None:
 
 
 @on_both_loops
+async def test_a_node_that_comes_back_at_another_endpoint_is_reached_there_at_once() -> None:
+    async with node("b", PATIENT_REDIAL) as b:
+        assert isinstance(await ask(b.ref("man", "a@tcp://127.0.0.1:1")), NodeUnreachable)
+        async with node("a") as a:
+            await a.spawn(Everyman(), "man")
+            assert await ask(b.ref("man", str(a.address))) == "x"
+
+
+@on_both_loops
 async def test_a_dead_socket_file_is_replaced_and_a_living_one_is_not() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/node.sock"

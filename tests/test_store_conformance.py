@@ -229,9 +229,9 @@ async def test_changes_that_are_no_longer_kept_are_told_of_and_a_listing_goes_on
 async def test_a_view_stays_true_while_its_facts_come_and_go(store: Store) -> None:
     await store.put("v/a", b"1")
     views = follow(store, "v/", CLOCK)
-    assert [fact.value for fact in (await anext(views)).values()] == [b"1"]
+    assert [fact.value for fact in (await anext(views)).facts.values()] == [b"1"]
     await store.commit([], [Delete("v/a"), Put("v/b", b"2"), Put("other", b"")])
-    assert [fact.value for fact in (await anext(views)).values()] == [b"2"]
+    assert [fact.value for fact in (await anext(views)).facts.values()] == [b"2"]
     await views.aclose()
 
 

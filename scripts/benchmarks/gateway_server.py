@@ -87,7 +87,7 @@ async def ours(tasks: TaskScope, stack: AsyncExitStack) -> str:
     stack.push_async_callback(system.close)
     router, manager = await system.spawn(Router(), "router"), await system.spawn(Manager(), "manager")
     gateway = Gateway(
-        router=router, manager=manager, coordinator=manager, text=cast(Any, Text()),
+        router=router, manager=manager, coordinator=manager, nodes=manager, text=cast(Any, Text()),
         grammars=cast(Any, None), clock=clock,
         limits=knobs_of(Limits, config), observe=dict, tasks=tasks, access=Access("", clock), telemetry=None,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from sllm_actor.domain import NodeId, RequestId
+from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.errors import RequestNotFound
 from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.placement import PlaceModel
@@ -18,6 +18,7 @@ class Granted(NamedTuple):
     """A placement whose start has not ended: what was expected of it."""
 
     request_id: RequestId
+    model: ModelName
     node: NodeId
     tier: str
     fingerprint: str
@@ -35,6 +36,7 @@ def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
     engine_s = sum(term.seconds for term in chosen.terms if term.name == "engine")
     return Granted(
         request_id=question.request_id,
+        model=question.model,
         node=start.report.node,
         tier=start.tier,
         fingerprint=question.fingerprint,

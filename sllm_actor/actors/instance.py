@@ -7,8 +7,9 @@ from collections.abc import Collection
 
 from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.instance_starter import Started
+from sllm_actor.actors.place import Place
 from sllm_actor.domain import Model, NodeId
-from sllm_actor.messages.instances import InstanceActivity, InstanceStatus
+from sllm_actor.messages.instances import InstanceActivity, InstanceStarted, InstanceStatus
 from sllm_actor.messages.placement import InstanceView
 from sllm_actor.policy.answer_times import LearnedTimes
 from sllm_actor.runtime import ActorRef
@@ -35,6 +36,8 @@ class Instance:
         self._times = times
         self.idle_since_s = now_s
         self.retired: asyncio.Future[None] | None = None
+        # Its model has a minimum of instances: it does not stop by itself, and makes no room.
+        self.kept = model.scaling.min_instances > 0
         self._activity = InstanceActivity(instance_id=instance_id, active=0)
         self._told_s = now_s
 
@@ -74,6 +77,20 @@ class Instance:
             token_s=times.token_s,
             resume_s_per_token=resume_s_per_token,
             resume_s=resume_s,
+            worker=self.worker.name,
+            leaving=self.retired is not None,
+            kept=self.kept,
+        )
+
+    def route(self, place: Place) -> InstanceStarted:
+        """Say where its requests go, and what its start has taken."""
+        return InstanceStarted(
+            instance_id=self.instance_id,
+            model=self.model.name,
+            node=place.node,
+            worker=self.worker.name,
+            spans=self.started.spans,
+            address=place.address,
         )
 
     def status(self, node: NodeId, now_s: float) -> InstanceStatus:

@@ -74,6 +74,11 @@ class Membership:
         """Everybody who is a member, as far as this node has heard."""
         return self._members
 
+    @property
+    def node(self) -> NodeId:
+        """Whose membership this is."""
+        return self._member.node
+
     def listen(self, listener: Callable[[Standing | None], None]) -> None:
         """Let somebody hear of each standing; the first to listen is told first."""
         self._listeners.append(listener)
@@ -222,8 +227,8 @@ class Membership:
 
     async def _look(self) -> None:
         async with aclosing(follow(self._store, NODES, self._clock)) as views:
-            async for facts in views:
-                before, self._members = self._members, _view(facts)
+            async for view in views:
+                before, self._members = self._members, _view(view.facts)
                 for change in differences(before, self._members):
                     self._on_change(change)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.errors import AlreadyThere, NodeNotFound
 from sllm_actor.messages.generation import LocateRequest, RequestLocation
 from sllm_actor.messages.migration import MigrateRequest
@@ -15,7 +16,7 @@ class MigrationCoordinator(Actor):
     A node is alone in this version, so each request is where it was asked to go, or there is no such node.
     """
 
-    def __init__(self, router: ActorRef, scheduler: ActorRef, *, ask_timeout_s: float) -> None:
+    def __init__(self, router: ActorRef, scheduler: SchedulerWay, *, ask_timeout_s: float) -> None:
         self._router = router
         self._scheduler = scheduler
         self._ask_timeout_s = ask_timeout_s

@@ -13,18 +13,21 @@ from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.instance import Instance
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
+from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.reporting import REPORT_EVERY_S, Reporting
+from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.standing import standing
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.tiers_view import tiers_view
 from sllm_actor.actors.waiting_room import WaitingRoom
-from sllm_actor.domain import Model, ModelName, NodeId
+from sllm_actor.domain import Model, ModelName
 from sllm_actor.errors import Conflict, DeliveryFailed, Draining, ModelNotFound, SllmError
 from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.loads import OnProgress
-from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
+from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.instances import (
     AdapterHeld,
     HoldAdapter,
@@ -55,23 +58,18 @@ from sllm_actor.messages.models import (
     TiersView,
     UnpinModel,
 )
-from sllm_actor.messages.placement import NodeReport
+from sllm_actor.messages.placement import ReportNow
 from sllm_actor.policy.answer_times import LearnedTimes
-from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import Actor, Clock, handles
 from sllm_actor.runtime.progress import Step, followed
 
 log = logging.getLogger(__name__)
-
-# While a start goes on.
-REPORT_EVERY_S = 1.0
 
 
 class Limits(NamedTuple):
     """The manager's knobs; the names are those of `Config`."""
 
     max_instances: int
-    host_pool_bytes: int
     max_requests_per_instance: int
     drain_timeout_s: float
     engine_stop_timeout_s: float
@@ -83,7 +81,8 @@ class ModelManager(Actor):
 
     def __init__(
         self,
-        node: NodeId,
+        place: Place,
+        way: SchedulerWay,
         registry: Registry,
         tiers: Tiers,
         starter: InstanceStarter,
@@ -92,7 +91,7 @@ class ModelManager(Actor):
         room: WaitingRoom,
         counts: StartCounts,
     ) -> None:
-        self._node = node
+        self._place = place
         self._registry = registry
         self._tiers = tiers
         self._starter = starter
@@ -104,13 +103,14 @@ class ModelManager(Actor):
         self._starting: dict[str, ModelName] = {}
         self._times = LearnedTimes()
         self._instance_ids = itertools.count(1)
-        self._ssd = ObservedWay(FIRST_SSD_BYTES_PER_S, tiers.loader.paths().ssd)
-        self._remote = ObservedWay(FIRST_REMOTE_BYTES_PER_S, tiers.remote_path())
+        self._reporting = Reporting(place, way, registry, tiers, clock, limits.max_instances)
 
     async def started(self) -> None:
         await self._registry.open()
-        self._tiers.when_stored(self._report)
-        self._report()
+        self._reporting.begin(self.context.self_ref.name, self._instances, self._starting)
+        if not self._place.alone:
+            self.context.tasks.spawn(self._reporting.keep_telling(), "report")
+            self.context.tasks.spawn(self._follow_models(), "follow")
 
     # Registrations.
 
@@ -121,6 +121,7 @@ class ModelManager(Actor):
             if changed:
                 # Last: one of the old may have come up while this was being stored.
                 await self._stop_all(model.name)
+            self._rescale(model.name)
             self._report()
             return model
 
@@ -195,6 +196,7 @@ class ModelManager(Actor):
                     self._report()
 
     async def _start(self, message: StartInstance, on_progress: OnProgress) -> InstanceStarted:
+        self._place.check(message.epoch)
         self._starting[message.placement_id] = message.model
         self._report()
         failed = True
@@ -216,7 +218,8 @@ class ModelManager(Actor):
             raise
         finally:
             del self._starting[message.placement_id]
-            self._report(ended=message.placement_id, failed=failed)
+            self._reporting.ended(message.placement_id, failed=failed)
+            self._report()
 
     def _bring(self, adapter: Model) -> None:
         """Have an adapter come to host memory beside its base. What this fails with, its request meets again."""
@@ -236,7 +239,7 @@ class ModelManager(Actor):
             raise Conflict(f"{adapter.name} is no longer an adapter of {instance.model.name}", param="model")
         async with instance.adapters.hold(adapter) as spans:
             if spans:
-                self._learn_bandwidth()
+                self._reporting.learn_bandwidth()
                 self._report()
             yield AdapterHeld(key=adapter.fingerprint, spans=spans)
             await asyncio.Event().wait()  # Until whoever asked closes the stream.
@@ -244,7 +247,7 @@ class ModelManager(Actor):
     async def _install(self, model: Model, started: Started) -> InstanceStarted:
         if not self._registry.is_current(model):
             raise ModelNotFound(f"{model.name} was removed while it started", param="model")
-        instance_id = f"{model.name}-{next(self._instance_ids)}"
+        instance_id = f"{model.name}-{self._place.tag}{next(self._instance_ids)}"
         worker = InferenceWorker(
             started.engine,
             instance_id,
@@ -268,14 +271,10 @@ class ModelManager(Actor):
             instance_id, model, started, adapters, ref, self._times, self._clock.monotonic_s()
         )
         started.lease.is_of(instance_id)
-        self._learn_bandwidth()
-        return InstanceStarted(
-            instance_id=instance_id, model=model.name, node=self._node, worker=ref.name, spans=started.spans
-        )
-
-    def _learn_bandwidth(self) -> None:
-        self._ssd.learn(self._tiers.loader.paths().ssd)
-        self._remote.learn(self._tiers.remote_path())
+        self._reporting.learn_bandwidth()
+        route = self._instances[instance_id].route(self._place)
+        self._place.published(route)
+        return route
 
     @handles(StopInstances, concurrent=True)
     async def stop_instances(self, message: StopInstances) -> int:
@@ -343,7 +342,7 @@ class ModelManager(Actor):
     @handles(InstanceExpired, concurrent=True)
     async def expired(self, message: InstanceExpired) -> None:
         instance = self._instances.get(message.instance_id)
-        if instance is not None and not instance.active:
+        if instance is not None and not instance.active and not instance.kept:
             await self._retire(instance)
 
     @handles(InstanceDied, concurrent=True)
@@ -358,7 +357,7 @@ class ModelManager(Actor):
     @handles(ListInstances)
     async def list_instances(self, _: ListInstances) -> tuple[InstanceStatus, ...]:
         now_s = self._clock.monotonic_s()
-        return tuple(instance.status(self._node, now_s) for instance in self._instances.values())
+        return tuple(instance.status(self._place.node, now_s) for instance in self._instances.values())
 
     async def stopped(self) -> None:
         for instance in list(self._instances.values()):
@@ -368,33 +367,33 @@ class ModelManager(Actor):
     # Reports.
 
     def _tell_gone(self, instance: Instance) -> None:
+        self._place.withdrawn(instance.route(self._place))
         gone = InstanceGone(instance_id=instance.instance_id, model=instance.model.name)
         self.context.system.ref("router").tell(gone)
 
-    def _report(self, ended: str = "", *, failed: bool = False) -> None:
+    def _report(self) -> None:
         """Tell the Scheduler what this node has, once it is up and after every change."""
-        residents = self._tiers.loader.residents()
-        pinned = {resident.fingerprint for resident in residents if resident.pinned}
-        self.context.system.ref("scheduler").tell(
-            NodeReport(
-                node=self._node,
-                manager=self.context.self_ref.name,
-                slots=self._limits.max_instances,
-                host_pool_bytes=self._limits.host_pool_bytes,
-                instances=tuple(one.view(pinned, self._clock.monotonic_s()) for one in self._instances.values()),
-                pinned_host_bytes={
-                    model.fingerprint: model.host_bytes
-                    for model in self._registry.models()
-                    if model.fingerprint in pinned
-                },
-                ended_placements=(ended,) if ended else (),
-                starting_placements=tuple(self._starting),
-                host_fingerprints=tuple(resident.fingerprint for resident in residents),
-                ssd_fingerprints=self._registry.fingerprints_on_disk(),
-                ssd_bytes_per_s=self._ssd.bytes_per_s,
-                disk_queues_s=self._registry.disk_queues_s(),
-                remote_bytes_per_s=self._remote.bytes_per_s,
-                remote_queue_s=self._tiers.queues().remote_s,
-                failed_placements=(ended,) if failed else (),
-            )
-        )
+        self._reporting.tell()
+
+    @handles(ReportNow)
+    async def report_now(self, _: ReportNow) -> None:
+        self._report()
+
+    async def _follow_models(self) -> None:
+        """Stop what runs of a model that another node has registered anew or removed."""
+        async with aclosing(self._registry.followed()) as names:
+            async for name, is_another in names:
+                if is_another:
+                    self._times.forget(name)
+                    self.context.tasks.spawn(self._stop_all(name), f"stop-{name}")
+                self._rescale(name)
+                self._report()
+
+    def _rescale(self, name: ModelName) -> None:
+        """Keep what is to run while nobody asks, and let go what no longer is."""
+        kept = self._registry.keeps(name)
+        for instance in self._instances.values():
+            if instance.model.name == name and instance.kept != kept:
+                instance.kept = kept
+                if not kept and not instance.active:
+                    self.context.tasks.spawn(self._retire(instance), "let-go")

@@ -14,7 +14,7 @@ from sllm_actor.checkpoint.embedding_config import embedding_of, names_width
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.checkpoint.model_config import ModelConfig, read_model_config
 from sllm_actor.checkpoint.sentence_layout import read_sentence_layout
-from sllm_actor.domain import Model
+from sllm_actor.domain import Model, Scaling
 from sllm_actor.engine.architectures import ENCODERS, MODULES, choose
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AdapterInvalid, InvalidRequest, ModelTooLarge, TokenizerInvalid
@@ -120,6 +120,7 @@ class Examiner:
             chat=tokenizer.chat and generates,
             keep_alive_s=self._keep_alive_s if message.keep_alive_s is None else message.keep_alive_s,
             registered_wall_s=now_wall_s,
+            scaling=message.scaling,
             generates=generates,
             embedding=embedding,
         )
@@ -164,6 +165,7 @@ class Examiner:
             registered_wall_s=now_wall_s,
             base=base.name,
             text_path=base.path,
+            scaling=Scaling(),
         )
 
     async def _find(self, source: str) -> Checkpoint | Card:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import msgspec
 
 from sllm_actor.actors.bases import base_of, check_unused
 from sllm_actor.actors.registration import Examiner, read_off_loop
+from sllm_actor.actors.same_model import runs_alike, same_but_time, source_of
+from sllm_actor.actors.shared_models import MODELS, SharedModels, based_on
 from sllm_actor.checkpoint.adapter import LoraConfig
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import Model, ModelName, TierChoice
-from sllm_actor.errors import CheckpointChanged, CheckpointInvalid, Conflict, Draining, ModelExists, ModelNotFound
+from sllm_actor.errors import (
+    CheckpointChanged,
+    CheckpointInvalid,
+    Conflict,
+    Draining,
+    ModelExists,
+    ModelNotFound,
+    SllmError,
+)
 from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.host_memory import Key
@@ -25,23 +35,28 @@ from sllm_actor.loader.order import key_of
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.metadata import Store
+from sllm_actor.metadata.follow import follow
 from sllm_actor.runtime import Clock
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-MODELS = "models/"
-
 Wanted = Checkpoint | Card
 """What the tiers are asked for: a folder, or the card of what is elsewhere."""
 
 
 class Registry:
-    """Owns the registrations. One change of a name at a time."""
+    """Owns the registrations. One change of a name at a time.
 
-    def __init__(self, store: Store, examiner: Examiner, tiers: Tiers, clock: Clock) -> None:
+    Where other nodes share the store, what they change is `followed`, and a folder is on this node's disk only if it
+    was found there.
+    """
+
+    def __init__(self, store: Store, examiner: Examiner, tiers: Tiers, clock: Clock, *, shared: bool = False) -> None:
         self._store = store
+        self._stored = SharedModels(store)
+        self._shared = shared
         self._examiner = examiner
         self._tiers = tiers
         self._clock = clock
@@ -51,12 +66,13 @@ class Registry:
         self._examining = 0
         self._scope = TaskScope("registry")
         self._reading: dict[tuple[str, str], asyncio.Task[Wanted]] = {}
+        # Called when a model of another node's registering was found here.
+        self.on_found: Callable[[], None] = lambda: None
 
     async def open(self) -> None:
         """Read what was registered before, say what can't start here, and drop the cards that no model has."""
-        for fact in (await self._store.list(MODELS)).facts:
-            model = msgspec.msgpack.decode(fact.value, type=Model)
-            self._models[model.name] = model
+        self._take(self._stored.newer(await self._stored.load()))
+        for model in self._models.values():
             if model.host_bytes > self._tiers.loader.pool_bytes:
                 needs, has = format_bytes(model.host_bytes), format_bytes(self._tiers.loader.pool_bytes)
                 log.warning(
@@ -74,6 +90,52 @@ class Registry:
             size, quota = format_bytes(held.size_bytes), format_bytes(self._tiers.ssd.quota_bytes)
             log.warning("%s (%s) was given up on the SSD: the quota of %s does not hold it", names, size, quota)
 
+    def _take(self, changed: Mapping[ModelName, Model | None]) -> None:
+        """Take over registrations as they are on this node: what is kept of a model lies in its own folder."""
+        for name, model in changed.items():
+            self._wanted.pop(name, None)
+            if model is None:
+                self._models.pop(name, None)
+            else:
+                path = str(self._tiers.card_folder(model.card)) if model.card else model.path
+                self._models[name] = msgspec.structs.replace(model, path=path)
+        for name, model in self._models.items():
+            base = based_on(self._models, model)
+            if base is not None and base.path != model.text_path:
+                self._models[name] = msgspec.structs.replace(model, text_path=base.path)
+
+    async def followed(self) -> AsyncGenerator[tuple[ModelName, bool], None]:
+        """Give the name of each model that another node has changed, once this one knows.
+
+        With it goes whether what runs of it is now another one's, or nobody's.
+        """
+        for name in self._models:
+            self._look_for(name)
+        async with aclosing(follow(self._store, MODELS, self._clock)) as views:
+            async for view in views:
+                changed = self._stored.newer(view)
+                before = {name: self._models.get(name) for name in changed}
+                self._take(changed)
+                for name, known in before.items():
+                    model = self._models.get(name)
+                    self._look_for(name)
+                    yield name, known is None or model is None or not runs_alike(known, model)
+                await self._sweep()
+
+    def _look_for(self, name: ModelName) -> None:
+        """Find out whether a folder is here, or bring what is small of what is elsewhere."""
+        model = self._models.get(name)
+        if model is not None:
+            self._scope.spawn(self._look(model), "look")
+
+    async def _look(self, model: Model) -> None:
+        try:
+            await self.wanted(model)
+        except SllmError as error:
+            log.warning("%s can't be started on this node: %s", model.name, error.message)
+        else:
+            self.on_found()
+
     def models(self) -> list[Model]:
         """List the registrations by name."""
         return [self._models[name] for name in sorted(self._models)]
@@ -88,6 +150,11 @@ class Registry:
         if model is None:
             raise ModelNotFound(f"the model {name!r} does not exist", param="model")
         return model
+
+    def keeps(self, name: ModelName) -> bool:
+        """Tell whether instances of a model run also while nobody asks."""
+        model = self._models.get(name)
+        return model is not None and model.scaling.min_instances > 0
 
     def is_current(self, model: Model) -> bool:
         """Tell whether a registration is still the one of its name."""
@@ -109,7 +176,7 @@ class Registry:
             self._changing.discard(name)
 
     async def register(self, message: RegisterModel) -> tuple[Model, bool]:
-        """Examine and store a model; also tell whether anything has changed. Within `change`.
+        """Examine and store a model; also tell whether what runs of it is now another one's. Within `change`.
 
         Raises:
             ModelExists: the name is taken by another source.
@@ -131,12 +198,12 @@ class Registry:
 
         model, wanted = await self._examiner.examine(message, self._clock.wall_s(), find_base)
         known = self._models.get(model.name)
-        if known is not None and _same(known, model):
+        if known is not None and same_but_time(known, model):
             self._wanted[model.name] = wanted  # The same bytes; perhaps other inodes.
             return known, False
-        if known is not None and _source(known) != model.source and not message.replace:
+        if known is not None and source_of(known) != model.source and not message.replace:
             raise ModelExists(
-                f"{model.name} is registered already, from {_source(known)}; replace it or remove it first",
+                f"{model.name} is registered already, from {source_of(known)}; replace it or remove it first",
                 param="name",
             )
         if known is not None and (known.fingerprint, known.path) != (model.fingerprint, model.path):
@@ -144,10 +211,10 @@ class Registry:
         with self._based(model):
             if known is not None and known.fingerprint != model.fingerprint:
                 await self._let_go(model.name)
-            await self._store.put(MODELS + model.name, msgspec.msgpack.encode(model))
+            await self._stored.put(model)
             self._models[model.name] = model
             self._wanted[model.name] = wanted
-        return model, True
+        return model, known is None or not runs_alike(known, model)
 
     @contextmanager
     def _based(self, model: Model) -> Iterator[None]:
@@ -172,8 +239,8 @@ class Registry:
         model = self.find(name)
         check_unused(name, self.models(), "removed")
         await self._let_go(name)
-        await self._store.delete(MODELS + name)
-        del self._models[name]
+        await self._stored.delete(name)
+        self._models.pop(name, None)  # Where the store is followed, this may be known before the call returns.
         self._wanted.pop(name, None)
         await self._sweep()
         return model
@@ -181,7 +248,9 @@ class Registry:
     def is_on_disk(self, model: Model) -> bool:
         """Tell whether this node's disk has the model's bytes."""
         wanted = self._wanted.get(model.name)
-        return not model.card or (isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted))
+        if not model.card:
+            return not self._shared or wanted is not None
+        return isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted)
 
     def fingerprints_on_disk(self) -> tuple[str, ...]:
         """List the checkpoints that this node's disk has."""
@@ -310,17 +379,6 @@ async def _is_lost(card: Card) -> bool:
 
 def _identity(wanted: Wanted) -> Key:
     return key_of(wanted.checkpoint if isinstance(wanted, Card) else wanted)
-
-
-def _source(known: Model) -> str:
-    """Give a registration's source; those of earlier versions have a path alone."""
-    return known.source or known.path
-
-
-def _same(known: Model, model: Model) -> bool:
-    """Tell whether two registrations differ in nothing but their time."""
-    renewed = msgspec.structs.replace(known, source=_source(known), registered_wall_s=model.registered_wall_s)
-    return renewed == model
 
 
 def _describes(wanted: Wanted, model: Model) -> bool:

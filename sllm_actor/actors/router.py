@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any, cast
+
+import msgspec
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
+from sllm_actor.actors.routes import Routes
+from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName, RequestId, Span, Timeline
-from sllm_actor.errors import ActorDied, Conflict, Draining, NoCapacity, NoSuchActor, RequestNotFound, SllmError
+from sllm_actor.errors import (
+    ActorDied,
+    Conflict,
+    Draining,
+    Fenced,
+    LeaseLost,
+    NoCapacity,
+    NodeUnreachable,
+    NoSuchActor,
+    RequestNotFound,
+    SllmError,
+)
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.explanation import Explained, ExplainPlacement, ExplainRequest, Explanation
@@ -34,20 +51,25 @@ from sllm_actor.messages.instances import (
     StartProgress,
 )
 from sllm_actor.messages.models import GetModel
-from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel
+from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel, RunsAlready
 from sllm_actor.policy.retrying import UNKNOWN_S, rest_s
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 from sllm_actor.units import format_bytes
 
+log = logging.getLogger(__name__)
+
 MAX_ATTEMPTS = 3
+# An instance or a node that has gone, or is going: another one may do it.
+GONE = (Draining, NoSuchActor, ActorDied, NodeUnreachable)
 Answered = PromptLogprobs | Tokens | Embedded | Finished
 
 
 class _Start:
     """A start under way, the request it was begun for, how many wait for it, and the lowest priority of them so far."""
 
-    def __init__(self, request: Generate | Embed) -> None:
+    def __init__(self, request: Generate | Embed, failed: tuple[str, ...]) -> None:
         self.request = request
+        self.failed = failed
         self.priority = request.priority
         self.waiters = 0
         self.ended: SllmError = Draining("the node is stopping")
@@ -60,10 +82,11 @@ class Router(Actor):
     def __init__(
         self,
         manager: ActorRef,
-        scheduler: ActorRef,
+        scheduler: SchedulerWay,
         log: RequestLog,
         clock: Clock,
         *,
+        routes: Routes,
         room: WaitingRoom,
         counts: StartCounts,
         ask_timeout_s: float,
@@ -79,7 +102,7 @@ class Router(Actor):
         self._ask_timeout_s = ask_timeout_s
         self._placement_timeout_s = placement_timeout_s
         self._start_timeout_s = start_timeout_s
-        self._routes: dict[ModelName, InstanceStarted] = {}
+        self._routes = routes
         self._starts: dict[ModelName, _Start] = {}
 
     @handles(Generate)
@@ -111,45 +134,50 @@ class Router(Actor):
 
     async def _attempts(self, request: Generate | Embed, record: RequestRecord) -> AsyncGenerator[Answered, None]:
         """Run the request; one that met an instance just leaving has not begun, and is routed again."""
+        failed: tuple[str, ...] = ()
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            instance = await self._instance(request, record)
+            instance = await self._instance(request, record, failed)
             self._log.route(record, instance)
-            worker = self.context.system.ref(instance.worker)
+            worker = self.context.system.ref(instance.worker, instance.address or None)
             try:
-                async with aclosing(worker.stream(request)) as items:
-                    async for item in items:
-                        if isinstance(item, Prefilled):
-                            record.spans.append(item.span)
-                        elif isinstance(item, AdapterHeld):
-                            record.spans.extend(item.spans)
-                        else:
-                            record.take(item, self._clock.monotonic_s())
-                            yield item
+                with self._routes.using(instance):
+                    async with aclosing(worker.stream(request)) as items:
+                        async for item in items:
+                            if isinstance(item, Prefilled):
+                                record.spans.append(item.span)
+                            elif isinstance(item, AdapterHeld):
+                                record.spans.extend(item.spans)
+                            else:
+                                record.take(item, self._clock.monotonic_s())
+                                yield item
                 return
-            except (Draining, NoSuchActor, ActorDied):
-                self._forget(instance)
+            except GONE:
+                self._routes.remove(instance.model, instance.instance_id)
+                failed = (*failed, instance.instance_id)
                 if record.begun or attempt == MAX_ATTEMPTS:
                     raise
 
-    async def _instance(self, request: Generate | Embed, record: RequestRecord) -> InstanceStarted:
-        """Find the model's instance, or wait for the one start that all waiting requests share."""
-        served = _served(request)
-        if served in self._routes:
-            return self._routes[served]
+    async def _instance(
+        self, request: Generate | Embed, record: RequestRecord, failed: tuple[str, ...]
+    ) -> InstanceStarted:
+        """Find the model an instance, or wait for the one start that all waiting requests share."""
+        running = self._routes.choose(_served(request), request.prompt)
+        if running is not None:
+            return running
         record.cold = True
         with self._room.place(request.model):
-            instance, spans = await self._share(request, record)
+            instance, spans = await self._share(request, record, failed)
         record.spans.extend(spans)
         return instance
 
     async def _share(
-        self, request: Generate | Embed, record: RequestRecord
+        self, request: Generate | Embed, record: RequestRecord, failed: tuple[str, ...]
     ) -> tuple[InstanceStarted, tuple[Span, ...]]:
         """Wait for the start of the request's model; it ends when the last who waits for it leaves."""
         served = _served(request)
         start = self._starts.get(served)
         if start is None:
-            start = self._starts[served] = _Start(request)
+            start = self._starts[served] = _Start(request, failed)
             work = self._start(start)
             start.task = self.context.tasks.spawn(work, f"start-{served}", on_failure=lambda _: None)
             begun = start
@@ -193,29 +221,53 @@ class Router(Actor):
         if request.model != served:
             adapter: Model = await self._manager.ask(GetModel(name=request.model), timeout_s=self._ask_timeout_s)
             adapter_bytes = adapter.host_bytes
-        placement: Placement = await self._scheduler.ask(
-            PlaceModel(
-                request_id=request.request_id,
-                model=model.name,
-                fingerprint=model.fingerprint,
-                size_bytes=model.size_bytes,
-                host_bytes=model.host_bytes + adapter_bytes,
-                timeout_s=self._placement_timeout_s,
-                priority=start.priority,
-            ),
-            timeout_s=self._placement_timeout_s + self._ask_timeout_s,
+        wish = StartInstance(
+            placement_id="", model=model.name, adapter="" if request.model == served else request.model
+        )
+        question = PlaceModel(
+            request_id=request.request_id,
+            model=model.name,
+            fingerprint=model.fingerprint,
+            size_bytes=model.size_bytes,
+            host_bytes=model.host_bytes + adapter_bytes,
+            timeout_s=self._placement_timeout_s,
+            holders_only=not model.card,
+        )
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            placement = await self._place(start, question)
+            placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
+            try:
+                instance = await self._use(placement, wish)
+            except (*GONE, Fenced, LeaseLost) as gone:
+                if attempt == MAX_ATTEMPTS:
+                    raise
+                log.warning("%s could not start %s: %s; another place is asked for", placement.node, served, gone)
+                continue
+            break
+        self._routes.add(instance)
+        return instance, (placed, *instance.spans)
+
+    async def _place(self, start: _Start, question: PlaceModel) -> Placement | RunsAlready:
+        now = msgspec.structs.replace(cast(Any, question), priority=start.priority, failed=start.failed)
+        placement: Placement | RunsAlready = await self._scheduler.ask(
+            now, timeout_s=self._placement_timeout_s + self._ask_timeout_s
         )
         self._counts.placements += 1
-        placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
-        manager = self.context.system.ref(placement.manager)
-        wish = StartInstance(
-            placement_id=placement.placement_id,
-            model=model.name,
-            adapter="" if request.model == served else request.model,
-        )
-        instance = await self._started(manager, wish)
-        self._routes[model.name] = instance
-        return instance, (placed, *instance.spans)
+        return placement
+
+    async def _use(self, placement: Placement | RunsAlready, wish: StartInstance) -> InstanceStarted:
+        if isinstance(placement, RunsAlready):
+            return InstanceStarted(
+                instance_id=placement.instance_id,
+                model=placement.model,
+                node=placement.node,
+                worker=placement.worker,
+                address=placement.address,
+                spans=(),
+            )
+        manager = self.context.system.ref(placement.manager, placement.address or None)
+        granted = msgspec.structs.replace(cast(Any, wish), placement_id=placement.placement_id, epoch=placement.epoch)
+        return await self._started(manager, granted)
 
     async def _started(self, manager: ActorRef, message: StartInstance) -> InstanceStarted:
         """Wait for a start as long as it goes on: its time counts from the last bytes that came."""
@@ -238,13 +290,7 @@ class Router(Actor):
 
     @handles(InstanceGone)
     async def gone(self, message: InstanceGone) -> None:
-        route = self._routes.get(message.model)
-        if route is not None and route.instance_id == message.instance_id:
-            del self._routes[message.model]
-
-    def _forget(self, instance: InstanceStarted) -> None:
-        if self._routes.get(instance.model) is instance:
-            del self._routes[instance.model]
+        self._routes.remove(message.model, message.instance_id)
 
     @handles(GetTimeline)
     async def timeline(self, message: GetTimeline) -> Timeline:

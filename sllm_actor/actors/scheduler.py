@@ -5,16 +5,28 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import msgspec
 
+from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, Granted, granted
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.domain import NodeId
 from sllm_actor.errors import DeliveryFailed, ModelTooLarge, NoCapacity, QueueFull
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.instances import StopInstances
-from sllm_actor.messages.placement import HurryPlacement, InstanceView, ListNodes, NodeReport, Placement, PlaceModel
+from sllm_actor.messages.placement import (
+    HurryPlacement,
+    InstanceView,
+    ListNodes,
+    MembersChanged,
+    NodeReport,
+    Placement,
+    PlaceModel,
+    RunsAlready,
+)
 from sllm_actor.policy.cluster_view import ClusterView, Grant
 from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.explaining import refused
@@ -27,6 +39,10 @@ log = logging.getLogger(__name__)
 
 # A placement whose start has not begun by then was given to somebody who has left.
 BEGIN_WITHIN_S = 10.0
+# So long others who want the model wait for a start of which its node has not told yet.
+TOLD_WITHIN_S = 2.0
+# A new leader waits so long for what the other members report before it decides.
+GATHER_S = 1.0
 
 
 class Limits(NamedTuple):
@@ -46,16 +62,27 @@ class _Waiting:
     def __init__(self, question: PlaceModel, asked_s: float) -> None:
         self.question = question
         self.asked_s = asked_s
-        self.answer: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[Placement | RunsAlready] = asyncio.get_running_loop().create_future()
         self.given_up: tuple[str, ...] = ()
         self.why = ""
         self.recheck: asyncio.Task[None] | None = None
 
 
 class Scheduler(Actor):
-    """Owns the cluster view, what was learned of starts, the last decisions, and who waits."""
+    """Owns the cluster view, what was learned of starts, the last decisions, and who waits.
 
-    def __init__(self, clock: Clock, limits: Limits, counts: StartCounts) -> None:
+    One leads at a time, in an `epoch` of its own; `members` are the nodes in theirs, none where a node is alone.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        limits: Limits,
+        counts: StartCounts,
+        epoch: int = 0,
+        members: Mapping[NodeId, int] | None = None,
+        autoscaler: Autoscaler | None = None,
+    ) -> None:
         self._clock = clock
         self._limits = limits
         self._counts = counts
@@ -66,21 +93,84 @@ class Scheduler(Actor):
         self._waiting: list[_Waiting] = []
         self._placements = itertools.count(1)
         self._pace = Pace()
+        self._epoch = epoch
+        self._members = dict(members or {})
+        self._awaited = set(self._members)
+        self._begun: set[str] = set()
+        self._autoscaler = autoscaler
+
+    async def started(self) -> None:
+        if self._autoscaler is not None:
+            self.context.tasks.spawn(self._keep_scaling(self._autoscaler), "scale")
+        if self._awaited:
+            self.context.tasks.spawn(self._decide_anyway(), "gather")
+
+    async def _decide_anyway(self) -> None:
+        """Wait no longer for those who have not reported."""
+        await self._clock.sleep(GATHER_S)
+        self._awaited.clear()
+        self._serve()
+
+    async def _keep_scaling(self, autoscaler: Autoscaler) -> None:
+        while True:
+            await self._clock.sleep(LOOK_EVERY_S)
+            # Requests that wait go first, and what is not known is not to be started again.
+            if not self._awaited and not self._waiting:
+                self._scale_up(autoscaler)
+            for one in autoscaler.surplus(self._view):
+                report = self._view.nodes[one.node].report
+                self._view.give_up(one.node, [one.instance.instance_id])
+                self.context.tasks.spawn(self._evict(report, one.instance), f"evict-{one.instance.instance_id}")
+
+    def _scale_up(self, autoscaler: Autoscaler) -> None:
+        now_s = self._clock.monotonic_s()
+        for question in autoscaler.missing(self._view, {start.model for start in self._granted.values()}):
+            # On a node that has none of it; where there is none, beside another.
+            for asked in (question, msgspec.structs.replace(cast(Any, question), not_on=())):
+                wish = _Waiting(asked, now_s)
+                decision = self._decide(wish, now_s)
+                if isinstance(decision, Start):
+                    placement = self._grant(wish, decision, now_s)
+                    start = autoscaler.start(self.context.system, placement, question.model)
+                    self.context.tasks.spawn(start, f"start-{placement.placement_id}")
+                    break
+                if isinstance(decision, Evict):
+                    self._give_up(wish, decision)
+                    break
 
     @handles(NodeReport)
     async def hear(self, report: NodeReport) -> None:
+        known = self._members.get(report.node, 0)
+        if report.epoch < known:
+            return  # From before it left and came back.
         now_s = self._clock.monotonic_s()
+        self._awaited.discard(report.node)
         self._view.hear(report, now_s)
         for placement_id in report.ended_placements:
             self._view.release(placement_id)
             self._ended(placement_id, "failed" if placement_id in report.failed_placements else "started", now_s)
         for placement_id in report.starting_placements:  # A start that goes on keeps its room.
             self._view.extend(placement_id, now_s + self._limits.lease_s)
+        self._begun.update(placement_id for placement_id in report.starting_placements if placement_id in self._granted)
+        self._serve()
+
+    @handles(MembersChanged)
+    async def members_changed(self, message: MembersChanged) -> None:
+        """Forget who has left, and what was to start there."""
+        now_s = self._clock.monotonic_s()
+        for node in [node for node in self._view.nodes if node not in message.epochs]:
+            for placement_id in [key for key, start in self._granted.items() if start.node == node]:
+                self._ended(placement_id, "failed", now_s)
+            self._view.forget(node)
+            self._estimator.forget(node)
+        self._members = dict(message.epochs)
+        self._awaited &= self._members.keys()
         self._serve()
 
     def _ended(self, placement_id: str, outcome: str, now_s: float) -> None:
         """Compare what was expected of a start with what it took, and learn from that."""
         start = self._granted.pop(placement_id, None)
+        self._begun.discard(placement_id)
         if start is None:
             return
         observed_s = now_s - start.granted_s
@@ -101,14 +191,14 @@ class Scheduler(Actor):
         return self._decisions.find(message.request_id)
 
     @handles(PlaceModel, concurrent=True)
-    async def place(self, question: PlaceModel) -> Placement:
+    async def place(self, question: PlaceModel) -> Placement | RunsAlready:
         now_s = self._clock.monotonic_s()
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=self._pace.next_s(now_s))
         waiting = _Waiting(question, now_s)
         self._waiting.append(waiting)
         self._serve()
-        if self._limits.placement_policy == "locality_wait" and not waiting.answer.done():
+        if self._limits.placement_policy == "locality_wait" and not waiting.answer.done() and waiting.recheck is None:
             waiting.recheck = self.context.tasks.spawn(self._serve_later(self._limits.locality_wait_s), "recheck")
         try:
             async with asyncio.timeout(question.timeout_s):
@@ -116,7 +206,7 @@ class Scheduler(Actor):
         except TimeoutError:
             self._note_refusal(waiting)
             raise NoCapacity(
-                f"no node could start {question.model} within {question.timeout_s:g} s: all of them are busy",
+                f"no node could start {question.model} within {question.timeout_s:g} s: {self._why(waiting)}",
                 retry_after_s=placement_s(question, [node.report for node in self._view.nodes.values()]),
             ) from None
         finally:
@@ -139,6 +229,12 @@ class Scheduler(Actor):
         await self._clock.sleep(wait_s)
         self._serve()
 
+    def _why(self, waiting: _Waiting) -> str:
+        question = waiting.question
+        if question.holders_only and not self._view.holders(question.fingerprint):
+            return "no node that could be asked has its folder"
+        return "all of them are busy"
+
     def _note_refusal(self, waiting: _Waiting) -> None:
         waited_s = self._clock.monotonic_s() - waiting.asked_s
         why = waiting.why or "others waited before it"
@@ -146,6 +242,8 @@ class Scheduler(Actor):
 
     def _serve(self) -> None:
         """Grant by priority and then in the order of asking, until someone has to wait."""
+        if self._awaited:
+            return
         self._refuse()
         now_s = self._clock.monotonic_s()
         for placement_id in self._view.expired(now_s):
@@ -153,6 +251,8 @@ class Scheduler(Actor):
         asking = list(self._waiting)
         while asking:
             waiting = asking.pop(next_of([Waiter(one.question, one.asked_s) for one in asking], now_s))
+            if self._is_answered(waiting, now_s):
+                continue
             decision = self._decide(waiting, now_s)
             if isinstance(decision, Wait):
                 waiting.why = decision.reason
@@ -162,9 +262,38 @@ class Scheduler(Actor):
             if isinstance(decision, Evict):
                 self._give_up(waiting, decision)
                 return
-            self._waiting.remove(waiting)
-            if not waiting.answer.done():
-                waiting.answer.set_result(self._grant(waiting, decision, now_s))
+            self._answer(waiting, self._grant(waiting, decision, now_s))
+
+    def _is_answered(self, waiting: _Waiting, now_s: float) -> bool:
+        """Spare a start where an instance runs, or is starting, that somebody else has asked for."""
+        question = waiting.question
+        for report, instance in self._view.running(question.model):
+            if instance.instance_id not in question.failed:
+                self._answer(
+                    waiting,
+                    RunsAlready(
+                        model=instance.model,
+                        instance_id=instance.instance_id,
+                        node=report.node,
+                        worker=instance.worker,
+                        address=report.address,
+                    ),
+                )
+                return True
+        if any(
+            start.model == question.model and (key in self._begun or now_s < start.granted_s + TOLD_WITHIN_S)
+            for key, start in self._granted.items()
+        ):
+            waiting.why = f"{question.model} is being started already"
+            if waiting.recheck is None:
+                waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
+            return True
+        return False
+
+    def _answer(self, waiting: _Waiting, answer: Placement | RunsAlready) -> None:
+        self._waiting.remove(waiting)
+        if not waiting.answer.done():
+            waiting.answer.set_result(answer)
 
     def _decide(self, waiting: _Waiting, now_s: float) -> Decision:
         situation = Situation(
@@ -189,7 +318,8 @@ class Scheduler(Actor):
 
     def _grant(self, waiting: _Waiting, start: Start, now_s: float) -> Placement:
         question = waiting.question
-        placement_id = f"placement-{next(self._placements)}"
+        number = next(self._placements)
+        placement_id = f"placement-{self._epoch}-{number}" if self._epoch else f"placement-{number}"
         lease_s = min(self._limits.lease_s, BEGIN_WITHIN_S)
         grant = Grant(start.report.node, question.host_bytes, now_s + lease_s, question.slots)
         self._view.grant(placement_id, grant)
@@ -202,6 +332,8 @@ class Scheduler(Actor):
             estimate_s=start.estimate_s,
             lease_s=lease_s,
             reason=start.explanation.reason,
+            address=start.report.address,
+            epoch=self._epoch,
         )
 
     def _give_up(self, waiting: _Waiting, decision: Evict) -> None:
@@ -212,7 +344,7 @@ class Scheduler(Actor):
 
     async def _evict(self, report: NodeReport, victim: InstanceView) -> None:
         """Ask for the victim's slot; the manager's next report tells when it is free."""
-        manager = self.context.system.ref(report.manager)
+        manager = self.context.system.ref(report.manager, report.address or None)
         begin_s, stopped = self._clock.monotonic_s(), 0
         try:
             stopped = await manager.ask(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sllm_actor.cli import checkpoints, explain, keep, key_commands
+from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.pull import default_name, pull_model
@@ -42,7 +42,12 @@ Listen = Annotated[
     str | None, typer.Option("--listen", help="Where other nodes connect, such as tcp://127.0.0.1:8401.")
 ]
 SecretFile = Annotated[
-    str | None, typer.Option("--cluster-secret-file", help="File with the secret that all nodes share.")
+    str | None,
+    typer.Option("--cluster-secret-file", "--join-secret-file", help="File with the secret that all nodes share."),
+]
+NodeName = Annotated[str | None, typer.Option("--node-id", help="This node's name in the cluster.")]
+Metadata = Annotated[
+    str | None, typer.Option("--metadata", help="etcd of the cluster to join: etcd://HOST:PORT,HOST:PORT,…")
 ]
 Source = Annotated[
     str, typer.Argument(help="A checkpoint folder, builtin:demo, or hf://, https://, s3:// or sllm:// and where it is.")
@@ -50,6 +55,13 @@ Source = Annotated[
 Name = Annotated[str, typer.Option("--name", help="Its name; the last part of the source by default.")]
 KeepAlive = Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Replace another model of this name.")]
+Replicas = Annotated[int | None, typer.Option("--replicas", min=1, help="Run so many instances, always.")]
+MinInstances = Annotated[int | None, typer.Option("--min-instances", min=0, help="Run so many also while nobody asks.")]
+MaxInstances = Annotated[int | None, typer.Option("--max-instances", min=1, help="Run so many when many ask.")]
+Target = Annotated[
+    int | None,
+    typer.Option("--target-concurrency", min=0, help="Running requests for one instance; 0: as many as it takes."),
+]
 Base = Annotated[str, typer.Option("--base", help="Of a LoRA adapter: the registered model that it is for.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
 
@@ -64,6 +76,8 @@ def configure(
     key_file: str | None = None,
     listen: str | None = None,
     secret_file: str | None = None,
+    node_id: str | None = None,
+    metadata: str | None = None,
 ) -> Resolved:
     """Put flags, variables and file together."""
     flags: dict[str, Any] = {}
@@ -72,7 +86,7 @@ def configure(
         flags[name.strip()] = value
     named = {
         "data_dir": data_dir, "host": host, "port": port, "api_key_file": key_file,
-        "listen": listen, "cluster_secret_file": secret_file,
+        "listen": listen, "cluster_secret_file": secret_file, "node_id": node_id, "metadata": metadata,
     }  # fmt: skip
     flags |= {name: value for name, value in named.items() if value is not None}
     return resolve(file, os.environ, flags)
@@ -82,7 +96,7 @@ def configure(
 def start(
     config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
     api_key_file: KeyFile = None, listen: Listen = None, cluster_secret_file: SecretFile = None,
-    set_: Set = None, as_json: Json = False,
+    node_id: NodeName = None, metadata: Metadata = None, set_: Set = None, as_json: Json = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:  # fmt: skip
     """Start a node and serve until SIGTERM or Ctrl-C; running answers are finished first.
@@ -96,7 +110,7 @@ def start(
     try:
         resolved = configure(
             config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
-            secret_file=cluster_secret_file,
+            secret_file=cluster_secret_file, node_id=node_id, metadata=metadata,
         )  # fmt: skip
         run(resolved.config, as_json=as_json, log_level=log_level)
     except SllmError as error:
@@ -116,7 +130,7 @@ def version(as_json: Json = False) -> None:
 def doctor(
     config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
     api_key_file: KeyFile = None, listen: Listen = None, cluster_secret_file: SecretFile = None,
-    set_: Set = None, as_json: Json = False,
+    node_id: NodeName = None, metadata: Metadata = None, set_: Set = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check this machine and print every knob with its value and where that came from."""
     from sllm_actor.cli.doctor import report
@@ -124,7 +138,7 @@ def doctor(
     try:
         resolved = configure(
             config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
-            secret_file=cluster_secret_file,
+            secret_file=cluster_secret_file, node_id=node_id, metadata=metadata,
         )  # fmt: skip
     except SllmError as error:
         fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
@@ -159,7 +173,8 @@ def calibrate(
 @app.command()
 def deploy(
     source: Source, name: Name = "", base: Base = "", keep_alive: KeepAlive = "", replace: Replace = False,
-    url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
+    replicas: Replicas = None, min_instances: MinInstances = None, max_instances: MaxInstances = None,
+    target_concurrency: Target = None, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check a checkpoint or a LoRA adapter and register it; it is loaded when the first request for it comes.
 
@@ -168,8 +183,18 @@ def deploy(
     Example: sllm-node deploy ./opt-125m --name opt
 
     Example: sllm-node deploy ./my-adapter --name sql --base opt
+
+    Example: sllm-node deploy ./opt-125m --name opt --min-instances 1 --max-instances 4
     """
+    if replicas is not None and (min_instances is not None or max_instances is not None):
+        raise typer.BadParameter("--replicas N stands for --min-instances N --max-instances N", param_hint="--replicas")
+    scaling = {
+        "min_instances": min_instances if replicas is None else replicas,
+        "max_instances": max_instances if replicas is None else replicas,
+        "target_concurrency": target_concurrency,
+    }
     body = registration(source, name, keep_alive, base=base, replace=replace)
+    body |= {knob: value for knob, value in scaling.items() if value is not None}
     answer = ask(url, api_key, lambda client: client.call("POST", "/admin/models", body), as_json=as_json)
     if as_json:
         print_json(answer)
@@ -341,7 +366,9 @@ def verify(
         checkpoints.run_verify(folder, as_json=as_json)
 
 
-for verb in (keep.pin, keep.unpin, keep.evict, explain.explain):
+for verb in (
+    keep.pin, keep.unpin, keep.evict, explain.explain, nodes.status, nodes.cordon, nodes.uncordon, nodes.drain,
+):  # fmt: skip
     app.command()(verb)
 
 

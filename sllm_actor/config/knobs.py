@@ -40,6 +40,28 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Text, Meta(title="path", description="file with the secret that all nodes share; needed to listen off loopback")
     ] = ""
 
+    # Many nodes.
+    metadata: Annotated[
+        Text,
+        Meta(
+            title="address",
+            description="etcd of a cluster, etcd://HOST:PORT,… or etcds://… for TLS; empty: the node is alone",
+        ),
+    ] = ""
+    metadata_user: Annotated[Text, Meta(title="name", description="user of etcd; empty: nobody in particular")] = ""
+    metadata_password_file: Annotated[Text, Meta(title="path", description="file with that user's password")] = ""
+    metadata_ca_file: Annotated[
+        Text, Meta(title="path", description="whom to trust with etcds://; empty: the machine's own authorities")
+    ] = ""
+    metadata_cert_file: Annotated[
+        Text, Meta(title="path", description="this node's certificate for etcd, if that asks for one")
+    ] = ""
+    metadata_key_file: Annotated[Text, Meta(title="path", description="key of that certificate")] = ""
+    lease_ttl_s: Annotated[
+        int,
+        Meta(ge=2, le=3600, title="s", description="after so long without a sign others do without this node"),
+    ] = 10
+
     # Memory and bytes.
     host_pool_bytes: Annotated[
         int,
@@ -306,6 +328,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"ssd_quota_bytes: {self.ssd_quota_bytes} bytes is less than 16 MiB; write a unit, such as 10GiB",
                 param="ssd_quota_bytes",
             )
+        if self.metadata and not self.listen:
+            raise ConfigInvalid("metadata: the other nodes find this one only where listen is set", param="metadata")
         if self.advertise and not self.listen:
             raise ConfigInvalid("advertise: there is nothing to advertise where listen is empty", param="advertise")
 

@@ -67,7 +67,8 @@ def _from_text(knob: Knob, text: str) -> Any:
         raise ValueError(f"{text!r} is not true or false")
     parsers: dict[str, Callable[[str], Any]] = {"bytes": parse_bytes, "s": _duration}
     if knob.unit in parsers:
-        return parsers[knob.unit](text)
+        value = parsers[knob.unit](text)
+        return int(value) if isinstance(knob.default, int) and value == value // 1 else value
     return int(text) if isinstance(knob.default, int) else text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sllm_actor.domain.embedding import Embedding, Pooling
 from sllm_actor.domain.generation import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
-from sllm_actor.domain.model import Model, ModelState, TierChoice
+from sllm_actor.domain.model import Model, ModelState, Scaling, TierChoice
 from sllm_actor.domain.names import ModelName, NodeId, RequestId, check_model_name, check_node_id
 from sllm_actor.domain.timeline import Span, Timeline
 
@@ -20,6 +20,7 @@ __all__ = [
     "RequestId",
     "Resume",
     "Sampling",
+    "Scaling",
     "Span",
     "TierChoice",
     "Timeline",

@@ -29,6 +29,18 @@ class TierChoice(enum.StrEnum):
     ALL = "all"
 
 
+class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many instances of a model the cluster runs: as many as its running requests need, within bounds.
+
+    One is meant for `target_concurrency` of them, or for as many as an instance takes at once where that is 0. At least
+    `min_instances` run also while nobody asks.
+    """
+
+    min_instances: int = 0
+    max_instances: int = 1
+    target_concurrency: int = 0
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A registration.
 
@@ -68,6 +80,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     embedding: Embedding | None = None
     base: str = ""
     text_path: str = ""
+    scaling: Scaling = Scaling()
 
     @property
     def texts(self) -> str:

@@ -36,6 +36,7 @@
     │   ├── TargetExists · TargetBusy  something is there, and is not to be replaced; another process writes it
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
     │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining · RateLimited
+    │   ├── NoLeader                   nobody places starts just now; what runs goes on
     ├── DeliveryFailed               a message that brought no answer
     │   ├── NoSuchActor                not run: nobody of that name, or nobody who handles it
     │   ├── ActorDied · DeadlineExceeded · NodeUnreachable   may have run
@@ -83,6 +84,14 @@ from sllm_actor.errors.metadata import MetadataFailed as MetadataFailed
 from sllm_actor.errors.metadata import MetadataRefused as MetadataRefused
 from sllm_actor.errors.metadata import MetadataUnavailable as MetadataUnavailable
 from sllm_actor.errors.metadata import MetadataUncertain as MetadataUncertain
+from sllm_actor.errors.overload import Draining as Draining
+from sllm_actor.errors.overload import LinkFull as LinkFull
+from sllm_actor.errors.overload import MailboxFull as MailboxFull
+from sllm_actor.errors.overload import NoCapacity as NoCapacity
+from sllm_actor.errors.overload import NoLeader as NoLeader
+from sllm_actor.errors.overload import Overloaded as Overloaded
+from sllm_actor.errors.overload import QueueFull as QueueFull
+from sllm_actor.errors.overload import RateLimited as RateLimited
 
 
 class InvalidInput(SllmError):
@@ -239,34 +248,6 @@ class TargetExists(Conflict):
 
 class TargetBusy(Conflict):
     code = "target_busy"
-
-
-class Overloaded(SllmError):
-    code = "overloaded"
-
-
-class MailboxFull(Overloaded):
-    code = "mailbox_full"
-
-
-class LinkFull(Overloaded):
-    code = "link_full"
-
-
-class QueueFull(Overloaded):
-    code = "queue_full"
-
-
-class NoCapacity(Overloaded):
-    code = "no_capacity"
-
-
-class Draining(Overloaded):
-    code = "draining"
-
-
-class RateLimited(Overloaded):
-    code = "rate_limit_exceeded"
 
 
 class DeliveryFailed(SllmError):

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sllm_actor.domain import Model, RequestId, check_model_name, check_node_id
+from sllm_actor.domain import Model, RequestId, Scaling, check_model_name, check_node_id
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response, known_name
 from sllm_actor.frontend.http_errors import body_of
@@ -32,6 +32,7 @@ from sllm_actor.messages.models import (
     TiersChanged,
     UnpinModel,
 )
+from sllm_actor.messages.operations import Cordon, Drain, ShowNodes
 from sllm_actor.runtime.threads import on_thread
 from sllm_actor.units import parse_duration_s
 
@@ -89,6 +90,7 @@ async def _register(gateway: Gateway, body: DeployRequest) -> Model:
         keep_alive_s=_keep_alive_s(body.keep_alive),
         replace=body.replace,
         base=body.base,
+        scaling=_scaling(body),
     )
     model: Model = await gateway.manager.ask(message, timeout_s=gateway.limits.deploy_timeout_s)
     return model
@@ -127,6 +129,17 @@ async def tiers(request: web.Request) -> web.Response:
     return json_response(await gateway.manager.ask(ListTiers(), timeout_s=gateway.limits.ask_timeout_s))
 
 
+def _scaling(body: DeployRequest) -> Scaling:
+    least, most = body.min_instances, body.max_instances
+    if most is not None and most < least:
+        raise InvalidRequest(f"max_instances: {most} is less than min_instances, {least}", param="max_instances")
+    return Scaling(
+        min_instances=least,
+        max_instances=max(1, least) if most is None else most,
+        target_concurrency=body.target_concurrency,
+    )
+
+
 def _keep_alive_s(given: str | float | None) -> float | None:
     if given is None or isinstance(given, int | float):
         return given
@@ -152,7 +165,7 @@ async def unload(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     model = await gateway.model(request.match_info["name"])
     ended = await _end_start(gateway, model, "stopped")
-    stopped = await gateway.manager.ask(StopInstances(model=model.name), timeout_s=gateway.limits.deploy_timeout_s)
+    stopped = await gateway.nodes.ask(StopInstances(model=model.name), timeout_s=gateway.limits.deploy_timeout_s)
     return json_response({"stopped": stopped, "ended_starts": int(ended)})
 
 
@@ -195,8 +208,39 @@ async def runtime(request: web.Request) -> web.Response:
 @routes.get("/admin/instances")
 async def instances(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    running = await gateway.manager.ask(ListInstances(), timeout_s=gateway.limits.ask_timeout_s)
+    running = await gateway.nodes.ask(ListInstances(), timeout_s=gateway.limits.ask_timeout_s)
     return json_response({"instances": running})
+
+
+@routes.get("/admin/nodes")
+async def nodes(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    return json_response({"nodes": await gateway.nodes.ask(ShowNodes(), timeout_s=gateway.limits.deploy_timeout_s)})
+
+
+@routes.post("/admin/nodes/{node}/cordon")
+async def cordon(request: web.Request) -> web.Response:
+    node = check_node_id(request.match_info["node"])
+    await _ask_nodes(request, Cordon(node=node, cordoned=True))
+    return json_response({"cordoned": node})
+
+
+@routes.post("/admin/nodes/{node}/uncordon")
+async def uncordon(request: web.Request) -> web.Response:
+    node = check_node_id(request.match_info["node"])
+    await _ask_nodes(request, Cordon(node=node, cordoned=False))
+    return json_response({"uncordoned": node})
+
+
+@routes.post("/admin/nodes/{node}/drain")
+async def drain(request: web.Request) -> web.Response:
+    node = check_node_id(request.match_info["node"])
+    return json_response({"drained": node, "stopped": await _ask_nodes(request, Drain(node=node))})
+
+
+async def _ask_nodes(request: web.Request, message: Cordon | Drain) -> Any:
+    gateway = request.app[GATEWAY]
+    return await gateway.nodes.ask(message, timeout_s=gateway.limits.deploy_timeout_s)
 
 
 @routes.get("/admin/requests")

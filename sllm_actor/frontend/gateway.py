@@ -61,6 +61,7 @@ class Gateway:
         router: ActorRef,
         manager: ActorRef,
         coordinator: ActorRef,
+        nodes: ActorRef,
         text: TextService,
         grammars: GrammarService,
         clock: Clock,
@@ -73,6 +74,8 @@ class Gateway:
         self.router = router
         self.manager = manager
         self.coordinator = coordinator
+        # Knows the other nodes.
+        self.nodes = nodes
         self.text = text
         self.grammars = grammars
         self.clock = clock

@@ -20,6 +20,7 @@ _STATUS: dict[type[SllmError], int] = {
     errors.MailboxFull: 429,
     errors.RateLimited: 429,
     errors.DeadlineExceeded: 504,
+    errors.MetadataUnavailable: 503,
     errors.SourceError: 502,
     SllmError: 500,
 }

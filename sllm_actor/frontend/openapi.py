@@ -161,6 +161,16 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
     ("get", "/admin/tiers"): ("Show what each tier holds.", None, 200, OBJECT, _ADMIN),
     ("get", "/admin/runtime"): ("Show actors, links and the loop.", None, 200, OBJECT, _ADMIN),
     ("get", "/admin/instances"): ("List instances.", None, 200, _object(instances=_list(OBJECT)), _ADMIN),
+    ("get", "/admin/nodes"): ("List the nodes of the cluster.", None, 200, _object(nodes=_list(OBJECT)), _ADMIN),
+    ("post", "/admin/nodes/{node}/cordon"): (
+        "Let nothing be started on a node.", None, 200, _object(cordoned=STRING), _ADMIN,
+    ),
+    ("post", "/admin/nodes/{node}/uncordon"): (
+        "Let models be started on a node again.", None, 200, _object(uncordoned=STRING), _ADMIN,
+    ),
+    ("post", "/admin/nodes/{node}/drain"): (
+        "Cordon a node, and stop its instances.", None, 200, _object(drained=STRING, stopped=INTEGER), _ADMIN,
+    ),
     ("get", "/admin/requests"): ("List requests.", None, 200, _object(requests=_list(OBJECT)), _ADMIN),
     ("get", "/admin/requests/{request_id}"): ("Show a request's timeline.", None, 200, OBJECT, _ADMIN),
     ("get", "/admin/explain/{request_id}"): (

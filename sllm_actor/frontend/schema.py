@@ -30,6 +30,7 @@ MAX_CHOICES = 128
 MAX_ECHO_CHARACTERS = 128
 # Of one request for vectors, as OpenAI has it: texts, and tokens of all of them.
 MAX_TEXTS = 2048
+MAX_INSTANCES = 1000
 MAX_TEXT_TOKENS = 300_000
 T = TypeVar("T")
 
@@ -275,6 +276,9 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     keep_alive: str | Annotated[float, Meta(ge=0)] | None = None
     replace: bool = False
     base: str = ""
+    min_instances: Annotated[int, Meta(ge=0, le=MAX_INSTANCES)] = 0
+    max_instances: Annotated[int, Meta(ge=1, le=MAX_INSTANCES)] | None = None
+    target_concurrency: Annotated[int, Meta(ge=0, le=1024)] = 0
 
 
 class TierRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -232,6 +232,10 @@ class Cards:
             raise CheckpointInvalid(f"{path} has no {lacks} of the size that was listed")
         return Card(record, msgspec.structs.replace(checkpoint, identity=record.identity))
 
+    def folder(self, key: str) -> Path:
+        """Give where the card of that key is, if there is one."""
+        return self._folder / key
+
     async def keep(self, is_wanted: Callable[[str], bool]) -> None:
         """Remove every card that is not wanted; what the SSD tier has stays."""
         for key in await on_thread(self._keys):

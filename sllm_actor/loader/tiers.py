@@ -12,6 +12,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, aclosing, nullcontext
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -117,6 +118,10 @@ class Tiers:
             CheckpointInvalid: it isn't, or can't be read.
         """
         return await self._cards.open(key)
+
+    def card_folder(self, key: str) -> Path:
+        """Give where this node has the card of that key, if it has it."""
+        return self._cards.folder(key)
 
     async def keep_cards(self, is_wanted: Callable[[str], bool]) -> None:
         """Drop the cards that are not wanted; what the tiers have of their checkpoints stays until room is needed."""

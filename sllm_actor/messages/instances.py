@@ -12,12 +12,13 @@ class StartInstance:
 
     The bytes of an `adapter` that is wanted with it come beside its own; empty for none.
     Answered by a stream of `StartProgress` that ends with `InstanceStarted`; fails with the typed error of whatever
-    went wrong, everything given back.
+    went wrong, everything given back, and with `Fenced` where the placement's `epoch` is an earlier leader's.
     """
 
     placement_id: str
     model: ModelName
     adapter: str = ""
+    epoch: int = 0
 
 
 @message("instances.start_progress")
@@ -30,13 +31,14 @@ class StartProgress:
 
 @message("instances.started")
 class InstanceStarted:
-    """A running instance; `worker` is the address of its InferenceWorker."""
+    """A running instance; `worker` is the name of its InferenceWorker, `address` where its node is, empty for here."""
 
     instance_id: str
     model: ModelName
     node: NodeId
     worker: str
     spans: tuple[Span, ...]
+    address: str = ""
 
 
 @message("instances.hold_adapter")

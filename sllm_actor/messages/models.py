@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import Model, ModelName, ModelState, TierChoice
+from sllm_actor.domain import Model, ModelName, ModelState, Scaling, TierChoice
 from sllm_actor.messages.declare import message
 
 
@@ -20,6 +20,7 @@ class RegisterModel:
     keep_alive_s: float | None
     replace: bool
     base: str = ""
+    scaling: Scaling = Scaling()
 
 
 @message("models.remove")

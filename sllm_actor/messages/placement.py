@@ -10,9 +10,11 @@ from sllm_actor.messages.declare import message
 class PlaceModel:
     """Ask for the node that can start an instance of `model` soonest.
 
-    Answered by `Placement`, as soon as a slot is free, those of the lowest `priority` first; fails with `NoCapacity`,
-    `QueueFull` or, where no node has the memory beside what is pinned, at once with `ModelTooLarge`. The model takes so
-    many `slots` of one node, a device each.
+    Answered by `Placement`, as soon as a slot is free, those of the lowest `priority` first, or by `RunsAlready` where
+    an instance has come up meanwhile; fails with `NoCapacity`, `QueueFull` or, where no node has the memory beside what
+    is pinned, at once with `ModelTooLarge`. The model takes so many `slots` of one node, a device each. Where only the
+    nodes that hold its bytes can start it (a folder, which nobody else has), it is for `holders_only`. Who asks has
+    `failed` to reach these instances. Not to be started is it on the nodes of `not_on`.
     """
 
     request_id: RequestId
@@ -23,6 +25,9 @@ class PlaceModel:
     timeout_s: float
     slots: int = 1
     priority: int = 0
+    holders_only: bool = False
+    failed: tuple[str, ...] = ()
+    not_on: tuple[NodeId, ...] = ()
 
 
 @message("placement.hurry")
@@ -38,7 +43,11 @@ class HurryPlacement:
 
 @message("placement.granted")
 class Placement:
-    """The right to start one instance on `node`, to be used within `lease_s`; `reason` is for people."""
+    """The right to start one instance on `node`, to be used within `lease_s`; `reason` is for people.
+
+    `manager` is the actor to ask, at `address`, which is empty where no other node could be meant. `epoch` is the
+    leader's, who gave it.
+    """
 
     placement_id: str
     node: NodeId
@@ -46,11 +55,27 @@ class Placement:
     estimate_s: float
     lease_s: float
     reason: str
+    address: str = ""
+    epoch: int = 0
+
+
+@message("placement.running")
+class RunsAlready:
+    """An instance that runs: nothing has to be started."""
+
+    model: ModelName
+    instance_id: str
+    node: NodeId
+    worker: str
+    address: str
 
 
 @message("placement.instance")
 class InstanceView:
-    """An instance as the Scheduler sees it. `idle_since_s`: monotonic, meaningful while `active` is 0.
+    """An instance as the Scheduler sees it; `worker` is its actor's name. One that is `leaving` takes no more requests,
+    one that is `kept` does not make room while it is idle.
+
+    `idle_since_s`, by its node's own clock, is meaningful while `active` is 0.
 
     Of the requests that run on it: their prompts together, how long they have been generating together, the most urgent
     one's priority. Of its model: what it takes to load, seconds a generated token, and what recomputing takes, for a
@@ -62,6 +87,7 @@ class InstanceView:
     active: int
     idle_since_s: float
     host_bytes: int
+    worker: str = ""
     slots: int = 1
     fingerprint: str = ""
     size_bytes: int = 0
@@ -71,6 +97,8 @@ class InstanceView:
     token_s: float = 0.0
     resume_s_per_token: float = 0.0
     resume_s: float = 0.0
+    leaving: bool = False
+    kept: bool = False
 
 
 @message("placement.report")
@@ -79,11 +107,12 @@ class NodeReport:
 
     `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
     fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
-    the placements whose start has succeeded or failed since the last report, of which `failed_placements` failed, and
+    the last placements whose start has succeeded or failed, of which `failed_placements` failed, and
     `starting_placements` those under way;
     `host_fingerprints` the checkpoints in host memory, `ssd_fingerprints` those on its disks; bandwidths are observed
     ones. `disk_queues_s` says, by fingerprint, for which of these their disk is busy, and how long; `remote_queue_s` is
-    for what comes from elsewhere.
+    for what comes from elsewhere. Other nodes find this one at `address`; it is a member of the cluster in `epoch`, and
+    while it is `cordoned` nothing is started there. `told_s` is when this was told, by the node's own clock.
     """
 
     node: NodeId
@@ -101,6 +130,22 @@ class NodeReport:
     remote_bytes_per_s: float
     remote_queue_s: float
     failed_placements: tuple[str, ...] = ()
+    address: str = ""
+    epoch: int = 0
+    cordoned: bool = False
+    told_s: float = 0.0
+
+
+@message("placement.report_now")
+class ReportNow:
+    """Told to a ModelManager: tell the Scheduler how this node is."""
+
+
+@message("placement.members")
+class MembersChanged:
+    """Told to the Scheduler: who is a member now, each in its epoch."""
+
+    epochs: dict[NodeId, int]
 
 
 @message("placement.nodes")

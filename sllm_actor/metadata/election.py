@@ -99,8 +99,8 @@ async def observe(store: Store, name: str, clock: Clock) -> AsyncGenerator[Leade
     known: Leader | None = None
     told = False
     async with aclosing(follow(store, f"{ELECTIONS}{name}/", clock)) as views:
-        async for facts in views:
-            first = _first(facts.values())
+        async for view in views:
+            first = _first(view.facts.values())
             leader = None if first is None else Leader(first.value, first.created)
             if leader != known or not told:
                 known, told = leader, True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from typing import NamedTuple
 
 from sllm_actor.errors import MetadataCompacted, MetadataUnavailable
 from sllm_actor.metadata.store import Fact, Store
@@ -15,8 +16,15 @@ log = logging.getLogger(__name__)
 PAUSE_S = 0.5
 
 
-async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[Mapping[str, Fact], None]:
-    """Give the facts below `prefix` by key, at once and after each revision that changes one of them.
+class View(NamedTuple):
+    """All facts below a prefix, by key, as they were together at a revision."""
+
+    revision: int
+    facts: Mapping[str, Fact]
+
+
+async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View, None]:
+    """Give the facts below `prefix`, at once and after each revision that changes one of them.
 
     It goes on while nobody answers, and gives what is true afterwards.
     """
@@ -28,7 +36,7 @@ async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[Mapp
             await clock.sleep(PAUSE_S)
             continue
         facts = {fact.key: fact for fact in listing.facts}
-        yield dict(facts)
+        yield View(listing.revision, dict(facts))
         try:
             async with aclosing(store.watch(prefix, listing.revision + 1)) as watch:
                 async for changes in watch:
@@ -37,6 +45,6 @@ async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[Mapp
                             facts.pop(change.key, None)
                         else:
                             facts[change.key] = change.fact
-                    yield dict(facts)
+                    yield View(changes.revision, dict(facts))
         except MetadataCompacted:
             continue

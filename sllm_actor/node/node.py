@@ -6,14 +6,19 @@ The composition root: the only module that knows every room.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from sllm_actor.actors import MigrationCoordinator, ModelManager, PeerServer, Router, Scheduler
+from sllm_actor.actors.autoscaler import Autoscaler
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.actors.model_manager import Limits as ManagerLimits
+from sllm_actor.actors.node_keeper import NODE_KEEPER, NodeKeeper
+from sllm_actor.actors.nodes_desk import NodesDesk
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
@@ -21,10 +26,10 @@ from sllm_actor.actors.scheduler import Limits as SchedulerLimits
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
-from sllm_actor.domain import EngineLimits, check_node_id
+from sllm_actor.domain import EngineLimits, NodeId, check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
-from sllm_actor.errors import AddressInUse, ConfigInvalid, InvalidName, SllmError
+from sllm_actor.errors import AddressInUse, ConfigInvalid, DeliveryFailed, InvalidName, SllmError
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway
@@ -34,8 +39,10 @@ from sllm_actor.frontend.server import HttpServer, bind
 from sllm_actor.frontend.telemetry import Telemetry, open_telemetry
 from sllm_actor.frontend.text import TextService
 from sllm_actor.loader.tiers import Tiers
+from sllm_actor.messages.between_nodes import BETWEEN_NODES
 from sllm_actor.messages.models import ListModels, ModelStatus
-from sllm_actor.metadata import SqliteStore
+from sllm_actor.messages.operations import StopEverything
+from sllm_actor.node.cluster import Cluster, open_cluster
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, GRAMMAR_BYTES, GRAMMAR_MEMORY_BYTES, MAX_FRAME_BYTES
@@ -77,7 +84,7 @@ class Node:
         self.clock = clock or SystemClock()
         self.system = ActorSystem(
             node_id=config.node_id,
-            messages=PEER_MESSAGES,
+            messages=(*PEER_MESSAGES, *BETWEEN_NODES),
             security=read_cluster_secret(config.cluster_secret_file),
             limits=Limits(mailbox_messages=config.mailbox_messages, stream_credit=config.stream_credit),
             clock=self.clock,
@@ -106,8 +113,19 @@ class Node:
     ) -> None:
         """Finish running answers within the drain time, then leave nothing behind."""
         if self._http is not None:
+            await self._cluster.step_down()
             await self._http.drain()
+            if self._cluster.shared:
+                await self._finish()
         await self._stack.aclose()
+
+    async def _finish(self) -> None:
+        """Finish the answers that instances of this node generate for other gateways."""
+        limit_s = self.config.drain_timeout_s
+        try:
+            await self.system.ref(NODE_KEEPER).ask(StopEverything(), timeout_s=limit_s)
+        except DeliveryFailed as error:
+            log.warning("answers for other nodes were not finished within %g s: %s", limit_s, error)
 
     async def _start(self) -> None:
         config, stack = self.config, self._stack
@@ -140,10 +158,9 @@ class Node:
         stack.push_async_callback(forks.stop)
         # The imports of the fork server take seconds; the pool is faulted in beside them.
         importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
-        self._storage = await open_storage(config, folder.path, self.clock, stack, self.system)
+        cluster = self._cluster = await open_cluster(config, folder.path, node_id, self.system, self.clock, stack)
+        self._storage = await open_storage(config, folder.path, self.clock, stack, self.system, cluster.peers)
         tiers = self._storage.tiers
-        store = await SqliteStore.open(folder.path / "metadata.db", self.clock)
-        stack.push_async_callback(store.close)
 
         engines = EnginePool(
             lambda: Engine.fork(forks, tiers.loader.pool_fd, config.max_frame_bytes),
@@ -156,14 +173,15 @@ class Node:
         stack.push_async_callback(text.close)
         grammars = self._grammars(forks)
         stack.push_async_callback(grammars.close)
-        registry = Registry(store, self._examiner(engines, text, tiers), tiers, self.clock)
+        examiner = self._examiner(engines, text, tiers)
+        registry = Registry(cluster.store, examiner, tiers, self.clock, shared=cluster.shared)
         stack.push_async_callback(registry.close)
         text.restore = registry.restore
         # Once more, because actors stop before what they use.
         stack.push_async_callback(self.system.close)
 
         await self.system.spawn(PeerServer(RegisteredModels(registry, tiers), max_reads=config.peer_reads), PEER_ACTOR)
-        gateway = await self._spawn_actors(node_id, registry, tiers, engines, text, grammars, tasks)
+        gateway = await self._spawn_actors(cluster, registry, tiers, engines, text, grammars, tasks)
         self._http = HttpServer(gateway, knobs_of(ConnectionLimits, config))
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
@@ -233,8 +251,9 @@ class Node:
             max_instances=config.max_instances,
         )
 
-    def _scheduler(self) -> Scheduler:
+    def _scheduler(self, registry: Registry, epoch: int, members: Mapping[NodeId, int]) -> Scheduler:
         config = self.config
+        autoscaler = Autoscaler(registry.models, self.clock, instance_takes=config.max_requests_per_instance)
         limits = SchedulerLimits(
             lease_s=config.engine_start_timeout_s,
             evict_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,
@@ -243,11 +262,11 @@ class Node:
             locality_wait_s=config.locality_wait_s,
             decision_history=config.decision_history,
         )
-        return Scheduler(self.clock, limits, self._starts)
+        return Scheduler(self.clock, limits, self._starts, epoch, members, autoscaler)
 
     async def _spawn_actors(
         self,
-        node_id: str,
+        cluster: Cluster,
         registry: Registry,
         tiers: Tiers,
         engines: EnginePool,
@@ -262,25 +281,24 @@ class Node:
         )
         manager_limits = ManagerLimits(
             max_instances=config.max_instances,
-            host_pool_bytes=tiers.loader.pool_bytes,
             max_requests_per_instance=config.max_requests_per_instance,
             max_adapters_per_instance=config.max_adapters_per_instance,
             drain_timeout_s=config.drain_timeout_s,
             engine_stop_timeout_s=config.engine_stop_timeout_s,
         )
-        scheduler = await self.system.spawn(self._scheduler(), "scheduler")
+        place, way = cluster.place, cluster.way
         manager = await self.system.spawn(
-            ModelManager(
-                check_node_id(node_id), registry, tiers, starter, self.clock, manager_limits, self._room, self._starts
-            ),
+            ModelManager(place, way, registry, tiers, starter, self.clock, manager_limits, self._room, self._starts),
             "model-manager",
         )
+        nodes = await self._spawn_operators(cluster, manager)
         router = await self.system.spawn(
             Router(
                 manager,
-                scheduler,
+                way,
                 RequestLog(self.clock, config.request_history),
                 self.clock,
+                routes=cluster.routes,
                 room=self._room,
                 counts=self._starts,
                 ask_timeout_s=config.ask_timeout_s,
@@ -289,9 +307,10 @@ class Node:
             ),
             "router",
         )
-        coordinating = MigrationCoordinator(router, scheduler, ask_timeout_s=config.ask_timeout_s)
+        await cluster.lead(self.system, partial(self._scheduler, registry))
+        coordinating = MigrationCoordinator(router, way, ask_timeout_s=config.ask_timeout_s)
         coordinator = await self.system.spawn(coordinating, "migration-coordinator")
-        actors = {"router": router, "manager": manager, "coordinator": coordinator}
+        actors = {"router": router, "manager": manager, "coordinator": coordinator, "nodes": nodes}
         return Gateway(
             **actors,
             text=text,
@@ -303,6 +322,23 @@ class Node:
             access=self._access,
             telemetry=await self._open_telemetry(router),
         )
+
+    async def _spawn_operators(self, cluster: Cluster, manager: ActorRef) -> ActorRef:
+        """Spawn those who carry out what is asked of this node, and of all of them; give the latter."""
+        ask_timeout_s = self.config.ask_timeout_s
+        stop_timeout_s = self.config.drain_timeout_s + self.config.engine_stop_timeout_s
+        keeper = NodeKeeper(
+            cluster.place, cluster.store, manager, ask_timeout_s=ask_timeout_s, stop_timeout_s=stop_timeout_s
+        )
+        await self.system.spawn(keeper, NODE_KEEPER)
+        desk = NodesDesk(
+            cluster.place.node,
+            cluster.members,
+            cluster.way,
+            ask_timeout_s=ask_timeout_s,
+            stop_timeout_s=stop_timeout_s,
+        )
+        return await self.system.spawn(desk, "nodes")
 
     async def _open_telemetry(self, router: ActorRef) -> Telemetry | None:
         config = self.config

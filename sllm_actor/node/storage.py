@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -39,9 +40,14 @@ class Storage(NamedTuple):
 
 
 async def open_storage(
-    config: Config, folder: Path, clock: Clock, stack: AsyncExitStack, system: ActorSystem
+    config: Config,
+    folder: Path,
+    clock: Clock,
+    stack: AsyncExitStack,
+    system: ActorSystem,
+    members: Callable[[], Iterable[str]] = tuple,
 ) -> Storage:
-    """Open all of it; `stack` closes it in the reverse order.
+    """Open all of it; `stack` closes it in the reverse order. `members` are nodes that may have a model, too, just now.
 
     Raises:
         ConfigInvalid, WriteFailed: the memory or the folder can't be had.
@@ -80,7 +86,7 @@ async def open_storage(
             raise ConfigInvalid(f"peers: {peer!r} is not of the form NODE@HOST:PORT", param="peers") from None
 
     def mirrors(model_id: str) -> list[str]:
-        return [f"sllm://{peer}/{model_id}" for peer in peers]
+        return [f"sllm://{peer}/{model_id}" for peer in dict.fromkeys([*peers, *members()])]
 
     chance = random.SystemRandom().random
     cards = Cards(folder / "cards")

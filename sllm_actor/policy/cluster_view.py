@@ -6,10 +6,10 @@ The same reports and grants in the same order give the same view. No clock: mome
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from sllm_actor.domain import NodeId
+from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 
 
@@ -36,7 +36,9 @@ class Room(NamedTuple):
 class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
-    __slots__ = ("busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes", "report")
+    __slots__ = (
+        "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes", "report", "staying",
+    )  # fmt: skip
 
     def __init__(self, report: NodeReport, grants: Iterable[Grant], leaving: Collection[str]) -> None:
         self.report = report
@@ -52,12 +54,18 @@ class NodeView:
         for grant in grants:
             taken = taken.plus(Room(grant.slots, grant.host_bytes))
         self.free = Room(report.slots - taken.slots, report.host_pool_bytes - self.pinned_bytes - taken.host_bytes)
-        self.leaving_room = _room_of(one for one in report.instances if one.instance_id in leaving)
-        staying = [one for one in report.instances if one.instance_id not in leaving]
+        going = [one for one in report.instances if one.leaving or one.instance_id in leaving]
+        staying = [one for one in report.instances if not one.leaving and one.instance_id not in leaving]
+        self.leaving_room = _room_of(going)
+        self.staying = tuple(staying)
         self.busy = tuple(one for one in staying if one.active)
-        idle = [one for one in staying if not one.active]
+        idle = [one for one in staying if not one.active and not one.kept]
         self.idle = tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
         self.idle_room = _room_of(idle)
+
+    def holds(self, fingerprint: str) -> bool:
+        """Tell whether the node has a checkpoint in host memory or on its disk."""
+        return fingerprint in self.on_host or fingerprint in self.on_ssd
 
     def unpinned_bytes(self, fingerprint: str) -> int:
         """Count the host memory that the pins of other checkpoints leave."""
@@ -87,6 +95,7 @@ class ClusterView:
         self.leaving: dict[NodeId, set[str]] = {}
         self._heard_s: dict[NodeId, float] = {}
         self._holders: dict[str, dict[NodeId, None]] = {}
+        self._running_on: dict[ModelName, dict[NodeId, None]] = {}
         self.names: list[NodeId] = []
         # The nodes by their queue of fetches, each with how fast it fetches.
         self.by_remote_queue: list[tuple[float, NodeId, float]] = []
@@ -124,6 +133,7 @@ class ClusterView:
         for fingerprint in new - old:
             assert view is not None
             self._holders.setdefault(fingerprint, {})[view.report.node] = None
+        self._index_models(before, view)
         if before is None and view is not None:
             insort(self.names, view.report.node)
         if view is None and before is not None:
@@ -134,6 +144,26 @@ class ClusterView:
         if view is not None:
             insort(self.by_remote_queue, _queued(view.report))
             insort(self._remote_bandwidths, view.report.remote_bytes_per_s)
+
+    def _index_models(self, before: NodeView | None, view: NodeView | None) -> None:
+        old = {one.model for one in before.report.instances} if before is not None else set()
+        new = {one.model for one in view.report.instances} if view is not None else set()
+        for model in old - new:
+            assert before is not None
+            del self._running_on[model][before.report.node]
+            if not self._running_on[model]:
+                del self._running_on[model]
+        for model in new - old:
+            assert view is not None
+            self._running_on.setdefault(model, {})[view.report.node] = None
+
+    def running(self, model: ModelName) -> Iterator[tuple[NodeReport, InstanceView]]:
+        """Give the instances of a model that take requests, the least busy of each node first."""
+        for name in self._running_on.get(model, ()):
+            node = self.nodes[name]
+            of_model = [one for one in node.staying if one.model == model]
+            for instance in sorted(of_model, key=lambda one: (one.active, one.instance_id)):
+                yield node.report, instance
 
     def grant(self, placement_id: str, grant: Grant) -> None:
         """Take the room of a placement."""

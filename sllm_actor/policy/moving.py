@@ -120,7 +120,9 @@ def locality(view: ClusterView, estimator: Estimator, question: PlaceModel) -> N
     fitting = [
         node
         for node in holding
-        if question.slots <= node.report.slots and question.host_bytes <= node.unpinned_bytes(question.fingerprint)
+        if not node.report.cordoned
+        and question.slots <= node.report.slots
+        and question.host_bytes <= node.unpinned_bytes(question.fingerprint)
     ]
     return min(
         fitting,

@@ -94,7 +94,14 @@ def leave_term(estimator: Estimator, node: NodeId) -> Term:
 
 
 def first_action(node: NodeView, question: PlaceModel) -> Action | None:
-    """Tell what must happen before the model could start there; None where idle instances are not enough."""
+    """Tell what must happen before the model could start there; None where idle instances are not enough.
+
+    Nothing starts on a node that is cordoned, nor on one that lacks what can't be fetched.
+    """
+    if node.report.cordoned or node.report.node in question.not_on:
+        return None
+    if question.holders_only and not node.holds(question.fingerprint):
+        return None
     slots, host_bytes = node.missing(question)
     if slots <= 0 and host_bytes <= 0:
         return Action.START

@@ -73,8 +73,10 @@ class Remotes:
             if len(self._peers) >= self.system.limits.max_peers:
                 raise Overloaded(f"{len(self._peers)} nodes are known already")
             peer = self._peers[address.node] = Peer(self, address.node)
-        if address.endpoint and peer.link is None and not (heard and peer.endpoint):
+        if address.endpoint not in ("", peer.endpoint) and peer.link is None and not (heard and peer.endpoint):
             peer.endpoint = address.endpoint
+            # That it was not reached elsewhere says nothing of there.
+            peer.dialling.stop()
         return peer
 
     def declare_down(self, node: str, uid: int) -> None:

@@ -1,0 +1,98 @@
+"""Starts instances that requests have not waited for, and stops those that are too many: the Scheduler's own wishes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import aclosing
+
+from sllm_actor.domain import Model, ModelName, RequestId
+from sllm_actor.errors import SllmError
+from sllm_actor.messages.instances import InstanceStarted, StartInstance
+from sllm_actor.messages.placement import Placement, PlaceModel
+from sllm_actor.policy.autoscaling import Running, surplus, wanted
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.runtime import ActorSystem, Clock
+
+log = logging.getLogger(__name__)
+
+# How often it looks, and how long a model whose start has failed is left alone.
+LOOK_EVERY_S = 0.5
+REST_S = 15.0
+
+
+class Autoscaler:
+    """Looks at the view that the Scheduler keeps; what is to be placed and stopped is for the Scheduler to do."""
+
+    def __init__(self, models: Callable[[], Iterable[Model]], clock: Clock, *, instance_takes: int) -> None:
+        self._models = models
+        self._clock = clock
+        self._instance_takes = instance_takes
+        self._rests: dict[ModelName, float] = {}
+        self._numbers = itertools.count(1)
+
+    def scaled(self) -> list[Model]:
+        """List the models that may run without being asked for, or several times."""
+        return [
+            model
+            for model in self._models()
+            if not model.base and (model.scaling.min_instances or model.scaling.max_instances > 1)
+        ]
+
+    def missing(self, view: ClusterView, starting: Collection[ModelName]) -> Iterator[PlaceModel]:
+        """Give a question for each model of which one more instance should run, and none of it is being started."""
+        now_s = self._clock.monotonic_s()
+        for model in self.scaled():
+            if model.name in starting or self._rests.get(model.name, 0.0) > now_s:
+                continue
+            running = self._running(view, model, now_s)
+            if len(running) < self._want(model, running):
+                yield self._question(model, running)
+
+    def surplus(self, view: ClusterView) -> Iterator[Running]:
+        """Give an instance of each model of which one too many has been idle for long enough."""
+        now_s = self._clock.monotonic_s()
+        for model in self.scaled():
+            running = self._running(view, model, now_s)
+            one = surplus(model.scaling, running, self._want(model, running), model.keep_alive_s)
+            if one is not None:
+                yield one
+
+    def _running(self, view: ClusterView, model: Model, now_s: float) -> list[Running]:
+        return [
+            Running(report.node, one, report.told_s - one.idle_since_s + view.age_s(report.node, now_s))
+            for report, one in view.running(model.name)
+        ]
+
+    def _want(self, model: Model, running: list[Running]) -> int:
+        active = sum(one.instance.active for one in running)
+        # Where a first one is missing, those who wait for it see to that.
+        if not running and not model.scaling.min_instances:
+            return 0
+        return wanted(model.scaling, active, self._instance_takes)
+
+    def _question(self, model: Model, running: list[Running]) -> PlaceModel:
+        return PlaceModel(
+            request_id=RequestId(f"scale-{model.name}-{next(self._numbers)}"),
+            model=model.name,
+            fingerprint=model.fingerprint,
+            size_bytes=model.size_bytes,
+            host_bytes=model.host_bytes,
+            timeout_s=0.0,
+            holders_only=not model.card,
+            not_on=tuple(sorted({one.node for one in running})),
+        )
+
+    async def start(self, system: ActorSystem, placement: Placement, model: ModelName) -> None:
+        """Use a placement; what goes wrong is told in the log, and the model is left alone for a while."""
+        manager = system.ref(placement.manager, placement.address or None)
+        wish = StartInstance(placement_id=placement.placement_id, model=model, epoch=placement.epoch)
+        try:
+            async with aclosing(manager.stream(wish)) as steps:
+                async for step in steps:
+                    if isinstance(step, InstanceStarted):
+                        log.info("%s runs on %s, too: %s", model, placement.node, step.instance_id)
+        except SllmError as error:
+            self._rests[model] = self._clock.monotonic_s() + REST_S
+            log.warning("one more instance of %s could not be started on %s: %s", model, placement.node, error.message)

@@ -1,0 +1,99 @@
+"""What a ModelManager tells the Scheduler of its node."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from sllm_actor.actors.instance import Instance
+from sllm_actor.actors.place import Place
+from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.scheduler_way import SchedulerWay
+from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
+from sllm_actor.messages.placement import NodeReport
+from sllm_actor.policy.bandwidth import ObservedWay
+from sllm_actor.runtime import Clock
+
+# A report may be lost with its connection: the last starts that ended are told again.
+ENDED_KEPT = 64
+# While a start goes on, and where the Scheduler may be on another node.
+REPORT_EVERY_S = 1.0
+
+
+class Reporting:
+    """Makes a node's reports, and owns the bandwidths that they tell of."""
+
+    def __init__(
+        self, place: Place, way: SchedulerWay, registry: Registry, tiers: Tiers, clock: Clock, max_instances: int
+    ) -> None:
+        self._place = place
+        self._way = way
+        self._registry = registry
+        self._tiers = tiers
+        self._clock = clock
+        self._max_instances = max_instances
+        self._manager = ""
+        self._instances: Mapping[str, Instance] = {}
+        self._starting: Mapping[str, object] = {}
+        self._ended: deque[tuple[str, bool]] = deque(maxlen=ENDED_KEPT)
+        self._ssd = ObservedWay(FIRST_SSD_BYTES_PER_S, tiers.loader.paths().ssd)
+        self._remote = ObservedWay(FIRST_REMOTE_BYTES_PER_S, tiers.remote_path())
+
+    def learn_bandwidth(self) -> None:
+        """Take in what has been moved since the last time."""
+        self._ssd.learn(self._tiers.loader.paths().ssd)
+        self._remote.learn(self._tiers.remote_path())
+
+    def ended(self, placement_id: str, *, failed: bool) -> None:
+        """Have the next reports tell how a start has ended."""
+        self._ended.append((placement_id, failed))
+
+    def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, object]) -> None:
+        """Tell of these from now on: at once, to each new leader, and whenever `tell` is called."""
+        self._manager, self._instances, self._starting = manager, instances, starting
+        self._tiers.when_stored(self.tell)
+        self._way.listen(self.tell)
+        self._registry.on_found = self.tell
+        self.tell()
+
+    async def keep_telling(self) -> None:
+        """Tell it again and again, since what is told may be lost on its way to another node."""
+        while True:
+            await self._clock.sleep(REPORT_EVERY_S)
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell all of it, unless this node is no member: then nothing may be placed here."""
+        epoch = self._place.epoch
+        if epoch is None:
+            return
+        residents = self._tiers.loader.residents()
+        pinned = {resident.fingerprint for resident in residents if resident.pinned}
+        now_s = self._clock.monotonic_s()
+        self._way.tell(
+            NodeReport(
+                node=self._place.node,
+                manager=self._manager,
+                slots=self._max_instances,
+                host_pool_bytes=self._tiers.loader.pool_bytes,
+                instances=tuple(one.view(pinned, now_s) for one in self._instances.values()),
+                pinned_host_bytes={
+                    model.fingerprint: model.host_bytes
+                    for model in self._registry.models()
+                    if model.fingerprint in pinned
+                },
+                ended_placements=tuple(placement_id for placement_id, _ in self._ended),
+                starting_placements=tuple(self._starting),
+                host_fingerprints=tuple(resident.fingerprint for resident in residents),
+                ssd_fingerprints=self._registry.fingerprints_on_disk(),
+                ssd_bytes_per_s=self._ssd.bytes_per_s,
+                disk_queues_s=self._registry.disk_queues_s(),
+                remote_bytes_per_s=self._remote.bytes_per_s,
+                remote_queue_s=self._tiers.queues().remote_s,
+                failed_placements=tuple(placement_id for placement_id, failed in self._ended if failed),
+                address=self._place.address,
+                epoch=epoch,
+                cordoned=self._place.cordoned,
+                told_s=now_s,
+            )
+        )

@@ -1,0 +1,65 @@
+"""Which instances answer for which model, as one gateway knows them, and how many of its requests each has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from sllm_actor.domain import ModelName
+from sllm_actor.messages.instances import InstanceStarted
+from sllm_actor.policy.routing import Candidate, choose
+
+
+class Routes:
+    """Learns of instances from their starts, from what is published, and from those that fail. Belongs to one loop."""
+
+    def __init__(self) -> None:
+        self._by_model: dict[ModelName, dict[str, InstanceStarted]] = {}
+        self._outstanding: Counter[str] = Counter()
+        self._published: dict[str, InstanceStarted] = {}
+
+    def add(self, instance: InstanceStarted) -> None:
+        """Send requests to an instance from now on."""
+        self._by_model.setdefault(instance.model, {})[instance.instance_id] = instance
+
+    def remove(self, model: ModelName, instance_id: str) -> None:
+        """Send no more requests to an instance."""
+        known = self._by_model.get(model, {})
+        known.pop(instance_id, None)
+        if not known:
+            self._by_model.pop(model, None)
+
+    def publish(self, instances: Mapping[str, InstanceStarted]) -> None:
+        """Take over what has changed in what all nodes say of their instances.
+
+        One that has failed here is not tried again because others still name it.
+        """
+        for instance_id, gone in self._published.items():
+            if instance_id not in instances:
+                self.remove(gone.model, instance_id)
+        for instance_id, instance in instances.items():
+            if instance_id not in self._published:
+                self.add(instance)
+        self._published = dict(instances)
+
+    def choose(self, model: ModelName, prompt: bytes) -> InstanceStarted | None:
+        """Give the instance that a request goes to, None where none runs."""
+        known = self._by_model.get(model)
+        if not known:
+            return None
+        if len(known) == 1:
+            return next(iter(known.values()))
+        candidates = [Candidate(instance_id, self._outstanding[instance_id]) for instance_id in known]
+        return known[choose(candidates, prompt)]
+
+    @contextmanager
+    def using(self, instance: InstanceStarted) -> Iterator[None]:
+        """Count a request that the instance answers in this block."""
+        self._outstanding[instance.instance_id] += 1
+        try:
+            yield
+        finally:
+            self._outstanding[instance.instance_id] -= 1
+            if not self._outstanding[instance.instance_id]:
+                del self._outstanding[instance.instance_id]

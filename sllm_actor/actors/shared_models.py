@@ -1,0 +1,102 @@
+"""The registrations in the metadata store, which the registries of all nodes share: known ones, and newer ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+
+from sllm_actor.domain import Model, ModelName
+from sllm_actor.errors import Conflict
+from sllm_actor.metadata import Absent, Fact, Put, Store, Unchanged
+from sllm_actor.metadata.follow import View
+from sllm_actor.metadata.store import Condition, Delete, Operation, Outcome
+
+log = logging.getLogger(__name__)
+
+MODELS = "models/"
+
+
+class SharedModels:
+    """Owns what this node knows of them, each by the revision of its last change.
+
+    Nobody writes over what it has not seen.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._changed: dict[ModelName, int] = {}
+        self._here: set[ModelName] = set()
+
+    async def load(self) -> View:
+        """Read all of them."""
+        listing = await self._store.list(MODELS)
+        return View(listing.revision, {fact.key: fact for fact in listing.facts})
+
+    def newer(self, view: View) -> dict[ModelName, Model | None]:
+        """Take in a view; give what has changed by somebody else, None for what is no longer registered."""
+        found: dict[ModelName, Model | None] = {}
+        named = {ModelName(key.removeprefix(MODELS)): fact for key, fact in view.facts.items()}
+        for name, fact in named.items():
+            if fact.changed <= self._changed.get(name, 0):
+                continue
+            model = _model(fact)
+            if model is not None:
+                found[name] = model
+                self._note(name, fact.changed)
+        for name in self._here - named.keys():
+            if self._changed[name] <= view.revision:
+                found[name] = None
+                self._drop(name, view.revision)
+        return found
+
+    def _note(self, name: ModelName, revision: int) -> None:
+        self._changed[name] = revision
+        self._here.add(name)
+
+    def _drop(self, name: ModelName, revision: int) -> None:
+        # What a view of before still has must not come back.
+        self._changed[name] = revision
+        self._here.discard(name)
+
+    async def put(self, model: Model) -> None:
+        """Store a registration.
+
+        Raises:
+            Conflict: somebody else has changed it since this node last heard.
+        """
+        key = MODELS + model.name
+        await self._commit(model.name, [Put(key, msgspec.msgpack.encode(model))])
+
+    async def delete(self, name: ModelName) -> None:
+        """Remove a registration.
+
+        Raises:
+            Conflict: somebody else has changed it since this node last heard.
+        """
+        await self._commit(name, [Delete(MODELS + name)])
+
+    async def _commit(self, name: ModelName, operations: list[Operation]) -> None:
+        key = MODELS + name
+        condition: Condition = Unchanged(key, self._changed[name]) if name in self._here else Absent(key)
+        outcome: Outcome = await self._store.commit([condition], operations)
+        if not outcome.done:
+            raise Conflict(f"{name} has been changed by another node just now", param="name")
+        if isinstance(operations[0], Put):
+            self._note(name, outcome.revision)
+        else:
+            self._drop(name, outcome.revision)
+
+
+def based_on(models: Mapping[ModelName, Model], model: Model) -> Model | None:
+    """Give an adapter's base, if it is registered."""
+    return models.get(ModelName(model.base)) if model.base else None
+
+
+def _model(fact: Fact) -> Model | None:
+    try:
+        return msgspec.msgpack.decode(fact.value, type=Model)
+    except msgspec.MsgspecError as wrong:
+        log.warning("%s is no registration that this version knows: %s", fact.key, wrong)
+        return None

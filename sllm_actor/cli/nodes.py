@@ -1,0 +1,68 @@
+"""`sllm-node status`, `cordon`, `uncordon` and `drain`: the nodes of a cluster, asked through any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from sllm_actor.cli.asking import Json, Key, Url, ask
+from sllm_actor.cli.client import DEFAULT_URL
+from sllm_actor.cli.show import out, print_json, table
+from sllm_actor.units import format_bytes
+
+Node = Annotated[str, typer.Argument(help="Its name, as 'status' shows it.")]
+
+
+def status(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """List the nodes of the cluster: who leads, what runs where, and what is cordoned."""
+    answer = ask(url, api_key, lambda client: client.call("GET", "/admin/nodes"), as_json=as_json)
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        (
+            node["node"], _state(node), f"{node['instances']}/{node['slots']}", str(node["active"]),
+            str(node["checkpoints"]), format_bytes(node["host_pool_bytes"]), node["address"].partition("@")[2],
+        )
+        for node in answer["nodes"]
+    ]  # fmt: skip
+    table(("NODE", "STATE", "INSTANCES", "REQUESTS", "CHECKPOINTS", "HOST POOL", "LISTENS AT"), rows)
+
+
+def _state(node: Mapping[str, Any]) -> str:
+    words = ["ready" if node["reported"] else "unknown"]
+    words += ["leads"] * node["leads"] + ["cordoned"] * node["cordoned"]
+    return ", ".join(words)
+
+
+def cordon(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """Let nothing be started on a node from now on, over restarts too; what runs there goes on."""
+    _change(node, "cordon", url, api_key, as_json=as_json)
+
+
+def uncordon(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """Let models be started on a node again."""
+    _change(node, "uncordon", url, api_key, as_json=as_json)
+
+
+def drain(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """Cordon a node and stop its instances, each once its answers are finished; other nodes start them when asked.
+
+    Example: sllm-node drain n2 && systemctl stop sllm-node
+    """
+    answer = _change(node, "drain", url, api_key, as_json=as_json)
+    if not as_json:
+        out.print(f"{answer['stopped']} instances were stopped")
+
+
+def _change(node: str, verb: str, url: str, api_key: str, *, as_json: bool) -> dict[str, Any]:
+    path = f"/admin/nodes/{quote(node, safe='')}/{verb}"
+    answer = ask(url, api_key, lambda client: client.call("POST", path), as_json=as_json)
+    if as_json:
+        print_json(answer)
+    else:
+        out.print(f"{node} is {'un' if verb == 'uncordon' else ''}cordoned")
+    return answer

@@ -1,0 +1,33 @@
+"""The messages that the actors of one node may send to those of another."""
+
+from __future__ import annotations
+
+from sllm_actor.messages.embedding import Embed, Embedded
+from sllm_actor.messages.engine import Prefilled
+from sllm_actor.messages.explanation import ExplainPlacement, Explanation
+from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
+from sllm_actor.messages.instances import (
+    AdapterHeld,
+    InstanceStarted,
+    InstanceStatus,
+    ListInstances,
+    StartInstance,
+    StartProgress,
+    StopInstances,
+)
+from sllm_actor.messages.operations import CordonNode, DrainNode
+from sllm_actor.messages.placement import (
+    HurryPlacement,
+    ListNodes,
+    NodeReport,
+    Placement,
+    PlaceModel,
+    RunsAlready,
+)
+
+BETWEEN_NODES: tuple[type, ...] = (
+    Generate, Embed, PromptLogprobs, Prefilled, AdapterHeld, Tokens, Embedded, Finished,
+    PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, ListNodes, ExplainPlacement, Explanation,
+    StartInstance, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
+    CordonNode, DrainNode,
+)  # fmt: skip

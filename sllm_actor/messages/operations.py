@@ -1,0 +1,66 @@
+"""What operators ask of nodes: gateway to NodesDesk, which knows them all, and from there to the NodeKeeper of one."""
+
+from __future__ import annotations
+
+from sllm_actor.domain import NodeId
+from sllm_actor.messages.declare import message
+
+
+@message("operations.show")
+class ShowNodes:
+    """Answered by a tuple of `NodeShown`, by name."""
+
+
+@message("operations.shown")
+class NodeShown:
+    """A member of the cluster; of one that is not `reported`, no more is known than that."""
+
+    node: NodeId
+    address: str
+    leads: bool
+    cordoned: bool
+    reported: bool
+    epoch: int
+    instances: int
+    active: int
+    slots: int
+    host_pool_bytes: int
+    checkpoints: int
+
+
+@message("operations.cordon")
+class Cordon:
+    """Let nothing be started on `node` from now on, or let it again; it holds over restarts.
+
+    Answered by None, or fails with `NodeNotFound`, `NodeUnreachable` or a `MetadataFailed`.
+    """
+
+    node: NodeId
+    cordoned: bool
+
+
+@message("operations.drain")
+class Drain:
+    """Cordon `node` and stop its instances, each once its answers are finished. Answered by how many those were.
+
+    Fails as `Cordon` does.
+    """
+
+    node: NodeId
+
+
+@message("operations.cordon_node")
+class CordonNode:
+    """As `Cordon`, said to the NodeKeeper of the node that is meant."""
+
+    cordoned: bool
+
+
+@message("operations.drain_node")
+class DrainNode:
+    """As `Drain`, said to the NodeKeeper of the node that is meant."""
+
+
+@message("operations.stop_everything")
+class StopEverything:
+    """Told to the own NodeKeeper when the node stops: as `DrainNode`, and nothing is cordoned. Answered by how many."""

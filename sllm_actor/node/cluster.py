@@ -1,0 +1,225 @@
+"""What makes a node one of many: the shared store, its lease, the election, the routes, the way to whoever leads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
+from random import SystemRandom
+from typing import NamedTuple
+
+from sllm_actor.actors.leadership import Leadership
+from sllm_actor.actors.membership import Membership
+from sllm_actor.actors.place import Place
+from sllm_actor.actors.route_book import RouteBook
+from sllm_actor.actors.routes import Routes
+from sllm_actor.actors.scheduler import Scheduler
+from sllm_actor.actors.scheduler_way import SchedulerWay
+from sllm_actor.config import Config
+from sllm_actor.config.private_files import read_private_file
+from sllm_actor.domain import NodeId
+from sllm_actor.domain.member import Member
+from sllm_actor.errors import ConfigInvalid, SllmError
+from sllm_actor.messages.placement import MembersChanged
+from sllm_actor.metadata import EtcdAddress, EtcdStore, SqliteStore, Store
+from sllm_actor.metadata.election import Seat, observe
+from sllm_actor.metadata.etcd_address import client_tls, parse_endpoints
+from sllm_actor.runtime import ActorSystem, Clock
+from sllm_actor.runtime.tasks import TaskScope
+
+log = logging.getLogger(__name__)
+
+ELECTION = "scheduler"
+ROLES = ("gateway", "controller", "worker")
+MAX_PASSWORD_BYTES = 4096
+# Without a leader for so many times of a lease: whoever was to follow has had its time.
+PATIENCE_LEASES = 3.0
+
+MakeScheduler = Callable[[int, Mapping[NodeId, int]], Scheduler]
+
+
+class Alone(NamedTuple):
+    """A node that is its own cluster."""
+
+    store: Store
+    place: Place
+    way: SchedulerWay
+    routes: Routes
+
+    @property
+    def shared(self) -> bool:
+        return False
+
+    def peers(self) -> list[str]:
+        return []
+
+    def members(self) -> Mapping[NodeId, str]:
+        return {self.place.node: ""}
+
+    async def lead(self, system: ActorSystem, make: MakeScheduler) -> None:
+        self.way.lead_to(await system.spawn(make(0, {}), "scheduler"))
+
+    async def step_down(self) -> None:
+        """Nobody has to be told."""
+
+
+class Many:
+    """One of many nodes, once it has joined."""
+
+    shared = True
+
+    def __init__(self, store: EtcdStore, system: ActorSystem, clock: Clock, config: Config) -> None:
+        self.store = store
+        self.routes = Routes()
+        self.way = SchedulerWay(clock, PATIENCE_LEASES * config.lease_ttl_s)
+        self._system = system
+        self._clock = clock
+        self._scope = TaskScope("cluster")
+        self._make: MakeScheduler | None = None
+        self._seat: Seat | None = None
+        self._leadership: Leadership | None = None
+        member = Member(
+            node=NodeId(config.node_id),
+            endpoint=system.address.endpoint,
+            roles=ROLES,
+            start=f"{system.address.uid:x}",
+            ttl_s=config.lease_ttl_s,
+            host_pool_bytes=config.host_pool_bytes,
+            max_instances=config.max_instances,
+        )
+        self.membership = Membership(store, clock, member, on_change=lambda _: self._tell_members())
+        self._book = RouteBook(store, self.membership, clock, self.routes.publish)
+
+    async def join(self) -> None:
+        """Become a member, and learn of the others.
+
+        Raises:
+            NodeIdInUse: another node of this id is a member, and stays one.
+            MetadataFailed: the store can't be asked.
+        """
+        await self.membership.start()
+        self.place = Place(
+            self.membership.node,
+            address=str(self._system.address),
+            epoch=self._epoch,
+            published=self._book.add,
+            withdrawn=self._book.remove,
+        )
+        self._book.start()
+        self._scope.spawn(self._watch_leader(), "leader")
+
+    def _epoch(self) -> int | None:
+        standing = self.membership.standing
+        return None if standing is None else standing.epoch
+
+    def members(self) -> Mapping[NodeId, str]:
+        """Give everybody's address, as far as is known here."""
+        return {node: f"{node}@{joined.member.endpoint}" for node, joined in self.membership.members.items()}
+
+    def peers(self) -> list[str]:
+        """List the other nodes as sources name them."""
+        own = self.place.node
+        endpoints = {node: joined.member.endpoint for node, joined in self.membership.members.items() if node != own}
+        return [f"{node}@{at.removeprefix('tcp://')}" for node, at in endpoints.items() if at.startswith("tcp://")]
+
+    async def lead(self, system: ActorSystem, make: MakeScheduler) -> None:
+        """Be ready to lead from now on."""
+        self._make = make
+        value = str(system.address).encode()
+        self._leadership = Leadership(self.store, self.membership, ELECTION, value, self._clock, self._on_seat)
+
+    async def step_down(self) -> None:
+        """Let somebody else lead, and be no member: nothing more is sent here, and what is here can be finished."""
+        if self._leadership is not None:
+            await self._leadership.stop()
+        await self.membership.stop()
+
+    async def close(self) -> None:
+        """Take no more part."""
+        await self.step_down()
+        await self._book.stop()
+        await self._scope.close()
+
+    def _on_seat(self, seat: Seat | None) -> None:
+        """Lead, or stop leading: from here on the Scheduler takes no message."""
+        before, self._seat = self._seat, seat
+        if before is not None and (cell := self._system.cells.get(_scheduler_name(before.epoch))) is not None:
+            self._system.end(cell, "leads no more")
+        if seat is not None:
+            self._scope.spawn(self._begin(seat), "lead")
+
+    async def _begin(self, seat: Seat) -> None:
+        assert self._make is not None
+        name = _scheduler_name(seat.epoch)
+        await self._system.spawn(self._make(seat.epoch, self._epochs()), name)
+        if self._seat != seat:
+            await self._system.stop(name)
+
+    def _epochs(self) -> dict[NodeId, int]:
+        return {node: joined.epoch for node, joined in self.membership.members.items()}
+
+    def _tell_members(self) -> None:
+        if self._seat is not None and _scheduler_name(self._seat.epoch) in self._system.cells:
+            self._system.ref(_scheduler_name(self._seat.epoch)).tell(MembersChanged(epochs=self._epochs()))
+
+    async def _watch_leader(self) -> None:
+        async with aclosing(observe(self.store, ELECTION, self._clock)) as leaders:
+            async for leader in leaders:
+                if leader is None:
+                    self.way.lead_to(None)
+                    continue
+                try:
+                    self.way.lead_to(self._system.ref(_scheduler_name(leader.epoch), leader.value.decode()))
+                except (SllmError, UnicodeDecodeError) as error:
+                    log.error("who leads can't be found: %s", error)
+                    self.way.lead_to(None)
+
+
+Cluster = Alone | Many
+
+
+def _scheduler_name(epoch: int) -> str:
+    """Each leader has a Scheduler of its own: what was meant for another finds none."""
+    return f"scheduler-{epoch}"
+
+
+async def open_cluster(
+    config: Config, folder: Path, node: NodeId, system: ActorSystem, clock: Clock, stack: AsyncExitStack
+) -> Cluster:
+    """Open the store that the configuration names, and join if it is one of many's; `stack` leaves and closes it.
+
+    Raises:
+        ConfigInvalid: the address of the store, or the files that go with it, can't be used.
+        NodeIdInUse, MetadataFailed: as `Many.join` does.
+    """
+    if not config.metadata:
+        store = await SqliteStore.open(folder / "metadata.db", clock)
+        stack.push_async_callback(store.close)
+        routes = Routes()
+        place = Place(
+            node,
+            published=routes.add,
+            withdrawn=lambda gone: routes.remove(gone.model, gone.instance_id),
+        )
+        return Alone(store, place, SchedulerWay(clock, 0.0), routes)
+    shared = EtcdStore(_address(config), clock, SystemRandom())
+    stack.push_async_callback(shared.close)
+    many = Many(shared, system, clock, config)
+    stack.push_async_callback(many.close)
+    await many.join()
+    return many
+
+
+def _address(config: Config) -> EtcdAddress:
+    endpoints = parse_endpoints(config.metadata)
+    tls = None
+    if endpoints[0].scheme == "https":
+        tls = client_tls(config.metadata_ca_file, config.metadata_cert_file, config.metadata_key_file)
+    password = ""
+    if config.metadata_user:
+        knob = "metadata_password_file"
+        if not config.metadata_password_file:
+            raise ConfigInvalid(f"{knob}: the user {config.metadata_user[:64]!r} needs a password", param=knob)
+        password = read_private_file(config.metadata_password_file, knob, MAX_PASSWORD_BYTES).strip()
+    return EtcdAddress(endpoints=endpoints, tls=tls, user=config.metadata_user, password=password)

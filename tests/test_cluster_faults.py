@@ -1,0 +1,201 @@
+"""Nodes and members of etcd that are killed, held up and cut off: nobody waits in vain, and all recovers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from metadata_stores import UNPACKED
+
+from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
+from sllm_actor.testing.node_process import NodeProcess, living
+
+NAMES = ("n1", "n2", "n3")
+TTL_S = 2
+KNOBS = (
+    *SMALL, "listen=tcp://127.0.0.1:0", f"lease_ttl_s={TTL_S}", "max_instances=2", "warm_engines=1",
+    "start_timeout_s=60",
+)  # fmt: skip
+QUESTION, ANSWER = "What is 2 + 3?", "2 + 3 = 5"
+LONG = "Count from 1 to 999."
+PATIENCE_S = 60.0
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
+    with running_cluster(tmp_path_factory.mktemp("cluster"), UNPACKED, NAMES, KNOBS, members=3) as running:
+        for name in "abc":
+            running.nodes["n1"].deploy("builtin:demo", name)
+        eventually(lambda: all(node.request("GET", "/v1/models/c").status == 200 for node in running.nodes.values()))
+        yield running
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end_s, "it never came true"
+
+
+def whole(cluster: NodeCluster) -> None:
+    """Have all nodes run, know each other, and nothing run on them."""
+    missing = [name for name in NAMES if name not in cluster.nodes]
+    if missing:
+        cluster.start(*missing)
+    eventually(lambda: all(is_whole(cluster, name) for name in NAMES))
+    for name in NAMES:
+        for model in "abc":
+            cluster.nodes[name].call("POST", f"/admin/models/{model}/unload")
+
+
+def is_whole(cluster: NodeCluster, asked: str) -> bool:
+    """Tell whether a node knows that all are there, and who leads."""
+    shown = cluster.shown(asked)
+    return len(shown) == len(NAMES) and all(node["reported"] for node in shown.values()) and cluster.leader(asked) != ""
+
+
+def home_of(cluster: NodeCluster, model: str, asked: str) -> str:
+    """Give the node where a model runs."""
+    instances = cluster.nodes[asked].call("GET", "/admin/instances")["instances"]
+    (home,) = {str(one["node"]) for one in instances if one["model"] == model}
+    return home
+
+
+def placed_on(cluster: NodeCluster, model: str, home: str) -> None:
+    """Have a model run on one node."""
+    others = [name for name in NAMES if name != home]
+    for name in others:
+        cluster.nodes[home].call("POST", f"/admin/nodes/{name}/cordon")
+    eventually(lambda: all(cluster.shown(home)[name]["cordoned"] for name in others))
+    assert cluster.nodes[home].chat(model, QUESTION) == ANSWER
+    for name in others:
+        cluster.nodes[home].call("POST", f"/admin/nodes/{name}/uncordon")
+    assert home_of(cluster, model, home) == home
+
+
+def ask(model: str, prompt: str = QUESTION) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": prompt}]}
+
+
+def streamed(node: NodeProcess, model: str, prompt: str) -> tuple[str, Any]:
+    """Ask for a stream; give its text and its error, if it ended by one."""
+    connection = node.connect()
+    body = json.dumps(ask(model, prompt) | {"stream": True})
+    connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        return "", json.loads(response.read())["error"]
+    text, error = "", None
+    for line in response:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            error = event.get("error", error)
+            text += "".join(choice["delta"].get("content", "") for choice in event.get("choices", ()))
+    connection.close()
+    return text, error
+
+
+def test_a_request_for_a_model_whose_node_was_killed_is_answered_by_another(cluster: NodeCluster) -> None:
+    whole(cluster)
+    leader = cluster.leader("n1")
+    victim, other = [name for name in NAMES if name != leader]
+    placed_on(cluster, "a", victim)
+    assert cluster.nodes[other].chat("a", QUESTION) == ANSWER
+    left = cluster.kill(victim)
+    eventually(lambda: living(left) == [])
+    assert cluster.nodes[other].chat("a", QUESTION) == ANSWER
+    assert home_of(cluster, "a", other) != victim
+    eventually(lambda: set(cluster.shown(other)) == {leader, other})
+
+
+def test_a_stream_whose_node_is_killed_ends_with_a_typed_error(cluster: NodeCluster) -> None:
+    whole(cluster)
+    leader = cluster.leader("n1")
+    victim, other = [name for name in NAMES if name != leader]
+    placed_on(cluster, "a", victim)
+    with ThreadPoolExecutor(1) as pool:
+        answer: Future[tuple[str, Any]] = pool.submit(streamed, cluster.nodes[other], "a", LONG)
+        eventually(lambda: cluster.shown(other)[victim]["active"] == 1)
+        cluster.kill(victim)
+        text, error = answer.result()
+    assert text == "" or text.startswith("1")
+    assert error["code"] in ("node_unreachable", "actor_died")
+
+
+def test_a_node_that_is_stopped_finishes_what_its_instances_answer_for_others(cluster: NodeCluster) -> None:
+    whole(cluster)
+    leader = cluster.leader("n1")
+    other, _ = [name for name in NAMES if name != leader]
+    placed_on(cluster, "a", leader)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(streamed, cluster.nodes[other], "a", LONG)
+        eventually(lambda: cluster.shown(other)[leader]["active"] == 1)
+        assert cluster.stop_node(leader) == (0, [])
+        text, error = answer.result()
+    assert (text.split()[-1].rstrip("."), error) == ("999", None)
+    assert cluster.nodes[other].chat("a", QUESTION) == ANSWER
+
+
+def test_a_request_that_waits_for_a_place_outlives_the_leader(cluster: NodeCluster) -> None:
+    whole(cluster)
+    leader = cluster.leader("n1")
+    other, third = [name for name in NAMES if name != leader]
+    for name in NAMES:
+        cluster.nodes[other].call("POST", f"/admin/nodes/{name}/cordon")
+    eventually(lambda: all(node["cordoned"] for node in cluster.shown(other).values()))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(cluster.nodes[other].chat, "b", QUESTION)
+        eventually(lambda: cluster.nodes[other].call("GET", "/admin/runtime")["waiting"].get("b") == 1)
+        cluster.kill(leader)
+        killed_s = time.monotonic()
+        eventually(lambda: cluster.leader(other) in (other, third))
+        print(f"another leads after {(time.monotonic() - killed_s) / TTL_S:.2f} lease times")
+        for name in (other, third):
+            cluster.nodes[other].call("POST", f"/admin/nodes/{name}/uncordon")
+        assert answer.result() == ANSWER
+    cluster.start(leader)
+    cluster.nodes[other].call("POST", f"/admin/nodes/{leader}/uncordon")
+
+
+def test_a_leader_that_was_held_up_leads_no_more_and_comes_back_as_a_member(cluster: NodeCluster) -> None:
+    whole(cluster)
+    leader = cluster.leader("n1")
+    other, _ = [name for name in NAMES if name != leader]
+    placed_on(cluster, "a", leader)
+    before = cluster.shown(other)[leader]["epoch"]
+    cluster.hold_up(leader)
+    try:
+        eventually(lambda: cluster.leader(other) not in ("", leader))
+        assert cluster.nodes[other].chat("a", QUESTION) == ANSWER
+        assert cluster.nodes[other].chat("b", QUESTION) == ANSWER
+    finally:
+        cluster.go_on(leader)
+    eventually(lambda: leader in cluster.shown(other) and cluster.shown(other)[leader]["epoch"] > before)
+    assert cluster.leader(leader) == cluster.leader(other) != leader
+    assert cluster.nodes[leader].chat("c", QUESTION) == ANSWER
+
+
+def test_without_a_quorum_of_etcd_what_runs_goes_on_and_a_cold_start_is_refused(cluster: NodeCluster) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n1")
+    killed = cluster.etcd.members[:2]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(streamed, cluster.nodes["n2"], "a", LONG)
+        for member in killed:
+            member.kill()
+        eventually(lambda: not any(node["reported"] for node in cluster.shown("n3").values()))
+        reply = cluster.nodes["n3"].request("POST", CHAT, ask("b"))
+        assert (reply.status, reply.json()["error"]["code"]) == (503, "no_leader")
+        assert int(reply.headers["Retry-After"]) >= 1
+        assert cluster.nodes["n3"].chat("a", QUESTION) == ANSWER
+        text, error = answer.result()
+        assert (text.split()[-1].rstrip("."), error) == ("999", None)
+    cluster.etcd.start(*killed)
+    eventually(lambda: cluster.nodes["n3"].request("POST", CHAT, ask("b")).status == 200)
+    whole(cluster)
