@@ -148,12 +148,20 @@ async def progress_of(manager: Manager) -> AsyncIterator[Progress]:
 )
 async def test_progress_says_what_a_model_waits_for(state: ModelState, loading_bytes: int, said: str) -> None:
     async with progress_of(Manager(state, loading_bytes)) as progress:
-        assert await progress.of(model()) == said
-        assert await progress.of(model("removed")) == "waiting"
+        assert await progress.of(model(), 0.0) == said
+        assert await progress.of(model("removed"), 0.0) == "waiting"
 
 
 async def test_all_who_wait_are_told_from_one_look() -> None:
     manager = Manager(ModelState.LOADING)
     async with progress_of(manager) as progress:
-        assert [await progress.of(model()) for _ in range(100)] == ["loading m"] * 100
+        assert [await progress.of(model(), 0.0) for _ in range(100)] == ["loading m"] * 100
     assert manager.asked < 100
+
+
+async def test_a_wait_is_told_of_no_look_from_before_it_began() -> None:
+    manager = Manager(ModelState.LOADING)
+    async with progress_of(manager) as progress:
+        assert await progress.of(model(), 0.0) == "loading m"
+        manager.status = Manager(ModelState.COLD).status
+        assert await progress.of(model(), SystemClock.monotonic_s()) == "waiting for a place for m"

@@ -143,10 +143,11 @@ class Gateway:
 
     def events(self, request: web.Request, model: Model) -> EventStream:
         """Begin the events of an answer of `model`."""
+        since_s = self.clock.monotonic_s()
         return EventStream(
             request,
             {"X-Request-Id": request[REQUEST_ID], **VISIT.get().limits},
-            lambda: self.progress.of(model),
+            lambda: self.progress.of(model, since_s),
             self.tasks,
             self.clock,
             open_after_s=self.limits.stream_open_after_s,

@@ -14,7 +14,10 @@ FRESH_S = 0.5
 
 
 class Progress:
-    """Asks the ModelManager how its models are, once for all who want to know at one time."""
+    """Asks the ModelManager how its models are, once for all who want to know at one time.
+
+    Nobody is told of a time before its own: what a model did before is not what an answer of it waits for.
+    """
 
     def __init__(self, manager: ActorRef, clock: Clock, ask_timeout_s: float) -> None:
         self._manager = manager
@@ -22,12 +25,13 @@ class Progress:
         self._ask_timeout_s = ask_timeout_s
         self._asking = asyncio.Lock()
         self._seen: dict[ModelName, ModelStatus] = {}
+        # When that was asked; it may be how things stood then.
         self._seen_s = float("-inf")
 
-    async def of(self, model: Model) -> str:
-        """Say on one line what an answer of `model` waits for."""
+    async def of(self, model: Model, since_s: float) -> str:
+        """Say on one line what an answer of `model` waits for, which has waited since `since_s`."""
         try:
-            await self._look()
+            await self._look(since_s)
         except SllmError:
             return "waiting"
         status = self._seen.get(model.name)
@@ -40,10 +44,11 @@ class Progress:
         percent = min(100, status.loading_bytes * 100 // max(1, model.size_bytes))
         return f"loading {model.name} {percent}%"
 
-    async def _look(self) -> None:
+    async def _look(self, since_s: float) -> None:
         async with self._asking:
-            if self._clock.monotonic_s() - self._seen_s < FRESH_S:
+            now_s = self._clock.monotonic_s()
+            if now_s - self._seen_s < FRESH_S and self._seen_s >= since_s:
                 return
             statuses: tuple[ModelStatus, ...] = await self._manager.ask(ListModels(), timeout_s=self._ask_timeout_s)
             self._seen = {status.model.name: status for status in statuses}
-            self._seen_s = self._clock.monotonic_s()
+            self._seen_s = now_s
