@@ -20,7 +20,7 @@ from sllm_actor.errors import (
     NoSuchActor,
     SllmError,
 )
-from sllm_actor.runtime import Actor, ActorRef, ActorSystem, Limits, handles
+from sllm_actor.runtime import Actor, ActorRef, ActorSystem, Backlog, Limits, handles
 from sllm_actor.runtime.tasks import TaskScope
 
 FOR_EVER_S = 3600.0
@@ -279,6 +279,16 @@ async def test_closing_a_stream_ends_its_handler() -> None:
 async def test_an_empty_stream_ends() -> None:
     system, _, ref = await recorder()
     assert [number async for number in ref.stream(Count(0))] == []
+    await system.close()
+
+
+@on_both_loops
+async def test_a_backlog_tells_whether_the_next_item_of_a_stream_is_there_already() -> None:
+    system, _, ref = await recorder()
+    backlog = Backlog()
+    assert not backlog
+    more = [bool(backlog) async for _ in ref.stream(Count(3), backlog)]
+    assert more == [True, True, False]
     await system.close()
 
 

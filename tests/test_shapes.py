@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from sllm_actor.domain import FinishReason, Model, ModelName, RequestId, Sampling
-from sllm_actor.frontend.answer import Piece, Wish
-from sllm_actor.frontend.choices import Choice, Counts
+from sllm_actor.frontend.answer import Choice, Piece, Wish
+from sllm_actor.frontend.choices import Counts
 from sllm_actor.frontend.shapes import ChatShape, CompletionShape, WholeChoice
 from sllm_actor.frontend.wishes import of_choices
 from sllm_actor.frontend.written import Entry

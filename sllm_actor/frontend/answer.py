@@ -10,9 +10,10 @@ from sllm_actor.domain import FinishReason, Model, RequestId, Sampling, Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import InvalidRequest
 from sllm_actor.frontend.text import TextService
+from sllm_actor.frontend.turns import Turns
 from sllm_actor.frontend.written import Entry, Writer
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
-from sllm_actor.runtime import ActorRef
+from sllm_actor.runtime import ActorRef, Backlog
 
 
 class Wish(NamedTuple):
@@ -42,6 +43,14 @@ class Piece(NamedTuple):
     entries: tuple[Entry, ...] = ()
 
 
+class Choice(NamedTuple):
+    """A piece of one of the choices, by its number. `more` where the next item is there already."""
+
+    number: int
+    piece: Piece
+    more: bool = False
+
+
 def max_tokens(model: Model, prompt_tokens: int, asked: int | None) -> int:
     """Decide how long the answer may be.
 
@@ -64,8 +73,10 @@ def max_tokens(model: Model, prompt_tokens: int, asked: int | None) -> int:
     return room if asked is None else asked
 
 
-async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenerator[Piece, None]:
-    """Generate, piece by piece, ending with the piece that has a `finish`.
+async def answer(
+    wish: Wish, number: int, router: ActorRef, text: TextService, turns: Turns
+) -> AsyncGenerator[Choice, None]:
+    """Generate the choice of that number, piece by piece, ending with the piece that has a `finish`.
 
     Raises:
         SllmError: whatever went wrong, by its type.
@@ -83,22 +94,28 @@ async def answer(wish: Wish, router: ActorRef, text: TextService) -> AsyncGenera
         base=wish.model.base,
     )
     prompt_tokens = len(wish.prompt)
-    async with aclosing(router.stream(request)) as items:
+    backlog, share = Backlog(), turns.first
+    async with aclosing(router.stream(request, backlog)) as items:
         async for item in items:
+            if not share.take_now():
+                await share.take()
+            share = turns.next
             if isinstance(item, Finished):
                 shown = await writer.end()
                 reason = FinishReason.STOP if writer.stopped else item.reason
                 counts = prompt_tokens, item.generated_tokens, item.cached_tokens
-                yield Piece(shown.text, reason, *counts, shown.entries)
+                yield Choice(number, Piece(shown.text, reason, *counts, shown.entries))
                 return
             if isinstance(item, PromptLogprobs):
                 entries = await writer.of_prompt(wish.prompt, item.index, item.logprobs)
-                yield Piece("", None, prompt_tokens, 0, 0, entries)
+                yield Choice(number, Piece("", None, prompt_tokens, 0, 0, entries), bool(backlog))
                 continue
             assert isinstance(item, Tokens)
             shown = await writer.push(item.token_ids, item.logprobs)
             if writer.stopped:
-                yield Piece(shown.text, FinishReason.STOP, prompt_tokens, writer.tokens, 0, shown.entries)
+                piece = Piece(shown.text, FinishReason.STOP, prompt_tokens, writer.tokens, 0, shown.entries)
+                yield Choice(number, piece)
                 return
             if shown.text:
-                yield Piece(shown.text, None, prompt_tokens, writer.tokens, 0, shown.entries)
+                piece = Piece(shown.text, None, prompt_tokens, writer.tokens, 0, shown.entries)
+                yield Choice(number, piece, bool(backlog))

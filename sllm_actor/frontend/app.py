@@ -13,6 +13,7 @@ from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend import access_log, admin_api, http_errors, openai_api
 from sllm_actor.frontend.connections import Connection
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, request_id_of, trace_of
+from sllm_actor.frontend.turns import REQUEST_UNITS
 from sllm_actor.frontend.visit import VISIT, Visit
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -35,6 +36,7 @@ async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
     VISIT.set(visit)
     connection.begin()
     try:
+        await gateway.turns.first.take(REQUEST_UNITS)
         response = await handler(request)
         visit.status = response.status
     except asyncio.CancelledError:

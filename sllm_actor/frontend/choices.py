@@ -6,10 +6,10 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import NamedTuple
 
-from sllm_actor.frontend.answer import Piece, Wish, answer
+from sllm_actor.frontend.answer import Choice, Wish, answer
 from sllm_actor.frontend.text import TextService
+from sllm_actor.frontend.turns import Turns
 from sllm_actor.runtime import ActorRef
 from sllm_actor.runtime.tasks import TaskScope
 
@@ -17,24 +17,20 @@ from sllm_actor.runtime.tasks import TaskScope
 MAX_WAITING_PIECES = 64
 
 
-class Choice(NamedTuple):
-    """A piece of one of the choices, by its number."""
-
-    number: int
-    piece: Piece
-
-
-async def choices(wishes: Sequence[Wish], router: ActorRef, text: TextService) -> AsyncGenerator[Choice, None]:
+def choices(wishes: Sequence[Wish], router: ActorRef, text: TextService, turns: Turns) -> AsyncGenerator[Choice, None]:
     """Generate all of them at once, each ending with the piece that has a `finish`. Closing it cancels them.
 
     Raises:
         SllmError: whatever went wrong with one of them; the others are cancelled.
     """
     if len(wishes) == 1:
-        async with aclosing(answer(wishes[0], router, text)) as pieces:
-            async for piece in pieces:
-                yield Choice(0, piece)
-        return
+        return answer(wishes[0], 0, router, text, turns)
+    return _merged(wishes, router, text, turns)
+
+
+async def _merged(
+    wishes: Sequence[Wish], router: ActorRef, text: TextService, turns: Turns
+) -> AsyncGenerator[Choice, None]:
     waiting: deque[Choice | BaseException] = deque()
     room = asyncio.Semaphore(MAX_WAITING_PIECES)
     arrived = asyncio.Event()
@@ -44,10 +40,10 @@ async def choices(wishes: Sequence[Wish], router: ActorRef, text: TextService) -
         arrived.set()
 
     async def run(index: int, wish: Wish) -> None:
-        async with aclosing(answer(wish, router, text)) as pieces:
-            async for piece in pieces:
+        async with aclosing(answer(wish, index, router, text, turns)) as pieces:
+            async for choice in pieces:
                 await room.acquire()
-                put(Choice(index, piece))
+                put(choice)
 
     scope = TaskScope(f"choices-{wishes[0].request_id}")
     try:
@@ -63,7 +59,7 @@ async def choices(wishes: Sequence[Wish], router: ActorRef, text: TextService) -
                 raise item
             room.release()
             running -= item.piece.finish is not None
-            yield item
+            yield item._replace(more=bool(waiting))
     finally:
         await scope.close()
 
@@ -73,6 +69,7 @@ class Counts:
 
     def __init__(self, wishes: Sequence[Wish], n: int) -> None:
         self._n = n
+        self.choices = len(wishes)
         self.prompt_tokens = sum(len(wish.prompt) for wish in wishes[::n])
         self._generated = [0] * len(wishes)
         self._cached = [0] * len(wishes)

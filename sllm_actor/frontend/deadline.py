@@ -43,44 +43,49 @@ async def within(
     Raises:
         DeadlineExceeded: they had not ended by then.
     """
-    limit = _Limit()
+    limit = _Limit(asyncio.current_task())
     timer = asyncio.get_running_loop().call_later(begin_s + timeout_s - clock.monotonic_s(), limit.end)
     try:
         async with aclosing(items):
-            while True:
+            while not limit.over:
+                limit.waits = True
                 try:
-                    item = await limit.next(items)
+                    item = await anext(items)
                 except StopAsyncIteration:
                     return
-                except TimeoutError:
-                    if not limit.over:
+                except asyncio.CancelledError:
+                    if not limit.take_back():
                         raise
-                    raise DeadlineExceeded(f"the answer was not finished within {timeout_s:g} s") from None
+                    break
+                finally:
+                    limit.waits = False
                 yield item
+            raise DeadlineExceeded(f"the answer was not finished within {timeout_s:g} s")
     finally:
         timer.cancel()
+        limit.take_back()
 
 
 class _Limit:
-    """The end of one answer's time. It interrupts the wait for an item, and nothing that is done with one.
+    """The end of one answer's time. It interrupts the wait for an item (`waits`), and nothing that is done with one.
 
-    One timer serves a whole answer: one for each of its items would be work for every token.
+    It serves a whole answer: an `asyncio.timeout` for each of its items would be work for every token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, task: asyncio.Task[object] | None) -> None:
+        assert task is not None
         self.over = False
-        self._waiting: asyncio.Timeout | None = None
+        self.waits = False
+        self._task = task
+        self._cancels_before: int | None = None
 
     def end(self) -> None:
         self.over = True
-        if self._waiting is not None:
-            self._waiting.reschedule(0.0)
+        if self.waits:
+            self._cancels_before = self._task.cancelling()
+            self._task.cancel()
 
-    async def next(self, items: AsyncGenerator[T, None]) -> T:
-        if self.over:
-            raise TimeoutError
-        async with asyncio.timeout(None) as self._waiting:
-            try:
-                return await anext(items)
-            finally:
-                self._waiting = None
+    def take_back(self) -> bool:
+        """Take the cancel at the end of the time back; false where that is not all that cancels, or was none."""
+        before, self._cancels_before = self._cancels_before, None
+        return before is not None and self._task.uncancel() <= before

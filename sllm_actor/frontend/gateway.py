@@ -25,6 +25,7 @@ from sllm_actor.frontend.schema import parse
 from sllm_actor.frontend.sse import EventStream
 from sllm_actor.frontend.telemetry import Telemetry
 from sllm_actor.frontend.text import TextService
+from sllm_actor.frontend.turns import Turns
 from sllm_actor.frontend.visit import VISIT, TokenTimes
 from sllm_actor.messages.models import GetModel
 from sllm_actor.runtime import ActorRef, Clock
@@ -86,6 +87,7 @@ class Gateway:
         self.access = access
         self.telemetry = telemetry
         self.progress = Progress(manager, clock, limits.ask_timeout_s)
+        self.turns = Turns()
         self.ready = False
         self.draining = False
         self.metrics = Metrics()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -11,8 +11,8 @@ from aiohttp import web
 from sllm_actor.domain import FinishReason, Model, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.errors import InvalidRequest, SllmError
-from sllm_actor.frontend.answer import Piece, Wish
-from sllm_actor.frontend.choices import Choice, Counts, choices
+from sllm_actor.frontend.answer import Choice, Piece, Wish
+from sllm_actor.frontend.choices import Counts, choices
 from sllm_actor.frontend.deadline import timeout_of, within
 from sllm_actor.frontend.embeddings import collect, embedding_of, question_of, tokens_of, vectors_response
 from sllm_actor.frontend.forms import grammar_of, grammar_of_completion
@@ -162,19 +162,25 @@ async def _reply(
     timeout_s = timeout_of(request, gateway.limits.request_timeout_s)
     with gateway.answering(wishes[0].model) as times, tracing(trace_of(request)):
         counts = Counts(wishes, body.n)
-        answered = VISIT.get().noting(counts, choices(wishes, gateway.router, gateway.text), times)
+        note = VISIT.get().noting(counts, times)
+        answered = choices(wishes, gateway.router, gateway.text, gateway.turns)
         async with aclosing(within(answered, timeout_s, wishes[0].arrived_s, gateway.clock)) as pieces:
             if body.stream:
                 events = gateway.events(request, wishes[0].model)
-                return await _stream(events, pieces, shape, counts, body.stream_options or StreamOptions())
-            return await _gather(pieces, shape, counts, len(wishes))
+                return await _stream(events, pieces, note, shape, counts, body.stream_options or StreamOptions())
+            return await _gather(pieces, note, shape, counts, len(wishes))
 
 
 async def _gather(
-    pieces: AsyncGenerator[Choice, None], shape: Shape, counts: Counts, number_of_choices: int
+    pieces: AsyncGenerator[Choice, None],
+    note: Callable[[Choice], None],
+    shape: Shape,
+    counts: Counts,
+    number_of_choices: int,
 ) -> web.Response:
     said: list[list[Piece]] = [[] for _ in range(number_of_choices)]
     async for choice in pieces:
+        note(choice)
         said[choice.number].append(choice.piece)
     whole = []
     for index, parts in enumerate(said):
@@ -186,36 +192,47 @@ async def _gather(
 
 
 async def _stream(
-    events: EventStream, pieces: AsyncGenerator[Choice, None], shape: Shape, counts: Counts, options: StreamOptions
+    events: EventStream,
+    pieces: AsyncGenerator[Choice, None],
+    note: Callable[[Choice], None],
+    shape: Shape,
+    counts: Counts,
+    options: StreamOptions,
 ) -> web.StreamResponse:
     """Send the answer as events; an error before the first of them stays an error."""
     begun: set[int] = set()
+    ended = 0
 
-    async def send(chunk: dict[str, Any] | None) -> None:
+    def hold(chunk: dict[str, Any] | None) -> None:
         if chunk is None:
             return
         if options.continuous_usage_stats:
             chunk = chunk | {"usage": counts.usage()}
         elif options.include_usage:
             chunk = chunk | {"usage": None}
-        await events.send(chunk)
+        events.hold(chunk)
 
     async with events:
         try:
             async for choice in pieces:
-                index, piece = choice
+                note(choice)
+                index, piece, more = choice
                 if index not in begun:
                     begun.add(index)
-                    await send(shape.first_chunk(index))
+                    hold(shape.first_chunk(index))
                 if piece.text or piece.entries:
-                    await send(shape.chunk(index, piece.text, piece.entries))
+                    hold(shape.chunk(index, piece.text, piece.entries))
                 if piece.finish is not None:
-                    await send(shape.last_chunk(index, piece.finish))
+                    ended += 1
+                    hold(shape.last_chunk(index, piece.finish))
+                # The last event of all goes with what is behind it.
+                if events.is_full or not (more or ended == counts.choices):
+                    await events.flush()
         except SllmError as error:
             if not events.opened:
                 raise
             VISIT.get().code = error.code
             return await events.fail(error)
         if options.include_usage:
-            await events.send(shape.usage_chunk(counts.usage()))
+            events.hold(shape.usage_chunk(counts.usage()))
         return await events.done()

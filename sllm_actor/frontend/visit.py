@@ -5,14 +5,14 @@ It has names, numbers and codes: nothing of what was asked or answered.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import NamedTuple
 
 from sllm_actor.domain import Model, RequestId
 from sllm_actor.errors import AccessDenied
-from sllm_actor.frontend.choices import Choice, Counts
+from sllm_actor.frontend.answer import Choice
+from sllm_actor.frontend.choices import Counts
 from sllm_actor.frontend.keys import Key
 from sllm_actor.runtime import Clock
 
@@ -66,29 +66,28 @@ class Visit:
         floor = None if self.key is None else self.key.min_priority
         return asked if floor is None else max(asked, floor)
 
-    async def noting(
-        self, counts: Counts, pieces: AsyncGenerator[Choice, None], times: TokenTimes
-    ) -> AsyncGenerator[Choice, None]:
-        """Pass the pieces of an answer on, and note how many tokens they bring, and when."""
+    def noting(self, counts: Counts, times: TokenTimes) -> Callable[[Choice], None]:
+        """Give who is to be told of each piece of an answer as it comes: how many tokens that brings, and when."""
         self.prompt_tokens = counts.prompt_tokens
         before: dict[int, tuple[float, int]] = {}
-        async with aclosing(pieces):
-            async for choice in pieces:
-                number, piece = choice
-                now_s = self._clock.monotonic_s()
-                if not self.first_token_s:
-                    self.first_token_s = now_s
-                    times.first(now_s - self.begin_s)
-                last_s, generated = before.get(number, (now_s, piece.generated_tokens))
-                if (tokens := piece.generated_tokens - generated) > 0:
-                    times.between((now_s - last_s) / tokens)
-                before[number] = now_s, piece.generated_tokens
-                self.last_token_s = now_s
-                counts.take(choice)
-                self.generated_tokens = counts.generated_tokens
-                if piece.finish is not None:
-                    self.finish = piece.finish
-                yield choice
+
+        def note(choice: Choice) -> None:
+            number, piece, _ = choice
+            now_s = self._clock.monotonic_s()
+            if not self.first_token_s:
+                self.first_token_s = now_s
+                times.first(now_s - self.begin_s)
+            last_s, generated = before.get(number, (now_s, piece.generated_tokens))
+            if (tokens := piece.generated_tokens - generated) > 0:
+                times.between((now_s - last_s) / tokens)
+            before[number] = now_s, piece.generated_tokens
+            self.last_token_s = now_s
+            counts.take(choice)
+            self.generated_tokens = counts.generated_tokens
+            if piece.finish is not None:
+                self.finish = piece.finish
+
+        return note
 
 
 # Of the request that the running task is for.

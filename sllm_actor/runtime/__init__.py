@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sllm_actor.runtime.actor import Actor, ActorContext, handles
-from sllm_actor.runtime.calls import current_trace, tracing
+from sllm_actor.runtime.calls import Backlog, current_trace, tracing
 from sllm_actor.runtime.clock import Clock, LoopClock, SystemClock
 from sllm_actor.runtime.limits import Limits
 from sllm_actor.runtime.network import Network, SocketNetwork
@@ -18,6 +18,7 @@ __all__ = [
     "ActorContext",
     "ActorRef",
     "ActorSystem",
+    "Backlog",
     "Blob",
     "Clock",
     "Ended",

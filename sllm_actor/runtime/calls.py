@@ -137,6 +137,22 @@ def refusal(name: str, message: object, handler: Handler | None) -> NoSuchActor:
     return NoSuchActor(f"{name} answers {what} by {'a stream' if handler.stream else 'one answer, no stream'}")
 
 
+class Backlog:
+    """What has come of a stream and is not yet taken, for its reader to look at: true while there is anything."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self) -> None:
+        self._items: deque[Any] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    def is_of(self, inflow: Inflow) -> None:
+        """Show the items of this stream."""
+        self._items = inflow.items
+
+
 class Inflow:
     """The reading end of a stream: items that have come and are not yet taken, in number bounded by credit."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sllm_actor.errors import ConfigInvalid, SllmError
 from sllm_actor.runtime.actor import PLAIN
-from sllm_actor.runtime.calls import CURRENT, LocalStream, current_trace, too_late
+from sllm_actor.runtime.calls import CURRENT, Backlog, LocalStream, current_trace, too_late
 from sllm_actor.runtime.handshake import MAX_NAME_LENGTH
 from sllm_actor.runtime.letters import ASK
 from sllm_actor.runtime.network import Endpoint
@@ -164,8 +164,8 @@ class ActorRef:
             cell.cancel_call(future)
             raise
 
-    async def stream(self, message: object) -> AsyncGenerator[Any, None]:
-        """Send and iterate over the items of the answer; a bounded number of them run ahead.
+    async def stream(self, message: object, backlog: Backlog | None = None) -> AsyncGenerator[Any, None]:
+        """Send and iterate over the items of the answer; a bounded number of them run ahead, which `backlog` shows.
 
         Close it (`contextlib.aclosing`) to cancel the handler. Raises like `ask`, but has no deadline.
         """
@@ -179,6 +179,8 @@ class ActorRef:
             call = self._peer.stream(self, message, trace)
         inflow = call.inflow
         items = inflow.items
+        if backlog is not None:
+            backlog.is_of(inflow)
         try:
             while items or await inflow.arrived(self._system.create_future):
                 yield call.take()
