@@ -18,7 +18,7 @@ import uvloop
 from aiohttp import web
 
 from sllm_actor import Config
-from sllm_actor.cli.start import YOUNG_OBJECTS
+from sllm_actor.cli.collecting import look_for_cycles
 from sllm_actor.domain import FinishReason, Model, ModelName
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.frontend.access import Access
@@ -132,7 +132,7 @@ async def main() -> None:
         # As `sllm-node start` does, and here for both.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(YOUNG_OBJECTS)
+        tasks.spawn(look_for_cycles(lambda: False, SystemClock()), "cycles")
         print(url, flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
         print(json.dumps({"worst_s": lag.worst_s, "faults": lag.faults}), flush=True)

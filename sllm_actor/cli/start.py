@@ -11,13 +11,11 @@ import signal
 import uvloop
 
 from sllm_actor.cli import logs
+from sllm_actor.cli.collecting import look_for_cycles
 from sllm_actor.cli.show import err, out, print_json
 from sllm_actor.config import Config
 from sllm_actor.node import Node
-
-# New objects before Python's collector looks for cycles among them. Streams make and drop objects by the thousand, and
-# after 700, as is the default, it shows in the gateway's profile.
-YOUNG_OBJECTS = 10_000
+from sllm_actor.runtime.tasks import TaskScope
 
 
 async def _serve(config: Config, as_json: bool) -> None:
@@ -35,10 +33,13 @@ async def _serve(config: Config, as_json: bool) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    tasks = TaskScope("start")
     try:
-        async with Node(config) as node:
+        node = Node(config)
+        tasks.spawn(look_for_cycles(lambda: node.is_quiet, node.clock), "cycles")
+        async with node:
             serving = True
-            # What a start has made stays. A collector that went through it each time would hold the loop up meanwhile.
+            # What a start has made stays. No pass need go through it.
             gc.freeze()
             if as_json:
                 ready = {"ready": True, "url": node.url, "pid": os.getpid(), "node": config.node_id}
@@ -52,6 +53,8 @@ async def _serve(config: Config, as_json: bool) -> None:
                 out.print("stopping: running answers are being finished")
     except asyncio.CancelledError:
         err.print("stopped at once")
+    finally:
+        await tasks.close()
 
 
 def run(config: Config, *, as_json: bool, log_level: str) -> None:
@@ -61,5 +64,4 @@ def run(config: Config, *, as_json: bool, log_level: str) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.collect()
-    gc.set_threshold(YOUNG_OBJECTS)
     uvloop.run(_serve(config, as_json))

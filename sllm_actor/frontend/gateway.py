@@ -99,6 +99,11 @@ class Gateway:
         self._quiet.set()
         self._left_at_stop: set[asyncio.Timeout] = set()
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is being answered."""
+        return self._quiet.is_set()
+
     async def read(self, request: web.Request, kind: type[T]) -> T:
         """Read and check a JSON body, within the bounds of size and time.
 

@@ -40,6 +40,11 @@ class HttpServer:
         self._serving: asyncio.Server | None = None
         self.url = ""
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is being answered."""
+        return self._gateway.is_quiet
+
     async def start(self, listening: socket.socket) -> None:
         """Serve on a socket that `bind` gave."""
         await self._runner.setup()

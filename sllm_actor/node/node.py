@@ -100,6 +100,11 @@ class Node:
         """Where other nodes find it, `ID@ENDPOINT`; empty where it does not listen to them."""
         return str(self.system.address) if self.system.address.endpoint else ""
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is being answered."""
+        return self._http is None or self._http.is_quiet
+
     async def __aenter__(self) -> Node:
         try:
             await self._start()
