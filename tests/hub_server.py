@@ -78,8 +78,8 @@ class HubServer:
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if parts[:2] == ["api", "models"] and len(parts) in (4, 6):
             self._answer_api(request, "/".join(parts[2:4]), parts[5] if len(parts) == 6 else "main")
-        elif len(parts) == 5 and parts[2] == "resolve":
-            self._answer_resolve(request, "/".join(parts[:2]), parts[3], parts[4])
+        elif len(parts) >= 5 and parts[2] == "resolve":
+            self._answer_resolve(request, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             request.reply(404)
 

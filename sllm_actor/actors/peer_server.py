@@ -20,7 +20,7 @@ from sllm_actor.sources.peer_messages import (
     PeerRange,
     ReadPeerRange,
 )
-from sllm_actor.sources.source import SourceFile, belongs
+from sllm_actor.sources.source import SourceFile, belongs_below
 
 RETRY_AFTER_S = 0.1
 
@@ -48,7 +48,8 @@ class PeerServer(Actor):
 
     @handles(ReadPeerRange, concurrent=True)
     async def read_range(self, message: ReadPeerRange) -> PeerRange:
-        if not belongs(message.name):
+        # Whether it is a pooling that the model's modules.json names, the holding knows.
+        if not belongs_below(message.name):
             raise SourceMissing(f"{message.name[:200]!r} belongs to no checkpoint", param="name")
         if message.length > MAX_RANGE_BYTES:
             raise SourceInvalid(f"a range of {message.length} bytes exceeds {MAX_RANGE_BYTES}", param="length")

@@ -37,10 +37,12 @@ from sllm_actor.checkpoint.manifest import (
 from sllm_actor.checkpoint.originals import Original, SafetensorsFolder
 from sllm_actor.checkpoint.partitions import Piece, Plan, by_layers, check_count
 from sllm_actor.checkpoint.pickles import PickledFiles
+from sllm_actor.checkpoint.sentence_layout import find_pooling
 from sllm_actor.checkpoint.staging import staged
 from sllm_actor.checkpoint.tensor_parallel import for_tensor_parallel
 from sllm_actor.checkpoint.verify import verify_files
-from sllm_actor.checkpoint.writer import check_free, write_bytes, write_weights
+from sllm_actor.checkpoint.writer import check_free, write_bytes, write_in_new_folder, write_weights
+from sllm_actor.domain.sentence_modules import MAX_MODULES_BYTES
 from sllm_actor.errors import (
     AdapterInvalid,
     CheckpointInvalid,
@@ -69,6 +71,14 @@ class Conversion(msgspec.Struct, frozen=True):
     pads: int
 
 
+class _Beside(NamedTuple):
+    """A file to be copied; `name` is below the folder for the pooling of sentence-transformers."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
 class _Work(NamedTuple):
     """What is to be written, all of it known before the first byte."""
 
@@ -76,7 +86,7 @@ class _Work(NamedTuple):
     checkpoint: Checkpoint | None
     plan: Plan
     layouts: tuple[FileLayout, ...]
-    others: list[tuple[Path, int]]
+    others: list[_Beside]
     chunk_bytes: int
 
 
@@ -155,7 +165,9 @@ def _resolve(source: Path, target: Path) -> tuple[Path, Path]:
         raise TargetInvalid(f"{place} holds the source", param="target")
     if place.is_dir():
         # A folder of links, as the Hub's cache has them, may lead into what is to be replaced.
-        for entry in folder.iterdir() if folder.is_dir() else ():
+        pooling = find_pooling(folder)
+        below = [folder / pooling] if pooling is not None else []
+        for entry in (*folder.iterdir(), *below) if folder.is_dir() else ():
             if entry.is_symlink() and _is_in(Path(os.path.realpath(entry)), place):
                 raise TargetInvalid(f"{entry} of the source is a link into {place}", param="target")
     return folder, place
@@ -217,7 +229,7 @@ def _write(stage: Path, work: _Work, on_progress: OnProgress | None) -> Manifest
     original, plan, chunk_bytes = work.original, work.plan, work.chunk_bytes
     checkpoint = work.checkpoint if work.checkpoint is not None and work.checkpoint.manifest is not None else None
     writing_bytes = sum(layout.size_bytes for layout in work.layouts)
-    beside_bytes = sum(size_bytes for _, size_bytes in work.others) + writing_bytes // chunk_bytes * MANIFEST_ROW_BYTES
+    beside_bytes = sum(other.size_bytes for other in work.others) + writing_bytes // chunk_bytes * MANIFEST_ROW_BYTES
     check_free(stage, writing_bytes + beside_bytes)
     progress = _Progress(writing_bytes + (checkpoint.size_bytes if checkpoint is not None else 0), on_progress)
     if checkpoint is not None:
@@ -227,9 +239,9 @@ def _write(stage: Path, work: _Work, on_progress: OnProgress | None) -> Manifest
     for name, pieces, layout in zip(file_names(plan.partition), plan.files, work.layouts, strict=True):
         records.append(write_weights(stage / name, layout, _blocks(original, pieces, layout, progress), chunk_bytes))
     original.finish()
-    others = [_copy(path, stage) for path, _ in work.others]
+    others = [_copy(other, stage) for other in work.others]
     if plan.partition.kind is PartitionKind.LAYERS:
-        others.append(_write_other(stage / INDEX_NAME, _index(work.layouts, plan)))
+        others.append(_write_other(stage, INDEX_NAME, _index(work.layouts, plan)))
     origin = Origin(original.format, original.generation)
     manifest = make_manifest(chunk_bytes, records, others, original.aliases, plan.partition, origin)
     write_bytes(stage / MANIFEST_NAME, encode(manifest))
@@ -264,11 +276,13 @@ def _index(layouts: Sequence[FileLayout], plan: Plan) -> bytes:
     return json.dumps(index, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def _others(folder: Path) -> list[tuple[Path, int]]:
-    """List what is copied beside the weights, with sizes in bytes; the index is written anew."""
+def _others(folder: Path) -> list[_Beside]:
+    """List what is copied beside the weights; the index is written anew."""
     try:
-        found = sorted(path for path in folder.iterdir() if belongs(path.name) and path.name != INDEX_NAME)
-        files = [(path, path.stat().st_size) for path in found if path.is_file()]
+        names = sorted(path.name for path in folder.iterdir() if belongs(path.name) and path.name != INDEX_NAME)
+        pooling = find_pooling(folder)
+        found = [(name, folder / name) for name in (*names, *([pooling] if pooling is not None else []))]
+        files = [_Beside(name, path, path.stat().st_size) for name, path in found if path.is_file()]
     except OSError as wrong:
         raise ReadFailed(f"{folder} can't be read: {wrong.strerror}") from wrong
     if len(files) > MAX_OTHER_FILES - 1:
@@ -276,19 +290,20 @@ def _others(folder: Path) -> list[tuple[Path, int]]:
     return files
 
 
-def _copy(path: Path, stage: Path) -> OtherRecord:
+def _copy(other: _Beside, stage: Path) -> OtherRecord:
+    path, max_bytes = other.path, MAX_OTHER_BYTES if "/" not in other.name else MAX_MODULES_BYTES
     try:
         with path.open("rb") as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 raise ReadFailed(f"{path} is not a regular file")
-            raw = opened.read(MAX_OTHER_BYTES + 1)
+            raw = opened.read(max_bytes + 1)
     except OSError as wrong:
         raise ReadFailed(f"{path} can't be read: {wrong.strerror}") from wrong
-    if len(raw) > MAX_OTHER_BYTES:
-        raise CheckpointInvalid(f"{path} is longer than {MAX_OTHER_BYTES} bytes, too long for what it is")
-    return _write_other(stage / path.name, raw)
+    if len(raw) > max_bytes:
+        raise CheckpointInvalid(f"{path} is longer than {max_bytes} bytes, too long for what it is")
+    return _write_other(stage, other.name, raw)
 
 
-def _write_other(path: Path, raw: bytes) -> OtherRecord:
-    write_bytes(path, raw)
-    return OtherRecord(path.name, len(raw), digest(raw).hex())
+def _write_other(stage: Path, name: str, raw: bytes) -> OtherRecord:
+    (write_in_new_folder if "/" in name else write_bytes)(stage / name, raw)
+    return OtherRecord(name, len(raw), digest(raw).hex())

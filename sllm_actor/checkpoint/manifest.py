@@ -18,6 +18,8 @@ import msgspec
 
 from sllm_actor.checkpoint.bounded import read_bounded
 from sllm_actor.checkpoint.digests import chunk_count
+from sllm_actor.checkpoint.sentence_layout import find_pooling
+from sllm_actor.domain.sentence_modules import wrong_below
 from sllm_actor.errors import CheckpointInvalid
 
 MANIFEST_NAME = "sllm.json"
@@ -35,6 +37,7 @@ _MAX_SIZE_BYTES = 2**53
 _OTHER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 _OTHER_FILES = re.compile(
     r"config\.json|generation_config\.json|(?:pre)?processor_config\.json|model\.safetensors\.index\.json"
+    r"|modules\.json|sentence_.*_config\.json|config_sentence_transformers\.json"
     r"|special_tokens_map\.json|added_tokens\.json|tokenizer.*|chat_template.*|vocab.*|merges.*|.*\.model|.*\.tiktoken"
 )
 _CODE_AND_WEIGHTS = re.compile(
@@ -44,6 +47,10 @@ _CODE_AND_WEIGHTS = re.compile(
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}\Z")]
+# The pooling of sentence-transformers lies in a folder below the model's own, and nothing else does.
+OtherName = Annotated[
+    str, msgspec.Meta(pattern=r"\A(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}|[A-Za-z0-9_][A-Za-z0-9_-]{0,63}/config\.json)\Z")
+]
 Size = Annotated[int, msgspec.Meta(ge=0, le=_MAX_SIZE_BYTES)]
 TensorName = Annotated[str, msgspec.Meta(max_length=4096)]
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=63)]
@@ -72,7 +79,7 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class OtherRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file beside the weights, digested as a whole."""
 
-    name: Name
+    name: OtherName
     size_bytes: Size
     digest: Digest
 
@@ -229,8 +236,9 @@ def _check_others(manifest: Manifest, name: str) -> None:
     names = [other.name for other in manifest.others]
     if len(set(names)) < len(names):
         _refuse(name, "it lists a file twice")
+    wrong = wrong_below(names)
     for other in names:
-        if not belongs(other):
+        if other == wrong or ("/" not in other and not belongs(other)):
             _refuse(name, f"{other} is not a file that belongs to a checkpoint")
 
 
@@ -255,9 +263,23 @@ def check_agreement(
     for extra in sorted(set(present) - known):
         if belongs(extra) or extra.endswith(".safetensors"):
             _refuse(name, f"{extra} is in the folder and not listed")
+    _check_below(name, folder, {other.name for other in manifest.others if "/" in other.name})
     for other in manifest.others:
         _check_other(name, folder, other, config_digest)
     _check_tensors(manifest, name, files)
+
+
+def _check_below(name: str, folder: Path, listed: set[str]) -> None:
+    """Compare what is listed below the folder, at most one file, with what modules.json names and is there."""
+    try:
+        found = find_pooling(folder)
+    except OSError as wrong:
+        _refuse(name, f"the pooling can't be looked at: {wrong.strerror}")
+    if found is not None and found not in listed:
+        _refuse(name, f"{found} is in the folder and not listed")
+    for other in listed - {found}:
+        if (folder / other).is_file():
+            _refuse(name, f"{other} is listed, and modules.json does not name it")
 
 
 def _check_other(name: str, folder: Path, other: OtherRecord, config_digest: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,16 +10,18 @@ from msgspec import Meta
 
 from sllm_actor.checkpoint.bounded import read_bounded
 from sllm_actor.domain import Pooling
+from sllm_actor.domain.sentence_modules import (
+    LENGTH_NAMES,
+    MAX_MODULES_BYTES,
+    MODULES_NAME,
+    Modules,
+    are_computed,
+    pooling_name_in,
+    pooling_name_of,
+)
 from sllm_actor.errors import CheckpointConfigInvalid, UnsupportedArchitecture
 
-MODULES_NAME = "modules.json"
-MAX_BYTES = 100_000
-MAX_MODULES = 16
 T = TypeVar("T")
-# The file's name tells the family; which one it is makes no difference.
-_LENGTH_NAMES = tuple(
-    f"sentence_{family}_config.json" for family in ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta")
-)
 _MODES = {
     "cls": Pooling.CLS, "mean": Pooling.MEAN, "mean_sqrt_len_tokens": Pooling.MEAN_SQRT_LEN, "max": Pooling.MAX,
     "lasttoken": Pooling.LAST,
@@ -30,12 +31,6 @@ _FLAGS = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }  # fmt: skip
-_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
-
-
-class _Module(msgspec.Struct, frozen=True):
-    type: str
-    path: str = ""
 
 
 class _Lengths(msgspec.Struct, frozen=True):
@@ -61,32 +56,45 @@ def read_sentence_layout(folder: Path) -> SentenceLayout | None:
     """
     if not (folder / MODULES_NAME).exists():
         return None
-    modules = _read(folder / MODULES_NAME, Annotated[list[_Module], Meta(max_length=MAX_MODULES)])
-    kinds = [module.type.rpartition(".")[2] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    modules: Modules = _read(folder / MODULES_NAME, Modules)
+    kinds = [module.kind for module in modules]
+    if not are_computed(modules):
         raise UnsupportedArchitecture(
             f"{folder / MODULES_NAME} names the modules {', '.join(kinds)[:200]}; this version computes Transformer, "
             "Pooling and, after these, Normalize"
         )
-    if modules[0].path or not _FOLDER.fullmatch(modules[1].path):
+    pooling_name = pooling_name_of(modules)
+    if pooling_name is None:
         raise CheckpointConfigInvalid(
             f"{folder / MODULES_NAME}: the Transformer has to be in the folder itself, the Pooling in one below it"
         )
-    lengths = next((folder / name for name in _LENGTH_NAMES if (folder / name).exists()), None)
+    lengths = next((folder / name for name in LENGTH_NAMES if (folder / name).exists()), None)
     known = _read(lengths, _Lengths) if lengths is not None else _Lengths()
     return SentenceLayout(
-        pooling=_pooling(folder / modules[1].path / "config.json"),
+        pooling=_pooling(folder / pooling_name),
         normalize="Normalize" in kinds,
         max_tokens=known.max_seq_length,
         lower_case=known.do_lower_case,
     )
 
 
+def find_pooling(folder: Path) -> str | None:
+    """Give the name of the file that a folder's modules.json names for the pooling; None where it is not there.
+
+    Raises:
+        OSError: it can't be looked at.
+    """
+    path = folder / MODULES_NAME
+    if not path.is_file() or path.stat().st_size > MAX_MODULES_BYTES:
+        return None
+    name = pooling_name_in(read_bounded(path, MAX_MODULES_BYTES, CheckpointConfigInvalid))
+    return name if name is not None and (folder / name).is_file() else None
+
+
 def _pooling(path: Path) -> Pooling:
     if not path.is_file():
         raise CheckpointConfigInvalid(
-            f"{path} is missing, which says how the model pools: deploy the folder as it was published; neither a "
-            "source on a network nor `convert` brings folders below it"
+            f"{path} is missing, which says how the model pools: deploy the folder as it was published"
         )
     config = _read(path, dict[str, Any])
     modes = [mode for flag, mode in _FLAGS.items() if config.get(flag) is True]
@@ -101,7 +109,7 @@ def _pooling(path: Path) -> Pooling:
 
 
 def _read(path: Path, kind: type[T] | Any) -> Any:
-    raw = read_bounded(path, MAX_BYTES, CheckpointConfigInvalid)
+    raw = read_bounded(path, MAX_MODULES_BYTES, CheckpointConfigInvalid)
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -115,6 +115,25 @@ def write_bytes(path: Path, raw: bytes) -> None:
         file.finish()
 
 
+def write_in_new_folder(path: Path, raw: bytes) -> None:
+    """Write a small file as `write_bytes` does, and before it the folder that it is alone in.
+
+    Raises:
+        WriteFailed: the disk is full, or fails, or the folder is there.
+    """
+    folder = path.parent
+    try:
+        folder.mkdir()
+        write_bytes(path, raw)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as wrong:
+        raise _failed(folder, wrong) from wrong
+
+
 def check_free(folder: Path, needed_bytes: int) -> None:
     """Refuse before the first byte what the disk has no room for.
 

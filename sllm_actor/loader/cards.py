@@ -26,6 +26,8 @@ from sllm_actor.checkpoint.folder import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, Chec
 from sllm_actor.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_OTHER_FILES, parse_manifest
 from sllm_actor.checkpoint.safetensors_header import LENGTH_BYTES, header_end
 from sllm_actor.checkpoint.staging import staged
+from sllm_actor.checkpoint.writer import write_in_new_folder
+from sllm_actor.domain.sentence_modules import MAX_MODULES_BYTES, MODULES_NAME, is_pooling_name
 from sllm_actor.errors import (
     CheckpointChanged,
     CheckpointCorrupt,
@@ -50,7 +52,7 @@ MAX_SMALL_BYTES = 256_000_000
 _MAX_RECORD_BYTES = 16_000_000
 _WEIGHTS = ".safetensors"
 _FORMAT_VERSION = 1
-_BOUNDS = {"config.json": MAX_CONFIG_BYTES, MANIFEST_NAME: MAX_MANIFEST_BYTES}
+_BOUNDS = {MODULES_NAME: MAX_MODULES_BYTES, "config.json": MAX_CONFIG_BYTES, MANIFEST_NAME: MAX_MANIFEST_BYTES}
 
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True):
@@ -193,7 +195,7 @@ class Cards:
             # The one that is there can't be read, or it would have been taken.
             with staged(self._folder / record.key, replace=True, check_old=lambda _: None) as stage:
                 for name, content in smalls.items():
-                    _write_whole(stage / name, content)
+                    (write_in_new_folder if is_pooling_name(name) else _write_whole)(stage / name, content)
                 for name, header in headers.items():
                     _write_whole(stage / name, header, sizes[name])
                     # The card's fingerprint digests this time: so it differs where the source's files do.
@@ -322,7 +324,7 @@ def card_key(url: str, files: Iterable[SourceFile]) -> str:
 
 
 async def _small(suppliers: Suppliers, file: SourceFile, wanted: str) -> bytes:
-    bound = _BOUNDS.get(file.name, MAX_INDEX_BYTES)
+    bound = MAX_MODULES_BYTES if is_pooling_name(file.name) else _BOUNDS.get(file.name, MAX_INDEX_BYTES)
     if file.size_bytes > bound:
         raise SourceInvalid(f"{file.name} has {file.size_bytes} bytes; at most {bound} are allowed", param="source")
     return await _read(suppliers, file, file.size_bytes, wanted)

@@ -123,7 +123,7 @@ def _find_model(path: Path) -> HeldModel:
     if record.model_id != path.name:
         raise CheckpointInvalid(f"its record is that of {record.model_id}")
     for name, size_bytes in record.sizes.items():
-        if not ssd_files.is_file_of(path / name, size_bytes):
+        if not ssd_files.is_folder((path / name).parent) or not ssd_files.is_file_of(path / name, size_bytes):
             raise CheckpointInvalid(f"{name} is no file of {size_bytes} bytes")
     last_used_s = ssd_files.stamped_s(path / RECORD_NAME)
     return HeldModel(path.name, path, record.size_bytes, last_used_s, os.path.lexists(path / PIN_NAME))
@@ -223,7 +223,12 @@ def reopen_partial(path: Path, plan: Plan, smalls: Mapping[str, bytes]) -> tuple
 
 def _write_smalls(model: Path, smalls: Mapping[str, bytes]) -> None:
     for name, raw in smalls.items():
+        below = (model / name).parent != model
+        if below:
+            ssd_files.make_folder((model / name).parent)
         ssd_files.write_small(model / name, raw)
+        if below:
+            ssd_files.sync_folder((model / name).parent)
     ssd_files.sync_folder(model)
 
 

@@ -31,6 +31,7 @@ from sllm_actor.checkpoint.manifest import (
     Size,
     parse_manifest,
 )
+from sllm_actor.domain.sentence_modules import is_pooling_name, wrong_below
 from sllm_actor.errors import CheckpointCorrupt, CheckpointInvalid, CheckpointTruncated, ConfigInvalid, InvalidName
 from sllm_actor.loader.chunk_place import ChunkPlace
 from sllm_actor.sources.source import MAX_FILES, SourceFile, is_file_name
@@ -182,8 +183,9 @@ def make_plan(
     if not 1 <= len(files) <= MAX_FILES or len(smalls) > MAX_OTHER_FILES + 1:
         raise CheckpointInvalid(f"{len(files)} weight files and {len(smalls)} small ones are too few or too many")
     names = [*(file.name for file in files), *smalls]
+    wrong = wrong_below(names)
     for name in names:
-        if not is_file_name(name):
+        if not is_file_name(name) and (name == wrong or name not in smalls or not is_pooling_name(name)):
             raise InvalidName(f"{name[:120]!r} is not the name of a file of a checkpoint", param="name")
     if len(set(names)) < len(names):
         raise InvalidName("a file comes twice", param="name")

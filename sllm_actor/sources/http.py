@@ -9,6 +9,7 @@ from typing import TypeVar
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
+from sllm_actor.domain.sentence_modules import LENGTH_NAMES, MAX_MODULES_BYTES, MODULES_NAME, pooling_name_in
 from sllm_actor.errors import SourceInvalid, SourceMissing
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.sources.addresses import is_private
@@ -130,8 +131,17 @@ class HttpSource:
             weights = [await self._single(config is not None, absent)]
         if config is None:
             raise SourceInvalid(f"{self.url} has weights and no {CONFIG_NAME}", param="source")
-        beside = await each(lambda name: self._probe_if_there(name, absent), SMALL_FILES)
-        return [*weights, config, *(file for file in beside if file is not None)]
+        beside = await self._those_there(SMALL_FILES, absent)
+        modules = next((file for file in beside if file.name == MODULES_NAME), None)
+        return [*weights, config, *beside, *(await self._named_by(modules, absent) if modules is not None else ())]
+
+    async def _named_by(self, modules: SourceFile, absent: Sequence[int]) -> list[SourceFile]:
+        """List what a model of sentence-transformers has beside and below its modules.json."""
+        pooling = None
+        if modules.size_bytes <= MAX_MODULES_BYTES:
+            found = await self._reader.content(self._url_of(MODULES_NAME), MAX_MODULES_BYTES, absent)
+            pooling = pooling_name_in(found[0]) if found is not None else None
+        return await self._those_there((*LENGTH_NAMES, *([pooling] if pooling is not None else [])), absent)
 
     async def _single(self, has_config: bool, absent: Sequence[int]) -> SourceFile:
         file = await self._probe_if_there(WEIGHTS_NAME, absent)
@@ -152,6 +162,10 @@ class HttpSource:
         found = await self._reader.probe(self._url_of(name))
         assert found is not None, "no status was declared to mean that"
         return SourceFile(name, *found)
+
+    async def _those_there(self, names: Iterable[str], absent: Sequence[int]) -> list[SourceFile]:
+        found = await each(lambda name: self._probe_if_there(name, absent), names)
+        return [file for file in found if file is not None]
 
     async def _probe_if_there(self, name: str, absent: Sequence[int]) -> SourceFile | None:
         found = await self._reader.probe(self._url_of(name), absent)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
+from sllm_actor.domain.sentence_modules import MAX_MODULES_BYTES, MODULES_NAME, pooling_name_in
 from sllm_actor.errors import (
     SllmError,
     SourceChanged,
@@ -38,7 +39,7 @@ from sllm_actor.sources.listing import (
     shards_in_index,
     sizes_in_manifest,
 )
-from sllm_actor.sources.source import MAX_FILES, MAX_SIZE_BYTES, SourceFile, SourceOptions, belongs
+from sllm_actor.sources.source import MAX_FILES, MAX_SIZE_BYTES, SourceFile, SourceOptions, belongs_below
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _NAMED = re.compile(rf"hf:(?://)?(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_.][A-Za-z0-9_./-]{{0,199}}))?")
@@ -105,7 +106,7 @@ class HubSource:
         return self._reader.parallel
 
     async def files(self) -> tuple[SourceFile, ...]:
-        """List the safetensors of the revision's commit, JSON and what its tokenizer needs; nothing of subfolders.
+        """List the safetensors of the revision's commit, JSON and what its tokenizer needs; of subfolders, a pooling.
 
         The validator of a file has the commit, and the digest that the Hub has for it: for large files, their SHA-256.
 
@@ -141,7 +142,9 @@ class HubSource:
     async def _chosen(self, found: _Snapshot) -> set[str]:
         """Return the files of one set of weights, and what lies beside them."""
         loop = asyncio.get_running_loop()
-        beside = {name for name in found.files if ".safetensors" not in name and name != MANIFEST_NAME}
+        beside = {
+            name for name in found.files if ".safetensors" not in name and "/" not in name and name != MANIFEST_NAME
+        }
         if MANIFEST_NAME in found.files:
             raw = await self._content(found, MANIFEST_NAME, MAX_MANIFEST_BYTES)
             sizes = await loop.run_in_executor(None, sizes_in_manifest, raw, f"{MANIFEST_NAME} of {self.url}")
@@ -156,9 +159,9 @@ class HubSource:
         elif INDEX_NAME in found.files:
             raw = await self._content(found, INDEX_NAME, MAX_INDEX_BYTES)
             shards = await loop.run_in_executor(None, shards_in_index, raw, f"{INDEX_NAME} of {self.url}")
-            chosen = {INDEX_NAME, *shards, *beside}
+            chosen = {INDEX_NAME, *shards, *beside, *await self._pooling(found)}
         elif WEIGHTS_NAME in found.files:
-            chosen = {WEIGHTS_NAME, *beside}
+            chosen = {WEIGHTS_NAME, *beside, *await self._pooling(found)}
         elif found.pickled:
             raise how_to_convert(self.url, found.pickled)
         else:
@@ -166,6 +169,14 @@ class HubSource:
         for name in sorted(chosen - found.files.keys()):
             raise SourceInvalid(f"{self.url} lists {name} and does not have it", param="source")
         return chosen
+
+    async def _pooling(self, found: _Snapshot) -> set[str]:
+        """Return the name of the pooling's file, where modules.json names one that is there."""
+        size_bytes, _ = found.files.get(MODULES_NAME, (0, ""))
+        if not 0 < size_bytes <= MAX_MODULES_BYTES:
+            return set()
+        name = pooling_name_in(await self._content(found, MODULES_NAME, MAX_MODULES_BYTES))
+        return {name} & found.files.keys() if name is not None else set()
 
     async def _content(self, found: _Snapshot, name: str, max_bytes: int) -> bytes:
         content = await self._reader.content(self._url_of(found.commit, name), max_bytes)
@@ -222,7 +233,7 @@ def _snapshot(place: str, commit: object, siblings: Iterable[Any]) -> _Snapshot:
         raise SourceViolation(f"{place}: the Hub names no commit")
     for sibling in siblings:
         name = sibling.rfilename
-        if not isinstance(name, str) or not belongs(name):
+        if not isinstance(name, str) or not belongs_below(name):
             pickled = pickled or (name if isinstance(name, str) and _PICKLED.fullmatch(name) else "")
             continue
         size_bytes, digest = sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id

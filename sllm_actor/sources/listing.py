@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
+from sllm_actor.domain.sentence_modules import MODULES_NAME, wrong_below
 from sllm_actor.errors import SourceInvalid
 from sllm_actor.sources.source import MAX_FILES, MAX_SIZE_BYTES, belongs
 
@@ -24,7 +25,7 @@ MAX_INDEX_BYTES = 100_000_000
 # What a stock checkpoint may have beside its weights, where it can only be asked for by name.
 SMALL_FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
-    "modules.json", "sentence_bert_config.json",
+    MODULES_NAME,
     "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json",
     "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
@@ -56,7 +57,10 @@ def sizes_in_manifest(raw: bytes, place: str) -> dict[str, int]:
     manifest = _decoded(raw, _Manifest, place)
     listed = (*manifest.files, *manifest.others)
     names = [file.name for file in listed]
-    _check_names(names, place)
+    wrong = wrong_below(names)
+    _check_names([name for name in names if "/" not in name or name == wrong], place)
+    if any("/" in file.name for file in manifest.files):
+        raise SourceInvalid(f"{place} lists weights below the folder", param="source")
     if len(set(names)) < len(names):
         raise SourceInvalid(f"{place} lists a file twice", param="source")
     for file in listed:

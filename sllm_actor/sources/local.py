@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from sllm_actor.domain.sentence_modules import MAX_MODULES_BYTES, MODULES_NAME, is_pooling_name, pooling_name_in
 from sllm_actor.errors import (
     ReadFailed,
     SllmError,
@@ -28,7 +29,7 @@ from sllm_actor.errors import (
     SourceUnreachable,
 )
 from sllm_actor.runtime.threads import to_the_end
-from sllm_actor.sources.source import MAX_FILES, SourceFile, belongs
+from sllm_actor.sources.source import MAX_FILES, SourceFile, belongs, belongs_below
 from sllm_actor.sources.under_way import UnderWay
 from sllm_actor.units import MIB
 
@@ -42,7 +43,10 @@ FORBIDDEN = frozenset({errno.EACCES, errno.EPERM})
 
 
 class FolderSource:
-    """A checkpoint in a folder. Opens a file for each read, and keeps nothing open between reads."""
+    """A checkpoint in a folder. Opens a file for each read, and keeps nothing open between reads.
+
+    Of what lies below the folder, the file that its modules.json names for the pooling is part of it, and nothing else.
+    """
 
     parallel = 4
 
@@ -87,24 +91,32 @@ class FolderSource:
                         found.append(file)
                     if len(found) > MAX_FILES:
                         raise SourceInvalid(f"{folder} has more than {MAX_FILES} files", param="source")
+            with suppress(FileNotFoundError, NotADirectoryError):
+                pooling = _pooling_name(folder)
+                file = _describe(folder, pooling) if pooling is not None else None
+                found += [file] if file is not None else []
         if not found:
             raise SourceMissing(f"{folder} has no file of a checkpoint", param="source")
         return tuple(sorted(found, key=lambda file: file.name))
 
     def _find(self, name: str) -> SourceFile:
         with _told(self._path / name[:200]):
-            found = _describe(self._path.resolve(strict=True), name) if belongs(name) else None
+            folder = self._path.resolve(strict=True)
+            found = _describe(folder, name) if _is_of(folder, name) else None
         if found is None:
             raise SourceMissing(f"{self._path} has no file {name[:200]!r} of a checkpoint", param="source")
         return found
 
     def _read(self, file: SourceFile, offset: int, into: memoryview, stop: threading.Event) -> None:
-        if not belongs(file.name):
-            raise SourceInvalid(f"{file.name[:200]!r} belongs to no checkpoint", param="source")
+        if not belongs_below(file.name):
+            raise _foreign(file.name)
         path = self._path / file.name
         with _told(path):
+            folder = self._path.resolve(strict=True)
+            if not _is_of(folder, file.name):
+                raise _foreign(file.name)
             # Looked at as it was for the list: a link may lead elsewhere by now.
-            if _describe(self._path.resolve(strict=True), file.name) != file:
+            if _describe(folder, file.name) != file:
                 raise SourceChanged(f"{path} is no longer the file that was listed")
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
@@ -120,11 +132,38 @@ class FolderSource:
                 os.close(fd)
 
 
+def _foreign(name: str) -> SourceInvalid:
+    return SourceInvalid(f"{name[:200]!r} belongs to no checkpoint", param="source")
+
+
+def _is_of(folder: Path, name: str) -> bool:
+    """Tell whether a name is that of a file that the folder gives, be it there or not."""
+    return belongs(name) or (is_pooling_name(name) and name == _pooling_name(folder))
+
+
+def _pooling_name(folder: Path) -> str | None:
+    """Give the name that the folder's modules.json has for the pooling's file; None where it has none."""
+    path = folder / MODULES_NAME
+    try:
+        described = _describe(folder, MODULES_NAME)
+    except FileNotFoundError:
+        return None
+    if described is None or described.size_bytes > MAX_MODULES_BYTES:
+        return None
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        _compare(path, fd, described)
+        return pooling_name_in(os.pread(fd, MAX_MODULES_BYTES + 1, 0))
+    finally:
+        os.close(fd)
+
+
 def _describe(folder: Path, name: str) -> SourceFile | None:
     """Describe what a name of the folder leads to; None where that is no regular file."""
     path = folder / name
     found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
+    # A file below the folder may lie behind a link of its own folder.
+    if stat.S_ISLNK(found.st_mode) or path.parent != folder:
         try:
             target = path.resolve(strict=True)
             found = target.lstat()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 
 from sllm_actor.domain import check_model_name, check_node_id
+from sllm_actor.domain.sentence_modules import wrong_below
 from sllm_actor.errors import (
     ConfigInvalid,
     HandshakeRefused,
@@ -37,7 +38,7 @@ from sllm_actor.sources.peer_messages import (
     PeerRange,
     ReadPeerRange,
 )
-from sllm_actor.sources.source import SourceFile, SourceOptions, belongs
+from sllm_actor.sources.source import SourceFile, SourceOptions, belongs_below
 from sllm_actor.sources.under_way import UnderWay
 from sllm_actor.units import MIB
 
@@ -112,11 +113,13 @@ class PeerSource:
                 raise SourceMissing("it has no file of a checkpoint", param="source")
             if len({file.name for file in found}) != len(found):
                 raise SourceViolation("it lists a file twice")
+            if (wrong := wrong_below([file.name for file in found])) is not None:
+                raise SourceInvalid(f"it lists {wrong!r}, which belongs to no checkpoint", param="source")
         self.model_id = model.model_id
         return tuple(sorted(found, key=lambda file: file.name))
 
     def _checked(self, item: PeerFile) -> SourceFile:
-        if not belongs(item.name):
+        if not belongs_below(item.name):
             raise SourceInvalid(f"it lists {item.name!r}, which belongs to no checkpoint", param="source")
         return SourceFile(item.name, item.size_bytes, item.validator)
 

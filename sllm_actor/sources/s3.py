@@ -13,6 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sllm_actor.domain.sentence_modules import (
+    MAX_MODULES_BYTES,
+    MODULES_NAME,
+    is_pooling_name,
+    pooling_name_in,
+)
 from sllm_actor.errors import (
     SllmError,
     SourceChanged,
@@ -44,7 +50,10 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_.+=@-]{1,255}")
 
 
 class S3Source:
-    """The objects right under `s3://BUCKET/PREFIX`. Obstore's own retries are off: whoever reads decides on those."""
+    """The objects right under `s3://BUCKET/PREFIX`, and a pooling below it.
+
+    Obstore's own retries are off: whoever reads decides on those.
+    """
 
     parallel = 8
 
@@ -83,7 +92,7 @@ class S3Source:
     async def read(self, file: SourceFile, offset: int, into: memoryview) -> None:
         """Fill `into`; see `Source.read`."""
         assert offset >= 0 and offset + len(into) <= file.size_bytes, "a range beyond the file"
-        if not is_file_name(file.name):
+        if not is_file_name(file.name) and not is_pooling_name(file.name):
             raise SourceInvalid(f"{file.name[:200]!r} is no name of a file", param="source")
         if len(into):
             await self._under_way.run(self._read(file, offset, into))
@@ -110,7 +119,27 @@ class S3Source:
                 raise SourceInvalid(f"{self.url} has more than {MAX_FILES} files", param="source")
         if not found:
             raise SourceMissing(f"{self.url} has no file of a checkpoint", param="source")
+        for file in found:
+            if file.name == MODULES_NAME and file.size_bytes <= MAX_MODULES_BYTES:
+                found += await self._pooling(file)
+                break
         return tuple(sorted(found, key=lambda file: file.name))
+
+    async def _pooling(self, modules: SourceFile) -> list[SourceFile]:
+        """Give the file that modules.json names for the pooling, where it is there."""
+        raw = bytearray(modules.size_bytes)
+        if raw:
+            await self._read(modules, 0, memoryview(raw))
+        name = pooling_name_in(bytes(raw))
+        if name is None:
+            return []
+        try:
+            with self._told(f"{self.url}/{name}"):
+                async with asyncio.timeout(self._options.connect_timeout_s + self._options.stall_timeout_s):
+                    entry = await self._obstore.head_async(self._store, self._key(name))
+        except SourceMissing:
+            return []
+        return [self._checked(name, entry["size"], entry["e_tag"] or "")]
 
     def _checked(self, name: str, size_bytes: int, etag: str) -> SourceFile:
         if not 0 <= size_bytes <= MAX_SIZE_BYTES or not 0 < len(etag) <= MAX_ETAG_CHARS:

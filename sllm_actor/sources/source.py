@@ -11,6 +11,8 @@ from typing import Protocol
 
 import msgspec
 
+from sllm_actor.domain.sentence_modules import is_pooling_name
+
 MAX_FILES = 12_000
 MAX_SIZE_BYTES = 2**50
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
@@ -19,7 +21,8 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 class SourceFile(msgspec.Struct, frozen=True):
     """One file as the source listed it.
 
-    `name` is one path component of a narrow alphabet. `validator` tells this version of the file from any other
+    `name` is one path component of a narrow alphabet, or that of the one file below a folder, as its modules.json names
+    it (`sllm_actor/domain/sentence_modules.py`). `validator` tells this version of the file from any other
     (an ETag, a commit and a digest, an inode and a time); it is empty where the source has nothing to tell it by.
     `sha256` is what the source says that the whole file has, in hexadecimal; empty where it does not say.
     """
@@ -88,6 +91,11 @@ def belongs(name: str) -> bool:
     Whatever an sllm.json may list is among it; neither code nor pickles are.
     """
     return is_file_name(name) and bool(_BELONGS.fullmatch(name)) and not _CODE_AND_PICKLES.fullmatch(name.lower())
+
+
+def belongs_below(name: str) -> bool:
+    """Tell whether a file of this name can be part of a checkpoint, as `belongs`, or as the pooling that it names."""
+    return belongs(name) or is_pooling_name(name)
 
 
 _BELONGS = re.compile(
