@@ -160,6 +160,23 @@ def test_an_adapter_is_added_to_quantized_weights(architecture: str, save: Calla
     assert_alike(wanted, prompt, adapted.tokens, run_transformers(wanted, prompt, 12), gap=0.02)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested"])
+def test_an_adapter_is_added_to_weights_of_four_bits(kind: str, save: Callable[..., Path]) -> None:
+    folder, prompt = save(kind), prompt_of(40)
+    adapter = save_adapter(folder.with_name("adapter"), folder.with_name("whole"), "all-linear")
+    model = attach(folder)
+    runner = Runner(model, (), CONTEXT_TOKENS, LIMITS)
+    runner.adapters.put("adapter", load_adapter(model, adapter))
+    adapted, bare = runner.begin(prompt, greedy(12), adapter="adapter"), runner.begin(prompt, greedy(12))
+    finish(runner)
+    assert bare.tokens == run(model, prompt, greedy(12)) != adapted.tokens
+    # What the library itself makes of its weights, with the adapter in them.
+    written_out = folder.with_name("written-out")
+    AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(written_out)
+    wanted = merged(change_config(written_out, quantization_config=None), adapter, folder.with_name("merged"))
+    assert_alike(wanted, prompt, adapted.tokens, run_transformers(wanted, prompt, 12), gap=0.02)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4-nested"])
 @pytest.mark.parametrize("hidden", [24, 32])
 def test_a_layer_that_is_unpacked_in_parts_is_the_same(
