@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import SMALL
+from hub_server import HubServer, Repo
 from lora_adapters import change_adapter, merged, save_adapter
+from web_server import WebServer
 
 from sllm_actor.sources.builtin import BUILTIN
-from sllm_actor.testing.node_process import NodeProcess, running_node
+from sllm_actor.testing.node_process import CLI, NodeProcess, running_node
 
 BASE = BUILTIN["demo"]
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -34,9 +37,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def lora_node(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> Iterator[NodeProcess]:
-    """A node with the demo model, three adapters, and room for two of them in an engine."""
-    with running_node(tmp_path_factory.mktemp("node") / "data", *SMALL, "max_adapters_per_instance=2") as node:
+def hub() -> Iterator[HubServer]:
+    with HubServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def lora_node(
+    tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path], hub: HubServer
+) -> Iterator[NodeProcess]:
+    """A node with the demo model, three adapters, and room for two of them in an engine; it knows the Hub."""
+    own = tmp_path_factory.mktemp("node")
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(own / "home"), "NETRC": str(own / "none")}
+    knobs = (*SMALL, "max_adapters_per_instance=2", "source_allow_private_redirects=true")
+    with running_node(own / "data", *knobs, environment=environment) as node:
         node.deploy("builtin:demo", "demo")
         node.deploy(folders["merged"], "merged")
         for name in ("sql", "poems", "math"):
@@ -52,7 +66,18 @@ def ask(node: NodeProcess, model: str, **options: Any) -> str:
     return str(answer["choices"][0]["text"])
 
 
-def refused(node: NodeProcess, source: Path, name: str, **options: Any) -> tuple[int, str, str]:
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run(*arguments: str) -> str:
+    """Run the command and give what it prints."""
+    ran = subprocess.run([str(CLI), *arguments], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def refused(node: NodeProcess, source: Path | str, name: str, **options: Any) -> tuple[int, str, str]:
     reply = node.request("POST", "/admin/models", {"source": str(source), "name": name, **options})
     error = reply.json()["error"]
     return reply.status, error["code"], error["message"]
@@ -141,6 +166,57 @@ def test_an_adapter_finds_its_base_by_the_description_and_leaves_when_it_is_remo
     reply = lora_node.request("POST", "/v1/completions", {"model": "again", "prompt": "x"})
     assert reply.status == 404
     assert ask(lora_node, "sql") == wanted
+
+
+@pytest.mark.parametrize("kind", ["web server", "hub", "hub, its base too"])
+def test_an_adapter_comes_from_a_source_as_from_its_folder(
+    lora_node: NodeProcess, folders: dict[str, Path], web: WebServer, hub: HubServer, tmp_path: Path, kind: str
+) -> None:
+    adapter, base = folders["sql"], ["--base", "demo"]
+    if kind == "web server":
+        shutil.copytree(adapter, web.folder / "sql")
+        source = web.url("sql")
+    elif kind == "hub":
+        # As people publish them: with a tokenizer, and what training has left.
+        beside = {
+            "tokenizer.json": b"{}",
+            "README.md": b"#",
+            "training_args.bin": b"x",
+            "checkpoint-1/config.json": b"{}",
+        }
+        hub.repos["org/sql"] = Repo.of(contents_of(adapter) | beside)
+        source = "hf://org/sql"
+    else:
+        hub.repos["org/base"] = Repo.of(contents_of(BASE))
+        lora_node.deploy("hf://org/base", "of-hub")
+        described = change_adapter(shutil.copytree(adapter, tmp_path / "sql"), base_model_name_or_path="org/base")
+        hub.repos["org/described"] = Repo.of(contents_of(described))
+        source, base = "hf://org/described", []
+    try:
+        ran = run("deploy", source, "--name", "elsewhere", *base, "--url", lora_node.url)
+        assert f"deployed elsewhere: adapter of {'demo' if base else 'of-hub'}" in ran
+        assert ask(lora_node, "elsewhere") == ask(lora_node, "sql") != ask(lora_node, "demo")
+        # What was dropped comes back, from the SSD or from there.
+        lora_node.call("POST", "/admin/models/elsewhere/unload")
+        assert ask(lora_node, "elsewhere") == ask(lora_node, "sql")
+    finally:
+        lora_node.request("DELETE", "/admin/models/elsewhere")
+        lora_node.request("DELETE", "/admin/models/of-hub")
+
+
+def test_a_source_with_half_an_adapter_is_refused_by_what_is_missing(
+    lora_node: NodeProcess, folders: dict[str, Path], web: WebServer, hub: HubServer
+) -> None:
+    files = contents_of(folders["sql"])
+    files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
+    hub.repos["org/pickled"] = Repo.of(files)
+    for name, content in files.items():
+        (web.folder / "pickled").mkdir(exist_ok=True)
+        (web.folder / "pickled" / name).write_bytes(content)
+    for source in ("hf://org/pickled", web.url("pickled")):
+        status, code, message = refused(lora_node, source, "x", base="demo")
+        assert (status, code in ("source_invalid", "source_missing")) == (400, True)
+        assert "adapter_model.safetensors" in message
 
 
 def test_an_adapter_that_is_removed_while_it_answers_finishes_its_answers(

@@ -29,6 +29,8 @@ from sllm_actor.sources.http_client import HttpClient
 from sllm_actor.sources.http_reader import HttpReader
 from sllm_actor.sources.http_url import parse_folder
 from sllm_actor.sources.listing import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
@@ -117,7 +119,7 @@ class HubSource:
             None, _look_up, str(self._endpoint).rstrip("/"), self._repo, self._revision, self._options.stall_timeout_s
         )
         names = await self._chosen(found)
-        if CONFIG_NAME not in names:
+        if CONFIG_NAME not in names and ADAPTER_CONFIG_NAME not in names:
             raise SourceInvalid(f"{self.url} has no {CONFIG_NAME}", param="source")
         if len(names) > MAX_FILES:
             raise SourceInvalid(f"{self.url} has {len(names)} files, and {MAX_FILES} are allowed", param="source")
@@ -162,6 +164,9 @@ class HubSource:
             chosen = {INDEX_NAME, *shards, *beside, *await self._pooling(found)}
         elif WEIGHTS_NAME in found.files:
             chosen = {WEIGHTS_NAME, *beside, *await self._pooling(found)}
+        elif ADAPTER_CONFIG_NAME in found.files:
+            # What else PEFT's users put beside it is the base's.
+            chosen = {ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME}
         elif found.pickled:
             raise how_to_convert(self.url, found.pickled)
         else:
