@@ -8,6 +8,17 @@ from pathlib import Path
 from sllm_actor.errors import ConfigInvalid
 
 
+def others_may_read(status: os.stat_result, reader: int) -> bool:
+    """Tell whether a file's mode lets anybody but its reader at it.
+
+    What root hands to a service that is not root has its group's bit for reading: a Secret in a pod with an `fsGroup`,
+    and a credential of systemd, where that bit is the mask of the service's own entry in the access list. PostgreSQL
+    has the same rule for its keys.
+    """
+    handed_over = status.st_uid == 0 and reader != 0
+    return bool(status.st_mode & (0o037 if handed_over else 0o077))
+
+
 def read_private_file(path: str, knob: str, max_bytes: int) -> str:
     """Read the file that `knob` names.
 
@@ -16,7 +27,7 @@ def read_private_file(path: str, knob: str, max_bytes: int) -> str:
     """
     try:
         with Path(path).expanduser().open("rb") as opened:
-            if os.fstat(opened.fileno()).st_mode & 0o077:
+            if others_may_read(os.fstat(opened.fileno()), os.geteuid()):
                 raise ConfigInvalid(f"{knob}: others may read {path}; chmod 600 it", param=knob)
             raw = opened.read(max_bytes + 1)
             text = raw.decode("utf-8")
