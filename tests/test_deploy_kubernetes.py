@@ -21,6 +21,7 @@ from sllm_actor.domain import check_node_id
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.frontend.app import OPEN_PATHS
 from sllm_actor.frontend.keys import Key, digest_of, new_key, read_keys, written
+from sllm_actor.metadata.etcd_address import parse_endpoints
 from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.runtime import ActorSystem
 from sllm_actor.testing.etcd import etcd_program
@@ -367,6 +368,17 @@ def test_members_of_etcd_find_each_other_by_the_names_of_their_pods(composed: Co
     assert options["advertise-client-urls"] == f"http://{name}-0.{service}:{ports(etcd)['client']}"
     mount, _ = volume_at(etcd, options["data-dir"])
     assert mount["name"] == etcd["spec"]["volumeClaimTemplates"][0]["metadata"]["name"]
+
+
+def test_nodes_agree_by_the_members_of_etcd_that_are_deployed_beside_them(composed: Composed, tmp_path: Path) -> None:
+    found, etcd = config(composed, tmp_path), composed.etcd
+    name, service, client = etcd["metadata"]["name"], etcd["spec"]["serviceName"], ports(etcd)["client"]
+    members = [f"{name}-{k}.{service}" for k in range(etcd["spec"]["replicas"])]
+    assert [(url.scheme, url.host, url.port) for url in parse_endpoints(found.metadata)] == [
+        ("http", member, client) for member in members
+    ]
+    # Half of a lease's time is there for members that hang, and one costs 2 s.
+    assert found.lease_ttl_s >= 8
 
 
 def tracked() -> list[str]:

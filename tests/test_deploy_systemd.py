@@ -13,6 +13,7 @@ from systemd_program import environment, systemd_analyze
 from sllm_actor.config import Config, resolve
 from sllm_actor.domain import check_node_id
 from sllm_actor.errors import ConfigInvalid
+from sllm_actor.metadata.etcd_address import parse_endpoints
 from sllm_actor.runtime.network import Endpoint
 from sllm_actor.testing.node_process import CLI
 from sllm_actor.units import parse_duration_s
@@ -89,6 +90,7 @@ def test_the_example_is_a_configuration_of_a_node_that_others_reach(config: Conf
     listens, tells = Endpoint.parse(config.listen), Endpoint.parse(config.advertise)
     assert (listens.is_local, tells.is_local, listens.port) == (False, False, tells.port)
     assert tells.host != listens.host
+    assert all(url.scheme == "https" for url in parse_endpoints(config.metadata))
     assert config.api_key_file and config.cluster_secret_file, "without them a node binds to no other address"
 
 
