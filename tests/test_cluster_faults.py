@@ -22,7 +22,7 @@ KNOBS = (
     "start_timeout_s=60",
 )  # fmt: skip
 QUESTION, ANSWER = "What is 2 + 3?", "2 + 3 = 5"
-LONG = "Count from 1 to 999."
+LONG = "Count from 1 to 500."
 PATIENCE_S = 60.0
 CHAT = "/v1/chat/completions"
 
@@ -83,6 +83,12 @@ def ask(model: str, prompt: str = QUESTION) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": prompt}]}
 
 
+def under_way(node: NodeProcess) -> int:
+    """Give how many tokens the newest request has, if it runs."""
+    newest = node.call("GET", "/admin/requests")["requests"][0]
+    return int(newest["generated_tokens"]) if newest["outcome"] == "running" else 0
+
+
 def streamed(node: NodeProcess, model: str, prompt: str) -> tuple[str, Any]:
     """Ask for a stream; give its text and its error, if it ended by one."""
     connection = node.connect()
@@ -114,18 +120,19 @@ def test_a_request_for_a_model_whose_node_was_killed_is_answered_by_another(clus
     eventually(lambda: set(cluster.shown(other)) == {leader, other})
 
 
-def test_a_stream_whose_node_is_killed_ends_with_a_typed_error(cluster: NodeCluster) -> None:
+def test_a_stream_whose_node_is_killed_goes_on_elsewhere_with_the_same_text(cluster: NodeCluster) -> None:
     whole(cluster)
     leader = cluster.leader("n1")
     victim, other = [name for name in NAMES if name != leader]
     placed_on(cluster, "a", victim)
+    undisturbed, error = streamed(cluster.nodes[other], "a", LONG)
+    assert error is None
     with ThreadPoolExecutor(1) as pool:
         answer: Future[tuple[str, Any]] = pool.submit(streamed, cluster.nodes[other], "a", LONG)
-        eventually(lambda: cluster.shown(other)[victim]["active"] == 1)
+        eventually(lambda: under_way(cluster.nodes[other]) > 20)
         cluster.kill(victim)
-        text, error = answer.result()
-    assert text == "" or text.startswith("1")
-    assert error["code"] in ("node_unreachable", "actor_died")
+        assert answer.result() == (undisturbed, None)
+    assert cluster.nodes[other].call("GET", "/admin/runtime")["starts"]["recovered"] >= 1
 
 
 def test_a_node_that_is_stopped_finishes_what_its_instances_answer_for_others(cluster: NodeCluster) -> None:
@@ -138,7 +145,7 @@ def test_a_node_that_is_stopped_finishes_what_its_instances_answer_for_others(cl
         eventually(lambda: cluster.shown(other)[leader]["active"] == 1)
         assert cluster.stop_node(leader) == (0, [])
         text, error = answer.result()
-    assert (text.split()[-1].rstrip("."), error) == ("999", None)
+    assert (text.split()[-1].rstrip("."), error) == ("500", None)
     assert cluster.nodes[other].chat("a", QUESTION) == ANSWER
 
 
@@ -195,7 +202,7 @@ def test_without_a_quorum_of_etcd_what_runs_goes_on_and_a_cold_start_is_refused(
         assert int(reply.headers["Retry-After"]) >= 1
         assert cluster.nodes["n3"].chat("a", QUESTION) == ANSWER
         text, error = answer.result()
-        assert (text.split()[-1].rstrip("."), error) == ("999", None)
+        assert (text.split()[-1].rstrip("."), error) == ("500", None)
     cluster.etcd.start(*killed)
     eventually(lambda: cluster.nodes["n3"].request("POST", CHAT, ask("b")).status == 200)
     whole(cluster)

@@ -50,18 +50,28 @@ def start_failing(*arguments: str | Path) -> dict[str, Any]:
     return error
 
 
-def test_a_killed_engine_costs_its_answer_an_error_frame_and_the_next_request_nothing(start_node: StartNode) -> None:
+def killing(node: NodeProcess, times: int) -> list[dict[str, Any]]:
+    """Ask for a long answer, kill the engine that gives it so many times, and give all events."""
+    events = node.stream(CHAT, ask(LONG.prompt))
+    seen = [next(events)]
+    for _ in range(times):
+        while not (running := [one["pid"] for one in instances(node) if one["active"]]):
+            pass
+        seen.append(next(events))
+        os.kill(running[0], signal.SIGKILL)
+        while running[0] in [one["pid"] for one in instances(node)]:
+            pass
+    return [*seen, *events]
+
+
+def test_an_answer_goes_on_in_another_engine_until_one_too_many_was_killed(start_node: StartNode) -> None:
     with start_node() as node:
         node.deploy("builtin:demo", "demo")
-        events = node.stream(CHAT, ask(LONG.prompt))
-        next(events)
-        engine = instances(node)[0]["pid"]
-        os.kill(engine, signal.SIGKILL)
-        rest = list(events)
-        assert rest[-1]["error"]["code"] == "engine_died"
-        assert rest[-1]["error"]["type"] == "server_error"
+        assert is_right(LONG, text_of(killing(node, 2)))
+        assert node.call("GET", "/admin/runtime")["starts"]["recovered"] == 2
+        error = killing(node, 3)[-1]["error"]
+        assert (error["code"], error["type"]) == ("engine_died", "server_error")
         assert node.chat("demo", "What is 20 + 22?") == "20 + 22 = 42"
-        assert instances(node)[0]["pid"] != engine
 
 
 def test_a_killed_fork_server_is_replaced(start_node: StartNode) -> None:

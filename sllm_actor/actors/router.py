@@ -11,6 +11,7 @@ from typing import Any, cast
 import msgspec
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
+from sllm_actor.actors.going_on import Answered, Given, rest_of
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
@@ -21,6 +22,7 @@ from sllm_actor.errors import (
     ActorDied,
     Conflict,
     Draining,
+    EngineDied,
     Fenced,
     LeaseLost,
     NoCapacity,
@@ -29,18 +31,15 @@ from sllm_actor.errors import (
     RequestNotFound,
     SllmError,
 )
-from sllm_actor.messages.embedding import Embed, Embedded
+from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.explanation import Explained, ExplainPlacement, ExplainRequest, Explanation
 from sllm_actor.messages.generation import (
-    Finished,
     Generate,
     GetTimeline,
     ListRequests,
     LocateRequest,
-    PromptLogprobs,
     RequestLocation,
-    Tokens,
 )
 from sllm_actor.messages.instances import (
     AdapterHeld,
@@ -61,7 +60,6 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 # An instance or a node that has gone, or is going: another one may do it.
 GONE = (Draining, NoSuchActor, ActorDied, NodeUnreachable)
-Answered = PromptLogprobs | Tokens | Embedded | Finished
 
 
 class _Start:
@@ -133,29 +131,35 @@ class Router(Actor):
             self._log.close(record)
 
     async def _attempts(self, request: Generate | Embed, record: RequestRecord) -> AsyncGenerator[Answered, None]:
-        """Run the request; one that met an instance just leaving has not begun, and is routed again."""
+        """Run the request. Where its instance goes, another one goes on behind what has been given."""
         failed: tuple[str, ...] = ()
+        given = Given()
         for attempt in range(1, MAX_ATTEMPTS + 1):
             instance = await self._instance(request, record, failed)
             self._log.route(record, instance)
             worker = self.context.system.ref(instance.worker, instance.address or None)
             try:
                 with self._routes.using(instance):
-                    async with aclosing(worker.stream(request)) as items:
+                    async with aclosing(worker.stream(rest_of(request, record.tokens))) as items:
                         async for item in items:
                             if isinstance(item, Prefilled):
                                 record.spans.append(item.span)
                             elif isinstance(item, AdapterHeld):
                                 record.spans.extend(item.spans)
-                            else:
+                            elif given.is_new(item):
                                 record.take(item, self._clock.monotonic_s())
                                 yield item
                 return
-            except GONE:
+            except (*GONE, EngineDied) as gone:
                 self._routes.remove(instance.model, instance.instance_id)
                 failed = (*failed, instance.instance_id)
-                if record.begun or attempt == MAX_ATTEMPTS:
+                if attempt == MAX_ATTEMPTS:
                     raise
+                if record.begun:
+                    self._counts.recovered += 1
+                    log.warning(
+                        "%s goes on elsewhere behind %d tokens: %s", record.request.request_id, len(record.tokens), gone
+                    )
 
     async def _instance(
         self, request: Generate | Embed, record: RequestRecord, failed: tuple[str, ...]

@@ -18,6 +18,8 @@ class StartCounts:
 
     def __init__(self) -> None:
         self.placements = 0
+        # Answers that went on elsewhere after their instance had gone.
+        self.recovered = 0
         self.failed: Counter[str] = Counter()
         self._errors: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(ERROR_RATIOS) + 1))
         self._error_sums: defaultdict[str, float] = defaultdict(float)
@@ -51,6 +53,7 @@ class StartCounts:
         }
         return {
             "placements": self.placements,
+            "recovered": self.recovered,
             "failed": dict(self.failed),
             "loads": loads,
             "estimate_errors": {"bounds": ERROR_RATIOS, "tiers": errors},

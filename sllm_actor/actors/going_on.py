@@ -1,0 +1,45 @@
+"""Going on with an answer whose instance has gone: what has been given already, and what is still to be asked for.
+
+Source of the idea: ServerlessLLM (OSDI '24, section 5): tokens are what a running inference consists of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import msgspec
+
+from sllm_actor.domain.tokens import pack_uint32
+from sllm_actor.messages.embedding import Embed, Embedded
+from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
+
+Answered = PromptLogprobs | Tokens | Embedded | Finished
+
+
+class Given:
+    """What has been given of one answer beside its tokens, so that of another instance's only the rest is."""
+
+    def __init__(self) -> None:
+        self._scored = 1
+        self._vectors: set[int] = set()
+
+    def is_new(self, item: Answered) -> bool:
+        """Take note of an item that is to be given; false for one that has been."""
+        if isinstance(item, PromptLogprobs):
+            if item.index < self._scored:
+                return False
+            self._scored = item.index + len(item.logprobs)
+        elif isinstance(item, Embedded):
+            if item.index in self._vectors:
+                return False
+            self._vectors.add(item.index)
+        return True
+
+
+def rest_of(request: Generate | Embed, token_ids: Sequence[int]) -> Generate | Embed:
+    """Ask for what is missing behind the tokens of an answer; vectors are computed again."""
+    if isinstance(request, Embed) or not token_ids:
+        return request
+    gone_on: Generate = msgspec.structs.replace(cast(Any, request), generated=pack_uint32(token_ids))
+    return gone_on
