@@ -68,6 +68,8 @@ class LossyGateway:
         self._member_port = member_port
         self.lose_requests: list[str] = []
         self.lose_answers: list[str] = []
+        # Answered as a member does that is being stopped.
+        self.leaving: list[str] = []
         self.server = RawServer(self._relay)
 
     def _relay(self, request: Request) -> None:
@@ -77,6 +79,10 @@ class LossyGateway:
         if request.path in self.lose_requests:
             self.lose_requests.remove(request.path)
             request.reset()
+            return
+        if request.path in self.leaving:
+            self.leaving.remove(request.path)
+            request.reply(408, {}, b'{"code": 1, "message": "grpc: the client connection is closing"}')
             return
         member = http.client.HTTPConnection("127.0.0.1", self._member_port, timeout=30)
         member.request("POST", request.path, body)
@@ -97,6 +103,18 @@ async def behind_a_lossy_gateway(one: EtcdCluster) -> AsyncIterator[tuple[EtcdSt
         store = etcd_store(f"etcd://127.0.0.1:{gateway.server.port}", PATIENT)
         await wipe(store)
         yield store, gateway
+        await store.close()
+
+
+async def test_a_member_that_is_leaving_costs_a_retry_and_a_watch_goes_on_elsewhere(one: EtcdCluster) -> None:
+    gateway = LossyGateway(one.member.port)
+    gateway.leaving += ["/v3/kv/txn", "/v3/kv/range", "/v3/watch"]
+    with gateway.server:
+        store = etcd_store(f"etcd://127.0.0.1:{gateway.server.port},127.0.0.1:{one.member.port}", PATIENT)
+        while gateway.leaving:
+            revision = await store.put("a", b"1")
+            assert (await store.get("a")) is not None
+            assert values(await watched(store, "a", revision, 1)) == [("a", b"1")]
         await store.close()
 
 

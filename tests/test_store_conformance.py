@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metadata_stores import LIMITS, UNPACKED, forget_changes, is_compacted, opened, values, watched, wipe
 
-from sllm_actor.errors import Fenced, LeaseLost, MetadataInvalid
+from sllm_actor.errors import Fenced, LeaseLost, MetadataFailed, MetadataInvalid
 from sllm_actor.metadata import Absent, CreatedAt, Delete, HasValue, Kind, LeaseId, Present, Put, Store, Unchanged
 from sllm_actor.metadata.election import Leader, Seat, campaign, commit_fenced, observe, resign
 from sllm_actor.metadata.follow import follow
-from sllm_actor.metadata.store import Condition, Operation, prefix_end
+from sllm_actor.metadata.store import Changes, Condition, Listing, Operation, prefix_end
 from sllm_actor.runtime import SystemClock
 from sllm_actor.testing.etcd import EtcdCluster, running_etcd
 
@@ -400,3 +402,35 @@ async def test_who_leads_is_told_at_once_and_whenever_it_changes(store: Store) -
     assert await anext(leaders) is None
     await leaders.aclose()
     await wipe(store)
+
+
+class Failing:
+    """A store that fails its first listing and its first watch in a way that nobody has foreseen."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._wrong = [MetadataFailed("as never before"), MetadataFailed("nor this")]
+
+    async def list(self, prefix: str) -> Listing:
+        if len(self._wrong) == 2:
+            raise self._wrong.pop()
+        return await self._store.list(prefix)
+
+    async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Changes, None]:
+        if self._wrong:
+            raise self._wrong.pop()
+        async with aclosing(self._store.watch(prefix, from_revision)) as changes:
+            async for change in changes:
+                yield change
+
+
+async def test_who_follows_goes_on_whatever_the_store_says_meanwhile(store: Store) -> None:
+    await store.put("v/a", b"1")
+    failing = Failing(store)
+    views = follow(cast(Any, failing), "v/", CLOCK)
+    assert list((await anext(views)).facts) == ["v/a"]
+    await store.put("v/b", b"2")
+    while "v/b" not in (await anext(views)).facts:
+        pass
+    assert failing._wrong == []
+    await views.aclose()

@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import actors, coldstart, gateway, interference, load, lora, policy, remote, serve, weights
+from benchmarks import (
+    actors,
+    cluster_live,
+    coldstart,
+    gateway,
+    interference,
+    load,
+    lora,
+    policy,
+    remote,
+    serve,
+    weights,
+)
 from benchmarks.report import Report
 
 BENCHES = (
-    "actors", "coldstart", "gateway", "interference", "load", "lora", "policy", "remote", "serve", "weights",
+    "actors", "cluster-live", "coldstart", "gateway", "interference", "load", "lora", "policy", "remote", "serve",
+    "weights",
 )  # fmt: skip
 SECONDS = 0.8
 
@@ -32,20 +45,27 @@ def main() -> None:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="of load, interference, lora, remote, serve and weights: much less of everything",
+        help="of cluster-live, load, interference, lora, remote, serve and weights: much less of everything",
     )
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of actors: the length of one measurement")
+    parser.add_argument(
+        "--seconds", type=float, help="of actors: the length of one measurement; of cluster-live: that of each policy"
+    )
+    parser.add_argument("--trace", type=Path, metavar="CSV", help="of cluster-live: invocations of functions by minute")
     arguments = parser.parse_args()
     if arguments.repeats < (3 if arguments.name == "remote" else 5) and not arguments.tiny:
         parser.error("--repeats: a median of fewer than five (of remote, which takes minutes each, three) says little")
     options = f" --only {' '.join(arguments.only)}" if arguments.only else ""
-    options += f" --seconds {arguments.seconds:g}" if arguments.seconds != SECONDS else ""
+    options += f" --seconds {arguments.seconds:g}" if arguments.seconds is not None else ""
+    options += f" --trace {arguments.trace.name}" if arguments.trace is not None else ""
     options += " --tiny" if arguments.tiny else ""
     options += " --without-peers" if arguments.without_peers else ""
     report = Report(arguments.name, arguments.repeats, options)
     if arguments.name == "actors":
-        actors.run(report, arguments.repeats, arguments.only, arguments.seconds)
+        actors.run(report, arguments.repeats, arguments.only, arguments.seconds or SECONDS)
+    elif arguments.name == "cluster-live":
+        seconds = cluster_live.TINY_SECONDS if arguments.tiny else cluster_live.SECONDS
+        cluster_live.run(report, arguments.seconds or seconds, arguments.trace)
     elif arguments.name == "load":
         chosen = load.Options(arguments.work_dir, arguments.only, arguments.tiny, not arguments.without_peers)
         load.run(report, arguments.repeats, chosen)

@@ -40,6 +40,8 @@ MAX_AUTHENTICATIONS = 3
 INVALID, NOT_FOUND, DENIED, EXHAUSTED, EXISTS, OUT_OF_RANGE, UNAUTHENTICATED = 3, 5, 7, 8, 9, 11, 16
 # What a member that can't go on answers with: another may, or this one later.
 PASSING = (429, 500, 502, 503, 504)
+# The same of gRPC's codes: cancelled (by a gateway that is leaving), too late, aborted, unavailable.
+PASSING_CODES = (1, 4, 10, 14)
 STALE_TOKEN = ("invalid auth token", "revision of auth store is old", "auth: revision in header is old")
 NO_USER = ("user name is empty", "invalid user ID or password", "authentication is not enabled")
 REFUSED_BEFORE = ("no leader", "too many requests")
@@ -233,7 +235,7 @@ class EtcdClient:
             return MetadataRefused(message)
         if refusal.code == EXHAUSTED and "space exceeded" in refusal.message:
             return MetadataFailed(message)
-        if status in PASSING:
+        if status in PASSING or refusal.code in PASSING_CODES:
             # A member without a leader, or with too much to do, says so before it does anything; others lose patience.
             return Passing(refusal.message, made=not refusal.message.endswith(REFUSED_BEFORE))
         return REFUSALS.get(refusal.code, MetadataFailed)(message)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import NamedTuple
 
-from sllm_actor.errors import MetadataCompacted, MetadataUnavailable
+from sllm_actor.errors import MetadataCompacted, MetadataFailed
 from sllm_actor.metadata.store import Fact, Store
 from sllm_actor.runtime import Clock
 
@@ -26,13 +26,13 @@ class View(NamedTuple):
 async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View, None]:
     """Give the facts below `prefix`, at once and after each revision that changes one of them.
 
-    It goes on while nobody answers, and gives what is true afterwards.
+    It goes on while nobody answers, whatever the store says meanwhile, and gives what is true afterwards.
     """
     while True:
         try:
             listing = await store.list(prefix)
-        except MetadataUnavailable as unavailable:
-            log.warning("what is below %s can't be listed for now: %s", prefix, unavailable.message)
+        except MetadataFailed as failed:
+            log.warning("what is below %s can't be listed for now: %s", prefix, failed.message)
             await clock.sleep(PAUSE_S)
             continue
         facts = {fact.key: fact for fact in listing.facts}
@@ -48,3 +48,6 @@ async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View
                     yield View(changes.revision, dict(facts))
         except MetadataCompacted:
             continue
+        except MetadataFailed as failed:
+            log.warning("what is below %s can't be followed for now: %s", prefix, failed.message)
+            await clock.sleep(PAUSE_S)

@@ -1,0 +1,176 @@
+"""Three real nodes with twelve models and two places each, asked as Azure's functions are: how long starts take.
+
+Every policy gets the same arrivals: for each model a Gamma process of its own with a coefficient of variation of 8
+(ServerlessLLM, OSDI '24, section 7.1), so that bursts of one model meet silences of others. How often each model is
+asked comes from a trace of invocations per minute (Azure Functions 2019, In-Vitro's sample: one function a line), whose
+functions are dealt to the models, or else is Zipf's law. A start's time is from arrival to first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import random
+import shutil
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from benchmarks.report import Report
+from sllm_actor.cli.show import out
+from sllm_actor.sources.builtin import BUILTIN
+from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
+from sllm_actor.testing.questions import count, is_right
+
+NODES, MODELS = ("n1", "n2", "n3"), 12
+POLICIES = ("startup_time", "availability", "locality_wait", "preempt")
+REQUESTS_PER_S, CV = 1.5, 8.0
+WARM_UP_STARTS = 50
+SECONDS, TINY_SECONDS = 600.0, 20.0
+KNOBS = (
+    "host_pool_bytes=64MiB", "chunk_bytes=1MiB", "engine_threads=1", "listen=tcp://127.0.0.1:0", "max_instances=2",
+    "keep_alive_s=5", "start_timeout_s=60", "request_history=100000",
+)  # fmt: skip
+
+
+class Arrival(NamedTuple):
+    """A request: when it comes, for which model, through which node."""
+
+    at_s: float
+    model: int
+    node: str
+    last: int
+
+
+class Seen(NamedTuple):
+    """What became of one; `error` is empty where its answer was right."""
+
+    request_id: str
+    node: str
+    error: str
+
+
+def shares(trace: Path | None) -> list[float]:
+    """Give the part of all requests that each model has."""
+    if trace is None:
+        weights = [1 / (rank + 1) for rank in range(MODELS)]
+    else:
+        weights = [0.0] * MODELS
+        with trace.open(newline="") as lines:
+            for number, row in enumerate(csv.DictReader(lines)):
+                weights[number % MODELS] += sum(float(row[name]) for name in row if name.startswith("minute_"))
+    return [weight / sum(weights) for weight in weights]
+
+
+def arrivals(seconds: float, parts: Sequence[float], seed: int) -> list[Arrival]:
+    """Draw all requests, in order."""
+    draw, shape = random.Random(seed), 1 / CV**2
+    found = []
+    for model, part in enumerate(parts):
+        mean_s = 1 / (REQUESTS_PER_S * part)
+        at_s = draw.uniform(0, mean_s)
+        while at_s < seconds:
+            found.append(Arrival(at_s, model, draw.choice(NODES), draw.randrange(5, 60)))
+            at_s += draw.gammavariate(shape, mean_s / shape)
+    return sorted(found)
+
+
+async def ask(session: aiohttp.ClientSession, url: str, arrival: Arrival, number: int, begin_s: float) -> Seen:
+    """Ask at the right moment, and compare the answer with the right one."""
+    request_id, question = f"live-{number}", count(1, arrival.last)
+    await asyncio.sleep(max(0.0, begin_s + arrival.at_s - asyncio.get_running_loop().time()))
+    body = {"model": f"m{arrival.model}", "messages": [{"role": "user", "content": question.prompt}]}
+    async with session.post(f"{url}/v1/chat/completions", json=body, headers={"X-Request-Id": request_id}) as reply:
+        answer = await reply.json()
+    if reply.status != 200:
+        return Seen(request_id, arrival.node, answer["error"]["code"])
+    text = answer["choices"][0]["message"]["content"]
+    return Seen(request_id, arrival.node, "" if is_right(question, text) else f"wrong: {text[-80:]}")
+
+
+async def ask_all(cluster: NodeCluster, wanted: Sequence[Arrival]) -> list[Seen]:
+    """Ask all of it at its times."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
+        begin_s = asyncio.get_running_loop().time()
+        return list(
+            await asyncio.gather(
+                *(
+                    ask(session, cluster.nodes[arrival.node].url, arrival, number, begin_s)
+                    for number, arrival in enumerate(wanted)
+                )
+            )
+        )
+
+
+def timelines(cluster: NodeCluster, seen: Sequence[Seen]) -> list[dict[str, Any]]:
+    """Give the timelines of all requests that were answered."""
+    asked = {one.request_id for one in seen if not one.error}
+    found = [one for node in cluster.nodes.values() for one in node.call("GET", "/admin/requests")["requests"]]
+    return [one for one in found if one["request_id"] in asked]
+
+
+def estimate_errors(cluster: NodeCluster, cold: Sequence[dict[str, Any]]) -> list[float]:
+    """Compare what was expected of each start with what it took, in the order of the starts."""
+    errors = []
+    node = cluster.nodes[cluster.leader(NODES[0])]
+    for one in sorted(cold, key=lambda one: float(one["arrived_s"])):
+        reply = node.request("GET", f"/admin/explain/{one['start_of']}")
+        decision = reply.json()["decision"] if reply.status == 200 and one["start_of"] == one["request_id"] else None
+        if decision is not None and decision["outcome"] == "started":
+            errors.append(abs(decision["predicted_s"] - decision["observed_s"]) / decision["observed_s"])
+    return errors
+
+
+def run(report: Report, seconds: float, trace: Path | None) -> None:
+    """Run every policy, one after the other, each on nodes of its own."""
+    wanted = arrivals(seconds, shares(trace), seed=1)
+    out.print(
+        f"{len(wanted)} requests in {seconds:g} s for each policy, popularity by {trace.name if trace else 'Zipf'}"
+    )
+    medians: dict[str, tuple[float, float]] = {}
+    for policy in POLICIES:
+        with tempfile.TemporaryDirectory() as folder:
+            cold_s, errors = _policy(report, policy, wanted, Path(folder))
+            medians[policy] = statistics.median(cold_s), _part(cold_s, 0.99)
+            if policy == "startup_time" and len(errors) > WARM_UP_STARTS:
+                learned = errors[WARM_UP_STARTS:]
+                report.ratio("estimate_error.median", [statistics.median(learned)])
+                report.ratio("estimate_error.p95", [_part(learned, 0.95)])
+    for policy in POLICIES[1:]:
+        for name, ours, other in zip(("p50", "p99"), medians["startup_time"], medians[policy], strict=True):
+            report.ratio(f"{name}.{policy}_over_startup_time", [other / ours])
+
+
+def _policy(report: Report, policy: str, wanted: Sequence[Arrival], folder: Path) -> tuple[list[float], list[float]]:
+    models = folder / "models"
+    for model in range(MODELS):  # Copies, so that each has bytes of its own in every tier.
+        shutil.copytree(BUILTIN["demo"], models / f"m{model}")
+    knobs = [*KNOBS, f"placement_policy={policy}"]
+    with running_cluster(folder / "cluster", Path(".servers"), NODES, knobs) as cluster:
+        for model in range(MODELS):
+            cluster.nodes[NODES[0]].deploy((models / f"m{model}").absolute(), f"m{model}")
+        while any(node.request("GET", f"/v1/models/m{MODELS - 1}").status != 200 for node in cluster.nodes.values()):
+            pass
+        seen = asyncio.run(ask_all(cluster, wanted))
+        answered = timelines(cluster, seen)
+        cold = [one for one in answered if one["cold"]]
+        took_s = {
+            kind: [one["first_token_s"] - one["arrived_s"] for one in some]
+            for kind, some in (("cold", cold), ("warm", [one for one in answered if not one["cold"]]))
+        }
+        wrong = [one.error for one in seen if one.error]
+        report.row(
+            policy=policy, requests=len(seen), errors=len(wrong), what=wrong[0] if wrong else "", cold=len(cold),
+            cold_p50_s=round(statistics.median(took_s["cold"]), 3), cold_p99_s=round(_part(took_s["cold"], 0.99), 3),
+            warm_p50_s=round(statistics.median(took_s["warm"]), 3), warm_p99_s=round(_part(took_s["warm"], 0.99), 3),
+        )  # fmt: skip
+        return took_s["cold"], estimate_errors(cluster, cold)
+
+
+def _part(values: Sequence[float], part: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * part))]
