@@ -33,6 +33,7 @@ from sllm_actor.policy.explaining import refused
 from sllm_actor.policy.placement import ABLE, Decision, Evict, Start, Wait, Waiter, decide, fits_nowhere, next_of
 from sllm_actor.policy.policies import Situation
 from sllm_actor.policy.retrying import Pace, placement_s
+from sllm_actor.policy.taking_turns import TakingTurns
 from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Limits(NamedTuple):
     placement_policy: str = "startup_time"
     locality_wait_s: float = 10.0
     decision_history: int = 10_000
+    switch_hold_s: float = 2.0
 
 
 class _Waiting:
@@ -97,6 +99,7 @@ class Scheduler(Actor):
         self._members = dict(members or {})
         self._awaited = set(self._members)
         self._begun: set[str] = set()
+        self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
 
     async def started(self) -> None:
@@ -146,12 +149,20 @@ class Scheduler(Actor):
         now_s = self._clock.monotonic_s()
         self._awaited.discard(report.node)
         self._view.hear(report, now_s)
+        for instance_id in self._turns.came_back(report, now_s):
+            self._view.hold(report.node, instance_id)
+            self.context.tasks.spawn(self._hold(report.node, instance_id), f"hold-{instance_id}")
         for placement_id in report.ended_placements:
             self._view.release(placement_id)
             self._ended(placement_id, "failed" if placement_id in report.failed_placements else "started", now_s)
         for placement_id in report.starting_placements:  # A start that goes on keeps its room.
             self._view.extend(placement_id, now_s + self._limits.lease_s)
         self._begun.update(placement_id for placement_id in report.starting_placements if placement_id in self._granted)
+        self._serve()
+
+    async def _hold(self, node: NodeId, instance_id: str) -> None:
+        await self._clock.sleep(self._limits.switch_hold_s)
+        self._view.let_go(node, instance_id)
         self._serve()
 
     @handles(MembersChanged)
@@ -162,6 +173,7 @@ class Scheduler(Actor):
             for placement_id in [key for key, start in self._granted.items() if start.node == node]:
                 self._ended(placement_id, "failed", now_s)
             self._view.forget(node)
+            self._turns.forget(node)
             self._estimator.forget(node)
         self._members = dict(message.epochs)
         self._awaited &= self._members.keys()
@@ -340,6 +352,7 @@ class Scheduler(Actor):
         self._view.give_up(decision.report.node, [victim.instance_id for victim in decision.victims])
         waiting.given_up += tuple(victim.instance_id for victim in decision.victims)
         for victim in decision.victims:
+            self._turns.gave_up(decision.report.node, victim.model, self._clock.monotonic_s())
             self.context.tasks.spawn(self._evict(decision.report, victim), f"evict-{victim.instance_id}")
 
     async def _evict(self, report: NodeReport, victim: InstanceView) -> None:

@@ -301,6 +301,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float,
         Meta(ge=0, le=3600, title="s", description="of locality_wait: longest wait for the node that holds the model"),
     ] = 10.0
+    switch_hold_s: Annotated[
+        float,
+        Meta(ge=0, le=60, title="s", description="how long each keeps its place of models that take turns"),
+    ] = 2.0
     decision_history: Annotated[
         int, Meta(ge=1, le=1_000_000, title="decisions", description="placements whose explanations are kept")
     ] = 10_000

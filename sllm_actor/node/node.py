@@ -266,6 +266,7 @@ class Node:
             placement_policy=config.placement_policy,
             locality_wait_s=config.locality_wait_s,
             decision_history=config.decision_history,
+            switch_hold_s=config.switch_hold_s,
         )
         return Scheduler(self.clock, limits, self._starts, epoch, members, autoscaler)
 

@@ -40,14 +40,16 @@ class NodeView:
         "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes", "report", "staying",
     )  # fmt: skip
 
-    def __init__(self, report: NodeReport, grants: Iterable[Grant], leaving: Collection[str]) -> None:
+    def __init__(
+        self, report: NodeReport, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str] = ()
+    ) -> None:
         self.report = report
         self.on_host = frozenset(report.host_fingerprints)
         self.on_ssd = frozenset(report.ssd_fingerprints)
         self.pinned_bytes = sum(report.pinned_host_bytes.values())
-        self.account(grants, leaving)
+        self.account(grants, leaving, held)
 
-    def account(self, grants: Iterable[Grant], leaving: Collection[str]) -> None:
+    def account(self, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str] = ()) -> None:
         """Count anew what is free beside the instances and the grants."""
         report = self.report
         taken = _room_of(report.instances)
@@ -59,7 +61,7 @@ class NodeView:
         self.leaving_room = _room_of(going)
         self.staying = tuple(staying)
         self.busy = tuple(one for one in staying if one.active)
-        idle = [one for one in staying if not one.active and not one.kept]
+        idle = [one for one in staying if not one.active and not one.kept and one.instance_id not in held]
         self.idle = tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
         self.idle_room = _room_of(idle)
 
@@ -87,12 +89,13 @@ def _room_of(instances: Iterable[InstanceView]) -> Room:
 
 
 class ClusterView:
-    """Owns the newest report of every node, the grants not yet used, and which instances are being given up."""
+    """Owns the newest report of every node, the grants not yet used, which instances leave, and which are held."""
 
     def __init__(self) -> None:
         self.nodes: dict[NodeId, NodeView] = {}
         self.grants: dict[str, Grant] = {}
         self.leaving: dict[NodeId, set[str]] = {}
+        self.held: dict[NodeId, set[str]] = {}
         self._heard_s: dict[NodeId, float] = {}
         self._holders: dict[str, dict[NodeId, None]] = {}
         self._running_on: dict[ModelName, dict[NodeId, None]] = {}
@@ -106,7 +109,7 @@ class ClusterView:
         before = self.nodes.get(report.node)
         if report.node in self.leaving:
             self.leaving[report.node] &= {instance.instance_id for instance in report.instances}
-        view = NodeView(report, self._grants_of(report.node), self.leaving.get(report.node, ()))
+        view = NodeView(report, self._grants_of(report.node), *self._marked(report.node))
         self.nodes[report.node] = view
         self._heard_s[report.node] = now_s
         self._index(before, view)
@@ -119,6 +122,7 @@ class ClusterView:
         del self._heard_s[node]
         self.grants = {key: grant for key, grant in self.grants.items() if grant.node != node}
         self.leaving.pop(node, None)
+        self.held.pop(node, None)
         self._index(gone, None)
 
     def _index(self, before: NodeView | None, view: NodeView | None) -> None:
@@ -200,9 +204,25 @@ class ClusterView:
         self.leaving.get(node, set()).discard(instance_id)
         self._account(node)
 
+    def hold(self, node: NodeId, instance_id: str) -> None:
+        """Let an instance make no room for others, also while it is idle."""
+        self.held.setdefault(node, set()).add(instance_id)
+        self._account(node)
+
+    def let_go(self, node: NodeId, instance_id: str) -> None:
+        """Let it make room again."""
+        held = self.held.get(node, set())
+        held.discard(instance_id)
+        if not held:
+            self.held.pop(node, None)
+        self._account(node)
+
     def _account(self, node: NodeId) -> None:
         if node in self.nodes:
-            self.nodes[node].account(self._grants_of(node), self.leaving.get(node, ()))
+            self.nodes[node].account(self._grants_of(node), *self._marked(node))
+
+    def _marked(self, node: NodeId) -> tuple[Collection[str], Collection[str]]:
+        return self.leaving.get(node, ()), self.held.get(node, ())
 
     def _grants_of(self, node: NodeId) -> list[Grant]:
         return [grant for grant in self.grants.values() if grant.node == node]

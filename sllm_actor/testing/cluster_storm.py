@@ -15,7 +15,7 @@ import random
 import shutil
 import sys
 import tempfile
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 from sllm_actor.testing.node_process import NodeProcess, living
 from sllm_actor.testing.questions import Question, count, is_right
@@ -36,6 +37,7 @@ KNOBS = (
 )  # fmt: skip
 PATIENCE_S = 120.0
 REQUESTS = 8
+CLOCK = SystemClock()
 GONE = "the connection ended"
 
 
@@ -54,12 +56,17 @@ class Asked(NamedTuple):
         return not self.error and is_right(self.question, self.text)
 
 
+def pause(duration_s: float) -> None:
+    """Let time pass: between a fault and the next one it is part of what happens."""
+    threading.Event().wait(duration_s)
+
+
 def eventually(what: str, holds: Callable[[], bool]) -> None:
     """Wait until something holds; fail where it never does."""
-    end_s = time.monotonic() + PATIENCE_S
+    end_s = CLOCK.monotonic_s() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < end_s, f"it never came true that {what}"
-        time.sleep(0.02)
+        assert CLOCK.monotonic_s() < end_s, f"it never came true that {what}"
+        pause(0.02)
 
 
 def ask(node: NodeProcess, gateway: str, model: str, question: Question) -> Asked:
@@ -102,7 +109,7 @@ class Storm:
     def hang(self, victim: str) -> None:
         """SIGSTOP a node for up to three lease times."""
         self.cluster.hold_up(victim)
-        time.sleep(self.chance.uniform(0.5, 6.0))
+        pause(self.chance.uniform(0.5, 6.0))
         self.cluster.go_on(victim)
 
     def stop(self, victim: str) -> None:
@@ -119,7 +126,7 @@ class Storm:
         """SIGKILL a member of etcd, and start it again."""
         member = self.chance.choice(self.cluster.etcd.members)
         member.kill()
-        time.sleep(self.chance.uniform(0.0, 3.0))
+        pause(self.chance.uniform(0.0, 3.0))
         self.cluster.etcd.start(member)
 
     def round(self, number: int) -> None:
@@ -133,7 +140,7 @@ class Storm:
         where = f"round {number}, {fault.__name__} of {victim} after {delay_s:.2f} s"
         with ThreadPoolExecutor(REQUESTS) as pool:
             asked = [pool.submit(ask, self.cluster.nodes[node], node, model, what) for node, model, what in chosen]
-            time.sleep(delay_s)
+            pause(delay_s)
             fault(victim)
             answers = [one.result() for one in asked]
         self.judge(answers, "" if fault in (self.drain, self.kill_etcd) else victim, where)

@@ -1,0 +1,76 @@
+"""Two models and one place: they do not push each other out with every request."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import msgspec
+import pytest
+from test_scheduler import LIMITS, Manager, question, report, scheduler, view
+from test_supervision import now_s, virtual_system, virtually
+
+from sllm_actor.actors import Scheduler
+from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.messages.placement import InstanceView, Placement
+from sllm_actor.runtime import ActorSystem
+
+HOLD_S = 2.0
+
+
+class House:
+    """One node with one place, and two models that want it; each start is over as soon as it is granted."""
+
+    def __init__(self, made: ActorSystem, manager: Manager) -> None:
+        self.made = made
+        self.manager = manager
+        self.starts = 0
+
+    async def ask(self, model: str) -> float:
+        """Ask for a model that does not run, have it started, and give how long its place took to come."""
+        begin_s = now_s()
+        wish = question(model, timeout_s=60.0)
+        placement: Placement = await scheduler(self.made).ask(wish, timeout_s=100)
+        waited_s = now_s() - begin_s
+        self.starts += 1
+        running: InstanceView = msgspec.structs.replace(cast(Any, view(f"{model}{self.starts}")), model=model)
+        self.manager.report = report(slots=1, instances=[running], ended=(placement.placement_id,), on_ssd=("a", "b"))
+        scheduler(self.made).tell(self.manager.report)
+        return waited_s
+
+
+async def house(hold_s: float) -> House:
+    made = virtual_system()
+    limits = LIMITS._replace(switch_hold_s=hold_s)
+    await made.spawn(Scheduler(made.clock, limits, StartCounts()), "scheduler")
+    manager = Manager(report(slots=1, on_ssd=("a", "b")))
+    await made.spawn(manager, "manager")
+    scheduler(made).tell(manager.report)
+    return House(made, manager)
+
+
+@virtually
+async def test_the_first_switches_are_free_and_then_each_keeps_its_place_for_a_while() -> None:
+    here = await house(HOLD_S)
+    waited = [await here.ask(model) for model in "abababab"]
+    assert waited[:3] == [0.0, 0.0, 0.0]
+    assert waited[3:] == [pytest.approx(HOLD_S)] * 5
+    await here.made.close()
+
+
+@virtually
+async def test_without_a_hold_every_request_takes_the_place() -> None:
+    here = await house(0.0)
+    assert [await here.ask(model) for model in "abababab"] == [0.0] * 8
+    await here.made.close()
+
+
+@virtually
+async def test_a_model_that_comes_back_after_long_is_not_held() -> None:
+    here = await house(HOLD_S)
+    for model in "aba":
+        assert await here.ask(model) == 0.0
+    await here.made.clock.sleep(60.0)
+    for model in "ba":
+        assert await here.ask(model) == 0.0
+        await here.made.clock.sleep(60.0)
+    await here.made.close()
