@@ -246,6 +246,8 @@ class Router(Actor):
                 if attempt == MAX_ATTEMPTS:
                     raise
                 log.warning("%s could not start %s: %s; another place is asked for", placement.node, served, gone)
+                if isinstance(gone, NodeUnreachable):  # From here; the leader may well reach it.
+                    question = msgspec.structs.replace(cast(Any, question), not_on=(*question.not_on, placement.node))
                 continue
             break
         self._routes.add(instance)

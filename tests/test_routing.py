@@ -1,0 +1,211 @@
+"""Which instance a request goes to, where it goes when that one has gone, and who is asked when the leader has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_instance_faults import model_of
+from test_supervision import now_s, virtual_system, virtually
+
+from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.router import MAX_ATTEMPTS, Router
+from sllm_actor.actors.routes import Routes
+from sllm_actor.actors.scheduler_way import SchedulerWay
+from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.actors.waiting_room import WaitingRoom
+from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
+from sllm_actor.domain.tokens import unpack_uint32
+from sllm_actor.errors import EngineDied, NodeUnreachable, NoLeader
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.instances import InstanceStarted, StartInstance
+from sllm_actor.messages.models import GetModel
+from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel, RunsAlready
+from sllm_actor.policy.routing import SLACK, Candidate, choose
+from sllm_actor.runtime import Actor, ActorSystem, handles
+
+SAMPLING = Sampling(max_tokens=9, temperature=0.0, top_p=1.0, seed=0)
+MODEL = model_of(cast(Any, type("Described", (), {"path": "/m", "fingerprint": "f", "size_bytes": 9})))
+
+
+def instance(instance_id: str, node: str = "n") -> InstanceStarted:
+    return InstanceStarted(
+        instance_id=instance_id, model=ModelName("m"), node=NodeId(node), worker=f"worker/{instance_id}", spans=()
+    )
+
+
+def request(name: str = "r", prompt: bytes = b"\1\0\0\0") -> Generate:
+    return Generate(request_id=RequestId(name), model=ModelName("m"), prompt=prompt, sampling=SAMPLING)
+
+
+class Worker(Actor):
+    """Says the numbers behind those that are said, `lasts` of them, and dies of it, or up to nine."""
+
+    def __init__(self, lasts: int | None = None) -> None:
+        self._lasts = lasts
+
+    @handles(Generate)
+    async def generate(self, request: Generate) -> AsyncIterator[Tokens | Finished]:
+        begin = len(unpack_uint32(request.generated))
+        for index in range(begin, 9):
+            if self._lasts is not None and index >= begin + self._lasts:
+                raise EngineDied("it is gone")
+            yield Tokens(request_id=request.request_id, index=index, token_ids=(index,))
+        yield Finished(request_id=request.request_id, reason=FinishReason.LENGTH, prompt_tokens=1, generated_tokens=9)
+
+
+class Everything(Actor):
+    """A manager and a Scheduler in one, whose nodes can't be reached as long as there is one of `deaf`."""
+
+    def __init__(self, *deaf: str, runs: str = "") -> None:
+        self._deaf = list(deaf)
+        self._runs = runs
+        self.asked: list[PlaceModel] = []
+
+    @handles(GetModel)
+    async def get(self, message: GetModel) -> Any:
+        return MODEL
+
+    @handles(HurryPlacement)
+    async def hurry(self, message: HurryPlacement) -> None: ...
+
+    @handles(PlaceModel)
+    async def place(self, message: PlaceModel) -> Placement | RunsAlready:
+        self.asked.append(message)
+        if self._runs:
+            return RunsAlready(
+                model=message.model, instance_id=self._runs, node=NodeId("n"), worker=f"worker/{self._runs}", address=""
+            )
+        node = self._deaf[0] if self._deaf else "n"
+        return Placement(
+            placement_id="p", node=NodeId(node), manager="all", estimate_s=1.0, lease_s=1.0, reason="it is there"
+        )
+
+    @handles(StartInstance)
+    async def start(self, message: StartInstance) -> AsyncIterator[InstanceStarted]:
+        if self._deaf:
+            raise NodeUnreachable(f"{self._deaf.pop(0)} is deaf")
+        yield instance("i1")
+
+
+async def routed(everything: Everything, *workers: tuple[str, Worker]) -> tuple[ActorSystem, Routes]:
+    made, routes = virtual_system(), Routes()
+    ref = await made.spawn(everything, "all")
+    for name, worker in workers:
+        await made.spawn(worker, f"worker/{name}")
+    router = Router(
+        ref, SchedulerWay(made.clock, 0.0, ref), RequestLog(made.clock, 9), made.clock, routes=routes,
+        room=WaitingRoom(made.clock, max_in_all=9, max_per_model=9), counts=StartCounts(), ask_timeout_s=5.0,
+        placement_timeout_s=5.0, start_timeout_s=50.0,
+    )  # fmt: skip
+    await made.spawn(router, "router")
+    return made, routes
+
+
+async def said(made: ActorSystem) -> list[int]:
+    items = [item async for item in made.ref("router").stream(request())]
+    assert isinstance(items[-1], Finished)
+    return [token for item in items[:-1] for token in item.token_ids]
+
+
+@virtually
+async def test_an_answer_goes_on_behind_what_was_given_each_token_once() -> None:
+    everything = Everything(runs="third")
+    made, routes = await routed(everything, ("first", Worker(3)), ("second", Worker(2)), ("third", Worker()))
+    routes.add(instance("first"))
+    routes.add(instance("second"))
+    assert await said(made) == list(range(9))
+    assert [set(question.failed) for question in everything.asked] == [{"first", "second"}]
+    await made.close()
+
+
+@virtually
+async def test_a_request_under_which_one_instance_too_many_dies_fails_as_the_last_one_did() -> None:
+    made, routes = await routed(Everything(), *((f"w{k}", Worker(1)) for k in range(MAX_ATTEMPTS)))
+    for k in range(MAX_ATTEMPTS):
+        routes.add(instance(f"w{k}"))
+    with pytest.raises(EngineDied):
+        await said(made)
+    await made.close()
+
+
+@virtually
+async def test_a_node_that_can_t_be_reached_is_not_asked_for_the_start_again() -> None:
+    everything = Everything("deaf", "mute")
+    made, _ = await routed(everything, ("i1", Worker()))
+    assert await said(made) == list(range(9))
+    assert [question.not_on for question in everything.asked] == [(), ("deaf",), ("deaf", "mute")]
+    await made.close()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.binary(max_size=300))
+def test_the_choice_does_not_hang_on_the_order_and_is_never_much_busier_than_the_least(
+    loads: list[int], prompt: bytes
+) -> None:
+    candidates = [Candidate(f"i{k}", load) for k, load in enumerate(loads)]
+    chosen = choose(candidates, prompt)
+    assert choose(candidates[::-1], prompt) == chosen
+    assert dict(candidates)[chosen] <= min(loads) + SLACK
+
+
+def test_prompts_that_begin_alike_go_to_one_instance_and_others_spread() -> None:
+    idle = [Candidate(f"i{k}", 0) for k in range(4)]
+    system = b"You are helpful." * 30
+    assert len({choose(idle, system + str(k).encode()) for k in range(50)}) == 1
+    assert len({choose(idle, str(k).encode() + system) for k in range(50)}) == 4
+
+
+def test_what_others_publish_comes_and_goes_and_what_failed_here_is_not_tried_again_for_it() -> None:
+    routes, a, b = Routes(), instance("a"), instance("b")
+    routes.publish({"a": a})
+    assert routes.choose(ModelName("m"), b"") is a
+    routes.remove(ModelName("m"), "a")
+    routes.publish({"a": a, "b": b})
+    assert routes.choose(ModelName("m"), b"") is b
+    routes.publish({"a": a})
+    assert routes.choose(ModelName("m"), b"") is None
+
+
+class Leader(Actor):
+    """Answers with the name of its question's request."""
+
+    @handles(PlaceModel)
+    async def place(self, message: PlaceModel) -> str:
+        return message.request_id
+
+
+def question() -> PlaceModel:
+    return PlaceModel(
+        request_id=RequestId("q"), model=ModelName("m"), fingerprint="f", size_bytes=1, host_bytes=1, timeout_s=1.0
+    )
+
+
+@virtually
+async def test_a_question_outlives_its_leader_and_goes_to_the_next_one_at_once() -> None:
+    made = virtual_system()
+    way = SchedulerWay(made.clock, 30.0, made.ref("gone"))
+    asking = made.tasks.spawn(way.ask(question(), timeout_s=100.0), "ask")
+    await asyncio.sleep(10.0)
+    assert not asking.done()
+    told: list[float] = []
+    way.listen(lambda: told.append(now_s()))
+    way.lead_to(None)
+    await made.spawn(Leader(), "leader")
+    way.lead_to(made.ref("leader"))
+    changed_s = now_s()
+    assert (await asking, now_s() - changed_s, told) == ("q", 0.0, [changed_s])
+    await made.close()
+
+
+@virtually
+async def test_without_a_leader_a_question_fails_when_the_patience_is_over() -> None:
+    made = virtual_system()
+    way, begin_s = SchedulerWay(made.clock, 6.0, made.ref("gone")), now_s()
+    with pytest.raises(NoLeader):
+        await way.ask(question(), timeout_s=100.0)
+    assert now_s() - begin_s == pytest.approx(6.0, abs=0.3)
+    await made.close()
