@@ -20,6 +20,8 @@ from web_server import WebServer
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import CLI, NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 BASE = BUILTIN["demo"]
 TARGETS = ("q_proj", "v_proj", "down_proj")
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tiny_benchmarks import REPEATS, tiny_report
+
+pytestmark = pytest.mark.usefixtures("warm_starts")
 
 RATIOS = {"beside_unthrottled_share", "beside_ours_share", "ours_write_share"}
 

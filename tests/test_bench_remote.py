@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tiny_benchmarks import tiny_report
+
+pytestmark = pytest.mark.usefixtures("warm_starts")
 
 RATIOS = {
     "stream_over_transfer",

@@ -22,6 +22,8 @@ from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CHAT = "/v1/chat/completions"
 MAX_CONNECTIONS = 100
 KNOBS = (

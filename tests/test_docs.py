@@ -25,6 +25,7 @@ def run_python(program: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.usefixtures("cold_starts")
 def test_the_embedding_example_runs_as_it_is_printed() -> None:
     program, _ = code_blocks(ROOT / "docs/embedding.md", "python")
     assert run_python(program).splitlines() == [
@@ -33,6 +34,7 @@ def test_the_embedding_example_runs_as_it_is_printed() -> None:
     ]
 
 
+@pytest.mark.usefixtures("cold_starts")
 def test_the_example_of_two_processes_runs_as_it_is_printed(tmp_path: Path) -> None:
     league = tmp_path / "league.py"
     league.write_text(code_blocks(ROOT / "docs/embedding.md", "python")[1])
@@ -49,6 +51,7 @@ def test_the_example_of_two_processes_runs_as_it_is_printed(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.usefixtures("cold_starts")
 def test_the_loader_as_a_library_runs_as_it_is_printed() -> None:
     (program,) = code_blocks(ROOT / "docs/loading.md", "python")
     assert run_python(program) == "True\n"

@@ -73,6 +73,7 @@ from sllm_actor.runtime.tasks import TaskScope
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.usefixtures("warm_starts"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
 ]
 

@@ -26,6 +26,8 @@ from sllm_actor.policy.explaining import refused
 from sllm_actor.runtime import ActorSystem
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 
 async def why(system: ActorSystem, request_id: str = "for-new") -> Explanation:
     question = ExplainPlacement(request_id=RequestId(request_id))

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -18,11 +18,29 @@ from typing import ClassVar
 import pytest
 
 from sllm_actor.errors import EngineStartFailed
-from sllm_actor.runtime.forking import Child, ForkServer
+from sllm_actor.runtime.fork_template import VARIABLE, running_template
+from sllm_actor.runtime.forking import ENVIRONMENT, Child, ForkServer
 from sllm_actor.runtime.tasks import TaskScope
 
 TESTS = Path(__file__).parent
 LIMIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def template() -> Iterator[str]:
+    with running_template("forked_children", ENVIRONMENT) as path:
+        yield path
+
+
+@pytest.fixture(params=["of its own", "from a template"], autouse=True)
+def from_template(request: pytest.FixtureRequest, template: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whatever a fork server promises, one that comes from a template does too."""
+    wanted: bool = request.param == "from a template"
+    if wanted:
+        monkeypatch.setenv(VARIABLE, template)
+    else:
+        monkeypatch.delenv(VARIABLE, raising=False)
+    return wanted
 
 
 def server_of(module: str = "forked_children", folder: Path = TESTS) -> ForkServer:
@@ -75,10 +93,11 @@ def has_ended(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], LIMIT_S)[0])
 
 
-async def test_a_child_runs_its_entry_with_what_the_server_has_preloaded() -> None:
+async def test_a_child_runs_its_entry_with_what_the_server_or_its_template_has_preloaded(from_template: bool) -> None:
     async with running() as server:
         one, two = await Waiting.fork(server), await Waiting.fork(server)
-        assert one.preloaded_by == two.preloaded_by == server.pid
+        assert one.preloaded_by == two.preloaded_by
+        assert (one.preloaded_by == server.pid) is not from_template
         assert len({one.pid, two.pid, server.pid, os.getpid()}) == 4
         assert one.pid == one.child.pid
         one.sock.close()
@@ -155,7 +174,7 @@ async def test_a_machine_without_descriptors_refuses_a_fork_and_harms_no_child()
         kept.sock.close()
 
 
-async def test_children_end_with_a_server_that_is_killed_and_the_next_fork_starts_another() -> None:
+async def test_children_end_with_a_server_that_is_killed_and_the_next_fork_starts_another(from_template: bool) -> None:
     async with running() as server:
         first_pid = server.pid
         one, two = await Waiting.fork(server), await Waiting.fork(server)
@@ -165,7 +184,8 @@ async def test_children_end_with_a_server_that_is_killed_and_the_next_fork_start
         assert two.gone()
         one.child.kill()
         again = await Waiting.fork(server)
-        assert again.preloaded_by == server.pid != first_pid
+        assert server.pid != first_pid
+        assert (again.preloaded_by == server.pid) is not from_template
         again.sock.close()
         assert await again.child.exited == 0
 

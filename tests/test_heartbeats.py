@@ -19,6 +19,8 @@ from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.runtime import Actor, ActorSystem, SystemClock, handles
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CHAT = "/v1/chat/completions"
 LONG = "Count from 1 to 999."
 KNOBS = (*SMALL, "max_instances=1", "stream_open_after_s=0.05", "heartbeat_interval_s=0.1", "start_timeout_s=2")

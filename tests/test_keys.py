@@ -22,6 +22,8 @@ from sllm_actor.frontend.visit import Visit
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.testing.node_process import CLI, NodeProcess, Reply, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CHAT = "/v1/chat/completions"
 HASH = "0" * 64
 KEY = f'[[keys]]\nname = "a"\nsha256 = "{HASH}"\n'

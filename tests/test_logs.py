@@ -23,6 +23,8 @@ from sllm_actor.frontend.visit import VISIT, Visit
 from sllm_actor.runtime import ActorRef, SystemClock
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CHAT = "/v1/chat/completions"
 MARKER = "4711 + 815"
 TRACE = bytes.fromhex("4bf92f3577b34da6a3ce929d0e0e4736" + "00f067aa0ba902b7" + "01")

@@ -18,6 +18,8 @@ from sllm_actor.runtime import SystemClock
 from sllm_actor.runtime.stats import ActorStats, SystemStats
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CHAT = "/v1/chat/completions"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -12,11 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import SMALL, StartNode
 
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import CLI, NodeProcess, living, running_node
 from sllm_actor.testing.questions import count, is_right
+
+pytestmark = pytest.mark.usefixtures("warm_starts")
 
 CHAT = "/v1/chat/completions"
 LONG = count(1, 900)
@@ -74,7 +77,9 @@ def test_an_answer_goes_on_in_another_engine_until_one_too_many_was_killed(start
         assert node.chat("demo", "What is 20 + 22?") == "20 + 22 = 42"
 
 
-def test_a_killed_fork_server_is_replaced(start_node: StartNode) -> None:
+@pytest.mark.parametrize("starts", ["warm_starts", "cold_starts"])
+def test_a_killed_fork_server_is_replaced(starts: str, start_node: StartNode, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(starts)
     with start_node() as node:
         node.deploy("builtin:demo", "demo")
         assert node.chat("demo", "What is 1 + 2?") == "1 + 2 = 3"
@@ -331,6 +336,7 @@ def test_files_changed_since_their_registration_are_noticed(start_node: StartNod
         assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
 
 
+@pytest.mark.usefixtures("cold_starts")
 def test_no_module_is_imported_after_the_node_is_ready_and_the_node_itself_has_no_torch(start_node: StartNode) -> None:
     with start_node() as node:
         node.deploy("builtin:demo", "demo")
@@ -408,6 +414,7 @@ def test_weights_that_do_not_fit_any_more_fail_the_start_and_give_everything_bac
         assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
 
 
+@pytest.mark.usefixtures("cold_starts")
 def test_a_node_imports_nothing_from_the_folder_it_is_started_in(tmp_path: Path) -> None:
     folder = tmp_path / "somewhere"
     folder.mkdir()

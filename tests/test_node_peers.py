@@ -21,6 +21,8 @@ from sllm_actor.sources.peer_messages import PEER_MESSAGES
 from sllm_actor.sources.source import SourceOptions, belongs
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 SECRET = "a secret that two nodes share"
 OPTIONS = SourceOptions()
 

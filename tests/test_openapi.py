@@ -22,6 +22,8 @@ from sllm_actor.frontend import admin_api, openai_api
 from sllm_actor.frontend.openapi import OPERATIONS, SHIPPED, describe
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 # A source that is made up may name anything, also what lies on the network.
 LEFT_OUT = {("post", "/admin/models"), ("post", "/admin/pull")}

@@ -21,6 +21,8 @@ from sllm_actor.frontend.deadline import timeout_of, within
 from sllm_actor.runtime.clock import LoopClock, SystemClock
 from sllm_actor.testing.node_process import NodeProcess, Reply, running_node
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 CHAT = "/v1/chat/completions"
 KNOBS = (*SMALL, "max_requests_per_instance=1", "max_waiting_per_model=3", "max_waiting_requests=4")
 

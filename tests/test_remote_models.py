@@ -25,6 +25,8 @@ from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import NodeProcess, running_node
 from sllm_actor.units import KIB, MIB
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 WEIGHTS = "model.safetensors"
 QUESTION, ANSWER = "What is 47 + 35?", "82"
 

@@ -28,6 +28,8 @@ from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.testing.node_process import NodeProcess
 from sllm_actor.units import MIB
 
+pytestmark = pytest.mark.usefixtures("warm_starts")
+
 REPOSITORY = Path(__file__).parent.parent
 CHAT = "/v1/chat/completions"
 SCHEMA = {

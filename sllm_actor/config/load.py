@@ -17,7 +17,7 @@ from sllm_actor.units import parse_bytes, parse_duration_s
 PREFIX = "SLLM_"
 MAX_FILE_BYTES = 1024 * 1024
 # Variables of ours that are not knobs of a node.
-NOT_KNOBS = frozenset({"SLLM_NO_NATIVE", "SLLM_URL", "SLLM_API_KEY", "SLLM_CONFIG"})
+NOT_KNOBS = frozenset({"SLLM_NO_NATIVE", "SLLM_URL", "SLLM_API_KEY", "SLLM_CONFIG", "SLLM_TEMPLATE"})
 
 
 class Resolved(msgspec.Struct, frozen=True):

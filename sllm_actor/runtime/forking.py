@@ -17,7 +17,18 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from sllm_actor.errors import EngineStartFailed
-from sllm_actor.runtime.forkserver import MAX_DATAGRAM_BYTES, Fork, Forked, Kill, Ready, Refused, Report
+from sllm_actor.runtime.fork_template import VARIABLE, Adopted, ask
+from sllm_actor.runtime.forkserver import (
+    MAX_DATAGRAM_BYTES,
+    Declined,
+    Fork,
+    Forked,
+    Kill,
+    Ready,
+    Refused,
+    Report,
+    import_path,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +71,7 @@ class ForkServer:
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         self._module = module
         self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Adopted | None = None
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
         self._calls = itertools.count(1)
@@ -70,7 +81,7 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
-        """The process id, 0 while there is none."""
+        """The process id, 0 while there is none. One that a template forks has one from when it is ready."""
         return self._process.pid if self._process is not None else 0
 
     async def start(self) -> None:
@@ -89,45 +100,50 @@ class ForkServer:
             self._lost()
             raise EngineStartFailed(f"the fork server was not ready in {START_TIMEOUT_S:.0f} s") from None
 
-    def _launch(self) -> None:
+    def _launch(self, *, ask_template: bool = True) -> None:
+        environment = {**os.environ, **ENVIRONMENT, **self._environment, "PYTHONPATH": os.pathsep.join(import_path())}
+        template = os.environ.get(VARIABLE) if ask_template else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", BOOT, str(theirs.fileno()), self._module],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **ENVIRONMENT, **self._environment, "PYTHONPATH": _import_path()},
-            )
-        except OSError as error:
-            ours.close()
-            raise EngineStartFailed(f"no fork server can be started: {error}") from error
-        finally:
-            theirs.close()
+        with theirs:
+            if not template or not ask(template, self._module, environment, theirs):
+                try:
+                    self._start_process(environment, theirs.fileno())
+                except OSError as error:
+                    ours.close()
+                    raise EngineStartFailed(f"no fork server can be started: {error}") from error
         self._control = ours
         loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
+        if self._ready is None or self._ready.done():
+            self._ready = loop.create_future()
         loop.add_reader(ours.fileno(), self._readable)
+
+    def _start_process(self, environment: Mapping[str, str], control_fd: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", BOOT, str(control_fd), self._module],
+            pass_fds=[control_fd],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
 
     def _readable(self) -> None:
         while self._control is not None:
             try:
-                data = self._control.recv(MAX_DATAGRAM_BYTES)
+                data, fds, _, _ = socket.recv_fds(self._control, MAX_DATAGRAM_BYTES, 1)
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                data = b""
+                data, fds = b"", []
             if data:
-                self._take(self._reports.decode(data))
+                self._take(self._reports.decode(data), fds)
             else:
                 self._lost()
 
-    def _take(self, report: Report) -> None:
+    def _take(self, report: Report, fds: Sequence[int]) -> None:
         if isinstance(report, Ready):
-            if report.threads != 1:
-                log.warning("the fork server has %d threads; its children may hang", report.threads)
-            if self._ready is not None and not self._ready.done():
-                self._ready.set_result(None)
+            self._greet(report, fds)
+        elif isinstance(report, Declined):
+            self._declined(report)
         elif isinstance(report, Forked):
             child = Child(self, report.call, report.pid)
             self._children[report.call] = child
@@ -142,6 +158,31 @@ class ForkServer:
                 waiter.set_exception(EngineStartFailed(f"no process can be forked: {report.reason}"))
         else:
             _end(self._children.pop(report.call), report.status)
+
+    def _greet(self, ready: Ready, fds: Sequence[int]) -> None:
+        (pidfd,) = fds
+        if self._process is None:
+            os.set_inheritable(pidfd, False)
+            self._process = Adopted(ready.pid, pidfd)
+        else:
+            os.close(pidfd)
+        if ready.threads != 1:
+            log.warning("the fork server has %d threads; its children may hang", ready.threads)
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
+
+    def _declined(self, declined: Declined) -> None:
+        """Start a fork server as if there were no template."""
+        log.info("the template forks no fork server for this node: %s", declined.reason)
+        assert self._control is not None
+        asyncio.get_running_loop().remove_reader(self._control.fileno())
+        self._control.close()
+        self._control = None
+        try:
+            self._launch(ask_template=False)
+        except EngineStartFailed as error:
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_exception(error)
 
     def _lost(self) -> asyncio.Future[int] | None:
         """Give up the process, or learn that it has ended; the kernel kills its children with it.
@@ -216,11 +257,6 @@ class ForkServer:
         collected = self._lost()
         if collected is not None:
             await collected
-
-
-def _import_path() -> str:
-    """Let the child import what this process would, and nothing from the folder that it happens to be in."""
-    return os.pathsep.join(path for path in sys.path if path)
 
 
 def _end(child: Child, status: int) -> None:

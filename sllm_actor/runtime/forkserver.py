@@ -11,6 +11,7 @@ that a node killed with SIGKILL leaves nobody behind.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -45,9 +46,16 @@ class Kill(msgspec.Struct, frozen=True, tag="kill", forbid_unknown_fields=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
-    """The imports are done. `threads` must be 1."""
+    """The imports are done. `threads` must be 1. Beside it comes a pidfd of `pid`, for who is not its parent."""
 
     threads: int
+    pid: int
+
+
+class Declined(msgspec.Struct, frozen=True, tag="declined", forbid_unknown_fields=True):
+    """A template can't fork what was asked of it; another fork server is to be started."""
+
+    reason: str
 
 
 class Forked(msgspec.Struct, frozen=True, tag="forked", forbid_unknown_fields=True):
@@ -70,7 +78,7 @@ class Exited(msgspec.Struct, frozen=True, tag="exited", forbid_unknown_fields=Tr
 
 
 Request = Fork | Kill
-Report = Ready | Forked | Refused | Exited
+Report = Ready | Declined | Forked | Refused | Exited
 Entry = Callable[[Sequence[int]], int]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -105,10 +113,12 @@ class _Server:
         self._selector = selectors.DefaultSelector()
         self._requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 
-    def serve(self) -> None:
+    def serve(self, threads: int) -> None:
         """Answer requests until the node closes the socket."""
         self._selector.register(self._control, selectors.EVENT_READ, 0)
-        self._report(Ready(threads=count_threads()))
+        pidfd = os.pidfd_open(os.getpid())
+        socket.send_fds(self._control, [msgspec.msgpack.encode(Ready(threads=threads, pid=os.getpid()))], [pidfd])
+        os.close(pidfd)
         while True:
             for key, _ in self._selector.select():
                 if key.data:
@@ -181,6 +191,28 @@ class _Server:
         self._report(Exited(call=call, status=os.waitstatus_to_exitcode(status)))
 
 
+def preload(name: str) -> Any:
+    """Import the module and let it warm up what children inherit."""
+    module: Any = importlib.import_module(name)
+    module.preload()
+    # What is alive now stays alive: without this a child's first collection would copy every page of it.
+    gc.collect()
+    gc.freeze()
+    return module
+
+
+def serve(control: socket.socket, entries: Mapping[str, Entry], threads: int) -> None:
+    """Fork children until the node closes the socket; `threads` are those of the process that did the imports."""
+    name_process("sllm-forkserver")
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _Server(control, entries).serve(threads)
+
+
+def import_path() -> list[str]:
+    """Let another process import what this one would, and nothing from the folder that it happens to be in."""
+    return [path for path in sys.path if path]
+
+
 def main(arguments: Sequence[str]) -> None:
     # The node decides when its children leave: a terminal's Ctrl-C and a service manager's SIGTERM reach the
     # whole group, and running answers are to be finished then.
@@ -188,12 +220,4 @@ def main(arguments: Sequence[str]) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     name_process("sllm-forkserver")
     control = socket.socket(fileno=int(arguments[0]))
-    module: Any = importlib.import_module(arguments[1])
-    module.preload()
-    # What is alive now stays alive: without this a child's first collection would copy every page of it.
-    gc.collect()
-    gc.freeze()
-    try:
-        _Server(control, module.ENTRIES).serve()
-    except (BrokenPipeError, ConnectionResetError):
-        return
+    serve(control, preload(arguments[1]).ENTRIES, count_threads())

@@ -91,12 +91,14 @@ class NodeProcess:
             connection.close()
 
     def children(self) -> list[int]:
-        """List the processes that the node has started, and theirs."""
+        """List the processes that the node has started, or has from a template, and theirs."""
         found = [self.process.pid]
         for pid in found:
             for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
                 with contextlib.suppress(OSError):  # It may end between being listed and being looked at.
                     found += [int(child) for child in tasks.read_text().split()]
+            if pid == self.process.pid:
+                found += [held for held in held_by_pidfd(pid) if held not in found]
         return found[1:]
 
     def stop(self) -> tuple[int, list[int]]:
@@ -106,9 +108,25 @@ class NodeProcess:
         return self.process.wait(STOP_TIMEOUT_S), living(children)
 
 
+def held_by_pidfd(pid: int) -> list[int]:
+    """List the living processes that a process has a descriptor of."""
+    held = []
+    for info in Path(f"/proc/{pid}/fdinfo").glob("*"):
+        with contextlib.suppress(OSError):
+            held += [int(line[4:]) for line in info.read_text().splitlines() if line.startswith("Pid:")]
+    return [found for found in held if found > 0]
+
+
 def living(pids: list[int]) -> list[int]:
-    """Give those of the processes that still exist."""
-    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    """Give those of the processes that have not ended; the dead whom init has not collected yet have."""
+    return [pid for pid in pids if _state(pid) not in "ZX"]
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 @contextmanager
