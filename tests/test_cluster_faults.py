@@ -28,7 +28,7 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
+def cluster(warm_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
     with running_cluster(tmp_path_factory.mktemp("cluster"), UNPACKED, NAMES, KNOBS, members=3) as running:
         for name in "abc":
             running.nodes["n1"].deploy("builtin:demo", name)

@@ -42,7 +42,9 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def places(server: str, web: WebServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
+def places(
+    warm_starts: None, server: str, web: WebServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Places]:
     root = tmp_path_factory.mktemp("places")
     folder = save_sentence_model(root / "model")
     (folder / "onnx").mkdir()
