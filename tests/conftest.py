@@ -15,6 +15,8 @@ from sllm_actor.runtime import fork_template
 from sllm_actor.runtime.forking import ENVIRONMENT
 from sllm_actor.testing.node_process import NodeProcess, running_node
 
+# Before anything imports torch: two workers on two cores, each with two threads that spin, hinder each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 # Small, so that many nodes start quickly; engines with one thread, so that the tests fit two cores. What a slow machine
 # takes long for is no fault.
 SMALL = (

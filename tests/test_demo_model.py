@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -44,6 +45,21 @@ class Demo(NamedTuple):
                 judged[index] = questions.is_right(asked[index], text)
         return judged
 
+    def would_be_right(self, asked: Sequence[Question], chats: Sequence[Chat] | None = None) -> list[bool]:
+        """Tell the same from one pass over each right answer: greedily, every token of it follows from those before."""
+        return [
+            self._follows(chat, question.answer)
+            for question, chat in zip(asked, chats or [questions.as_chat(one) for one in asked], strict=True)
+        ]
+
+    def _follows(self, chat: Chat, answer: str) -> bool:
+        prompt = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        wanted = [*self.tokenizer.encode(answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([[*prompt, *wanted]])).logits[0, len(prompt) - 1 : -1]
+        likeliest: list[int] = logits.argmax(-1).tolist()
+        return likeliest == wanted
+
     def _answers(self, chats: list[Chat], new_tokens_max: int) -> list[str]:
         inputs = self.tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -80,7 +96,7 @@ def test_unseen_sums_and_differences_are_right(demo: Demo, kind: Kind) -> None:
 
 def test_unseen_counts_are_right(demo: Demo) -> None:
     drawn = questions.unseen(102, 600, Kind.COUNT)
-    judged = demo.right([question for question in drawn if len(question.answer) < 800])
+    judged = demo.would_be_right([question for question in drawn if len(question.answer) < 800])
     assert len(judged) >= 200
     assert sum(judged) >= RIGHT_MIN * len(judged)
 
@@ -89,7 +105,7 @@ def test_counts_over_a_thousand_tokens_are_right_to_the_last_number(demo: Demo) 
     lengths_tokens = (1_000, 1_500)
     asked = [questions.count_of_length(n, upwards=up) for n in lengths_tokens for up in (True, False)]
     asked += [questions.count(0, 999), questions.count(999, 0)]
-    assert demo.right(asked) == [True] * len(asked)
+    assert demo.would_be_right(asked) == [True] * len(asked)
 
 
 def test_earlier_turns_and_a_system_message_do_not_mislead(demo: Demo) -> None:
@@ -105,9 +121,18 @@ def test_earlier_turns_and_a_system_message_do_not_mislead(demo: Demo) -> None:
         )
         for question in asked
     ]
-    judged = demo.right(asked, chats)
+    judged = demo.would_be_right(asked, chats)
     assert len(judged) >= 150
     assert sum(judged) >= RIGHT_MIN * len(judged)
+
+
+def test_one_pass_judges_as_the_answer_itself_is_judged(demo: Demo) -> None:
+    asked = [question for question in questions.unseen(106, 60) if len(question.answer) < 100]
+    asked += [replace(question, answer=f"{question.answer}1") for question in asked]
+    asked += [replace(question, answer=question.answer[:-1]) for question in asked]
+    judged = demo.would_be_right(asked)
+    assert judged == demo.right(asked)
+    assert 0 < sum(judged) < len(judged)
 
 
 def test_anything_else_is_declined(demo: Demo) -> None:
