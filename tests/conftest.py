@@ -26,6 +26,13 @@ SMALL = (
 # How quickly examples are made says something of the machine only.
 settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow], deadline=None)
 settings.load_profile("any machine")
+# Begun first, slowest first: a worker that is left with one of them at the end has the other wait.
+SLOW_FILES = (
+    "test_node_faults", "test_remote_models", "test_cut_links", "test_read_faults", "test_lost_cards",
+    "test_kill_storm", "test_bench_load", "test_engine", "test_cluster_faults", "test_keeping", "test_native_wheel",
+    "test_bench_remote", "test_bench_interference", "test_cluster", "test_remote_kinds", "test_http_source",
+    "test_hub_source", "test_loader",
+)  # fmt: skip
 StartNode = Callable[..., AbstractContextManager[NodeProcess]]
 
 
@@ -68,3 +75,9 @@ def start_node(warm_starts: None, tmp_path: Path) -> StartNode:
         return running_node(tmp_path / "data", *SMALL, *knobs, environment=environment)
 
     return start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first; the rest keeps its order."""
+    places = {name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
