@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-REPEATS = 5
+REPEATS = 3
 TMPFS = 0x01021994
 LIMIT_S = 300
 
