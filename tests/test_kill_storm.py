@@ -95,10 +95,10 @@ Registry.remove = remove
 """, "torn: the card of "),
         # Registrations that only this process knows.
         ("""
-from sllm_actor.metadata import SqliteStore
-async def put(self, key, value):
+from sllm_actor.actors.shared_models import SharedModels
+async def put(self, model):
     return
-SqliteStore.put = put
+SharedModels.put = put
 """, ": None, and should be "),
     ],
     ids=["torn", "unverified", "unpinned", "picky", "card-in-place", "card-first", "unstored"],

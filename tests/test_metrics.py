@@ -150,6 +150,7 @@ def test_of_many_actors_the_fullest_are_shown() -> None:
         "in_progress": {"m": 5},
         "starts": {
             "placements": 1,
+            "recovered": 0,
             "failed": {},
             "loads": {"ssd": {"count": 2, "seconds": 1.5, "bytes": 7}},
             "estimate_errors": {"bounds": (0.1, 1.0), "tiers": {"ssd": {"counts": [1, 2, 1], "sum": 4.5}}},
