@@ -134,7 +134,7 @@ def test_more_instances_run_while_more_ask_and_stop_when_nobody_does(cluster: No
     deployed(cluster, "e")
     cluster.nodes["n1"].deploy("builtin:demo", "e", keep_alive=1, max_instances=3, target_concurrency=1)
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(cluster.nodes[NAMES[k % 3]].chat, "e", "Count from 1 to 500.") for k in range(6)]
+        answers = [pool.submit(cluster.nodes[NAMES[k % 3]].chat, "e", "Count from 1 to 250.") for k in range(6)]
         eventually(lambda: len(homes(cluster, "e")) > 1)
-        assert all(answer.result().endswith("500") for answer in answers)
+        assert all(answer.result().endswith("250") for answer in answers)
     eventually(lambda: not homes(cluster, "e"))

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("warm_starts")
 
 CHAT = "/v1/chat/completions"
 LONG = count(1, 900)
+KILLED = count(1, 400)
 # For answers that are read to their end: seconds, and not a minute.
 WHOLE = count(1, 300)
 
@@ -57,7 +58,7 @@ def start_failing(*arguments: str | Path) -> dict[str, Any]:
 
 def killing(node: NodeProcess, times: int) -> list[dict[str, Any]]:
     """Ask for a long answer, kill the engine that gives it so many times, and give all events."""
-    events = node.stream(CHAT, ask(LONG.prompt))
+    events = node.stream(CHAT, ask(KILLED.prompt))
     seen = [next(events)]
     for _ in range(times):
         while not (running := [one["pid"] for one in instances(node) if one["active"]]):
@@ -72,7 +73,7 @@ def killing(node: NodeProcess, times: int) -> list[dict[str, Any]]:
 def test_an_answer_goes_on_in_another_engine_until_one_too_many_was_killed(start_node: StartNode) -> None:
     with start_node() as node:
         node.deploy("builtin:demo", "demo")
-        assert is_right(LONG, text_of(killing(node, 2)))
+        assert is_right(KILLED, text_of(killing(node, 2)))
         assert node.call("GET", "/admin/runtime")["starts"]["recovered"] == 2
         error = killing(node, 3)[-1]["error"]
         assert (error["code"], error["type"]) == ("engine_died", "server_error")
