@@ -185,6 +185,18 @@ def test_a_prompt_that_leaves_room_for_one_token_gets_one(tmp_path: Path) -> Non
     assert run(attach(folder), prompt, greedy(10)) == run_transformers(folder, prompt, 1)
 
 
+def test_a_token_that_the_checkpoint_calls_padding_is_a_token_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2 looks for padding in each pass that comes without a mask, and warns of it."""
+    warned: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning_once", warned.append)
+    folder = save_model(tmp_path, "GPT2LMHeadModel", pad_token_id=3)
+    ours = run(attach(folder), [3, 7, 3], greedy(5))
+    assert warned == []
+    assert ours == run_transformers(folder, [3, 7, 3], 5)
+
+
 def test_a_token_outside_the_vocabulary_is_refused_before_it_is_computed(tmp_path: Path) -> None:
     runner = Runner(attach(save_model(tmp_path, "LlamaForCausalLM")), (), CONTEXT_TOKENS, LIMITS)
     with pytest.raises(GenerationFailed, match=f"token {VOCABULARY_TOKENS} "):

@@ -112,6 +112,7 @@ class Runner:
         self, model: PreTrainedModel, eos_token_ids: Sequence[int], context_tokens: int, limits: EngineLimits
     ) -> None:
         config = model.config.get_text_config()
+        config.pad_token_id = None  # Nothing is padded here; GPT-2 looks for padding in each pass, and warns of it.
         self.adapters = Adapters(model)
         self._model = model
         self._eos = frozenset(eos_token_ids)
