@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from raw_server import RawServer, Request
 
+from sllm_actor.cli.show import table
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import CLI, NodeProcess
 
@@ -187,6 +188,12 @@ def test_short_help_and_whole_knob_names_in_a_pipe(tmp_path: Path) -> None:
     shown = cli("doctor", "--port", "0", "--data-dir", tmp_path).stdout.splitlines()
     assert [line.split()[1] for line in shown if line.startswith("source_allow_private_redirects")] == ["False"]
     assert [line.split()[1] for line in shown if line.startswith("host_pool_bytes")] == ["2GiB"]
+
+
+def test_a_row_of_a_table_stays_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """A screen's 80 columns are no reason to fold what a program or a file reads."""
+    table(("NAME", "REASON"), [("n" * 60, "because " * 20)])
+    assert [line.count("because") for line in capsys.readouterr().out.splitlines()] == [0, 20]
 
 
 def test_an_unknown_knob_is_named() -> None:

@@ -110,7 +110,9 @@ def _sizes(cases: Sequence[Case], folders: Folders, tiny: bool) -> Sizes:
     pool_bytes = max((chunked(folder) for folder in ours), default=chunk_bytes)
     if any(case.state == TWO for case in cases):
         pool_bytes = max(pool_bytes, chunked(MAIN) + chunked(f"{MAIN}-{OPTIMIZED}"))
-    mapped = [chunked(case.folder) for case in cases if case.state == POOL and case.system in (OURS, HUGE)]
+    mapped = [
+        chunked(case.folder) for case in cases if case.system == HUGE or (case.state == POOL and case.system == OURS)
+    ]
     return Sizes(pool_bytes, max(mapped, default=0), chunk_bytes)
 
 

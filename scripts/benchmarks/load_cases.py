@@ -70,10 +70,10 @@ ABLATION = [Case(COLD, MAIN, OPTIMIZED, STEP, f"{k}. {name}") for k, name in enu
 OPTIMIZED_COLD, STOCK_COLD, SHARDED_COLD = _ours(COLD, MAIN, OPTIMIZED, STOCK, SHARDED)
 OPTIMIZED_CACHED, STOCK_CACHED, SHARDED_CACHED = _ours(CACHED, MAIN, OPTIMIZED, STOCK, SHARDED)
 IN_POOL, MANY_IN_POOL = Case(POOL, MAIN, OPTIMIZED, OURS), Case(POOL, MANY, OPTIMIZED, OURS)
-IN_HUGE_POOL = Case(POOL, MAIN, OPTIMIZED, HUGE)
+IN_HUGE_POOL, INTO_HUGE_POOL = Case(POOL, MAIN, OPTIMIZED, HUGE), Case(COLD, MAIN, OPTIMIZED, HUGE)
 BOTH = Case(TWO, MAIN, OPTIMIZED, OURS)
 BEYOND_POOL = Case(WATCHED, MAIN, OPTIMIZED, OURS)
-MANY_MMAP = Case(CACHED, MANY, STOCK, MMAP)
+MANY_MMAP, MANY_CACHED = Case(CACHED, MANY, STOCK, MMAP), Case(CACHED, MANY, OPTIMIZED, OURS)
 PEERS_CACHED = _peers(CACHED, MAIN, PEERS)
 
 
@@ -86,7 +86,7 @@ def _of_shape(state: str, shape: str) -> list[Case]:
 # The limits stand between the others, so that none is far from one.
 PARTS: dict[str, list[Case]] = {
     "cold": [
-        OPTIMIZED_COLD, _limit(8), STOCK_COLD, *_peers(COLD, MAIN, READERS), _limit(16), SHARDED_COLD,
+        OPTIMIZED_COLD, _limit(8), STOCK_COLD, *_peers(COLD, MAIN, READERS), _limit(16), INTO_HUGE_POOL, SHARDED_COLD,
         *_peers(COLD, MAIN, tuple(FORMATS)), _limit(4),
     ],
     "pagecached": [OPTIMIZED_CACHED, SHARDED_CACHED, STOCK_CACHED, *PEERS_CACHED, *COPIES],
@@ -166,7 +166,10 @@ RATIOS: dict[str, Ratio] = {
     "pool.over_best_copying_peer": lambda run: _over(run, _copying(run), IN_POOL),
     "pool_huge.over_mmap": lambda run: _over(run, _peers(CACHED, MAIN, [MMAP]), IN_HUGE_POOL),
     "cold.cpu_s_per_gb": _of_ours("cpu_s", OPTIMIZED_COLD, per_gb=True),
+    "cold_huge.share_of_limit": lambda run: _over(run, LIMITS, INTO_HUGE_POOL),
+    "cold_huge.cpu_s_per_gb": _of_ours("cpu_s", INTO_HUGE_POOL, per_gb=True),
     "cold.memory_beyond_pool_mib": _of_ours("beyond_pool_mib", BEYOND_POOL),
     "many.attach_over_load_file": lambda run: _over(run, [MANY_IN_POOL], MANY_MMAP),
+    "many.cached_over_load_file": lambda run: _over(run, [MANY_CACHED], MANY_MMAP),
     "two.share_of_limit": _two,
 }

@@ -147,8 +147,8 @@ class Systems:
     def _load(self, case: Case, digest: bool) -> dict[str, Any]:
         path = self._folders.path(case.folder)
         answer: dict[str, Any]
-        if case.system == OURS:
-            answer = self._node(GIVEN).call("load", folder=path, digest=digest)
+        if case.system in (OURS, HUGE):
+            answer = self._node(HUGE_PAGES if case.system == HUGE else GIVEN).call("load", folder=path, digest=digest)
         elif case.system == STEP:
             answer = self._step(case, path, digest)
         else:

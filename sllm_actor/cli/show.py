@@ -47,7 +47,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         shown.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         shown.add_row(*row)
-    out.print(shown, width=None if out.is_terminal else PIPE_CHARACTERS)
+    where = out if out.is_terminal else Console(file=out.file, width=PIPE_CHARACTERS, highlight=False)
+    where.print(shown)
 
 
 def print_tiers(tiers: Mapping[str, Any]) -> None:
