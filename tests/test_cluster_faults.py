@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from clusters import (
+    ANSWER,
+    CHAT,
+    LONG,
+    NAMES,
+    QUESTION,
+    ask,
+    eventually,
+    home_of,
+    placed_on,
+    streamed,
+    under_way,
+    whole,
+)
 from conftest import SMALL
 from metadata_stores import UNPACKED
 
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
-from sllm_actor.testing.node_process import NodeProcess, living
+from sllm_actor.testing.node_process import living
 
-NAMES = ("n1", "n2", "n3")
 TTL_S = 2
 KNOBS = (
     *SMALL, "listen=tcp://127.0.0.1:0", f"lease_ttl_s={TTL_S}", "max_instances=2", "warm_engines=1",
     "start_timeout_s=60",
 )  # fmt: skip
-QUESTION, ANSWER = "What is 2 + 3?", "2 + 3 = 5"
-LONG = "Count from 1 to 500."
-PATIENCE_S = 60.0
-CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -34,77 +42,6 @@ def cluster(warm_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
             running.nodes["n1"].deploy("builtin:demo", name)
         eventually(lambda: all(node.request("GET", "/v1/models/c").status == 200 for node in running.nodes.values()))
         yield running
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end_s, "it never came true"
-
-
-def whole(cluster: NodeCluster) -> None:
-    """Have all nodes run, know each other, and nothing run on them."""
-    missing = [name for name in NAMES if name not in cluster.nodes]
-    if missing:
-        cluster.start(*missing)
-    eventually(lambda: all(is_whole(cluster, name) for name in NAMES))
-    for name in NAMES:
-        for model in "abc":
-            cluster.nodes[name].call("POST", f"/admin/models/{model}/unload")
-
-
-def is_whole(cluster: NodeCluster, asked: str) -> bool:
-    """Tell whether a node knows that all are there, and who leads."""
-    shown = cluster.shown(asked)
-    return len(shown) == len(NAMES) and all(node["reported"] for node in shown.values()) and cluster.leader(asked) != ""
-
-
-def home_of(cluster: NodeCluster, model: str, asked: str) -> str:
-    """Give the node where a model runs."""
-    instances = cluster.nodes[asked].call("GET", "/admin/instances")["instances"]
-    (home,) = {str(one["node"]) for one in instances if one["model"] == model}
-    return home
-
-
-def placed_on(cluster: NodeCluster, model: str, home: str) -> None:
-    """Have a model run on one node."""
-    others = [name for name in NAMES if name != home]
-    for name in others:
-        cluster.nodes[home].call("POST", f"/admin/nodes/{name}/cordon")
-    eventually(lambda: all(cluster.shown(home)[name]["cordoned"] for name in others))
-    assert cluster.nodes[home].chat(model, QUESTION) == ANSWER
-    for name in others:
-        cluster.nodes[home].call("POST", f"/admin/nodes/{name}/uncordon")
-    assert home_of(cluster, model, home) == home
-
-
-def ask(model: str, prompt: str = QUESTION) -> dict[str, Any]:
-    return {"model": model, "messages": [{"role": "user", "content": prompt}]}
-
-
-def under_way(node: NodeProcess) -> int:
-    """Give how many tokens the newest request has, if it runs."""
-    newest = node.call("GET", "/admin/requests")["requests"][0]
-    return int(newest["generated_tokens"]) if newest["outcome"] == "running" else 0
-
-
-def streamed(node: NodeProcess, model: str, prompt: str) -> tuple[str, Any]:
-    """Ask for a stream; give its text and its error, if it ended by one."""
-    connection = node.connect()
-    body = json.dumps(ask(model, prompt) | {"stream": True})
-    connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        return "", json.loads(response.read())["error"]
-    text, error = "", None
-    for line in response:
-        if line.startswith(b"data: {"):
-            event = json.loads(line[6:])
-            error = event.get("error", error)
-            text += "".join(choice["delta"].get("content", "") for choice in event.get("choices", ()))
-    connection.close()
-    return text, error
 
 
 def test_a_request_for_a_model_whose_node_was_killed_is_answered_by_another(cluster: NodeCluster) -> None:

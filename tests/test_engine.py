@@ -33,8 +33,9 @@ from sllm_actor.checkpoint.safetensors_header import parse_header
 from sllm_actor.domain import FinishReason, Sampling
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.architectures import MODULES, choose
+from sllm_actor.engine.generation import Generation
 from sllm_actor.engine.kv_cache import FIRST_CAPACITY_TOKENS
-from sllm_actor.engine.runner import Generation, Runner
+from sllm_actor.engine.runner import Runner
 from sllm_actor.errors import (
     CheckpointConfigInvalid,
     CheckpointInvalid,

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling
 from sllm_actor.engine import runner as runner_module
 from sllm_actor.engine import sampling as sampling_module
+from sllm_actor.engine.generation import Generation
 from sllm_actor.engine.kv_cache import FIRST_CAPACITY_TOKENS, KvShape, Slot, SlotPool, common_prefix
 from sllm_actor.engine.lora import Adapter
-from sllm_actor.engine.runner import Generation, Runner
+from sllm_actor.engine.runner import Runner
 from sllm_actor.errors import GenerationFailed, InvalidRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -27,6 +27,7 @@ from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler import BEGIN_WITHIN_S
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.actors.starting import Starting as Starts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId
 from sllm_actor.errors import Conflict, NoCapacity
@@ -86,11 +87,11 @@ async def routed(steps_s: list[float]) -> tuple[ActorSystem, Starting]:
     everything = Starting(steps_s)
     ref = await made.spawn(everything, "all")
     log = RequestLog(made.clock, 9)
-    router = Router(
-        ref, SchedulerWay(made.clock, 0.0, ref), log, made.clock,
-        routes=Routes(), room=ROOM, counts=StartCounts(), ask_timeout_s=5.0, placement_timeout_s=5.0,
-        start_timeout_s=START_TIMEOUT_S,
-    )  # fmt: skip
+    way, counts = SchedulerWay(made.clock, 0.0, ref), StartCounts()
+    starts = Starts(
+        ref, way, made.clock, counts, ask_timeout_s=5.0, placement_timeout_s=5.0, start_timeout_s=START_TIMEOUT_S
+    )
+    router = Router(way, starts, log, made.clock, routes=Routes(), room=ROOM, counts=counts, ask_timeout_s=5.0)
     await made.spawn(router, "router")
     return made, everything
 

@@ -13,10 +13,11 @@ from test_instance_faults import model_of
 from test_supervision import now_s, virtual_system, virtually
 
 from sllm_actor.actors.request_log import RequestLog
-from sllm_actor.actors.router import MAX_ATTEMPTS, Router
+from sllm_actor.actors.router import Router
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.actors.starting import MAX_ATTEMPTS, Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
 from sllm_actor.domain.tokens import unpack_uint32
@@ -54,7 +55,7 @@ class Worker(Actor):
         for index in range(begin, 9):
             if self._lasts is not None and index >= begin + self._lasts:
                 raise EngineDied("it is gone")
-            yield Tokens(request_id=request.request_id, index=index, token_ids=(index,))
+            yield Tokens(request_id=request.request_id, index=index, token_ids=(index,), epoch=request.epoch)
         yield Finished(request_id=request.request_id, reason=FinishReason.LENGTH, prompt_tokens=1, generated_tokens=9)
 
 
@@ -97,10 +98,11 @@ async def routed(everything: Everything, *workers: tuple[str, Worker]) -> tuple[
     ref = await made.spawn(everything, "all")
     for name, worker in workers:
         await made.spawn(worker, f"worker/{name}")
+    way, counts = SchedulerWay(made.clock, 0.0, ref), StartCounts()
+    starting = Starting(ref, way, made.clock, counts, ask_timeout_s=5.0, placement_timeout_s=5.0, start_timeout_s=50.0)
     router = Router(
-        ref, SchedulerWay(made.clock, 0.0, ref), RequestLog(made.clock, 9), made.clock, routes=routes,
-        room=WaitingRoom(made.clock, max_in_all=9, max_per_model=9), counts=StartCounts(), ask_timeout_s=5.0,
-        placement_timeout_s=5.0, start_timeout_s=50.0,
+        way, starting, RequestLog(made.clock, 9), made.clock, routes=routes,
+        room=WaitingRoom(made.clock, max_in_all=9, max_per_model=9), counts=counts, ask_timeout_s=5.0,
     )  # fmt: skip
     await made.spawn(router, "router")
     return made, routes

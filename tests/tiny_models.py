@@ -17,7 +17,8 @@ from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import EngineLimits, Sampling
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.architectures import EVERY
-from sllm_actor.engine.runner import Generation, Runner
+from sllm_actor.engine.generation import Generation
+from sllm_actor.engine.runner import Runner
 
 # Tiny products gain nothing from a second thread, and wait long for it on a busy machine.
 torch.set_num_threads(1)

@@ -20,7 +20,8 @@ from benchmarks.report import Report
 from benchmarks.serve_peers import Peer, Request
 from sllm_actor.cli.show import out
 from sllm_actor.domain import EngineLimits, Sampling
-from sllm_actor.engine.runner import Generation, Runner
+from sllm_actor.engine.generation import Generation
+from sllm_actor.engine.runner import Runner
 from sllm_actor.testing.shapes import OPT_125M
 from sllm_actor.units import GIB
 

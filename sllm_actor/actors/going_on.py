@@ -24,8 +24,10 @@ class Given:
         self._scored = 1
         self._vectors: set[int] = set()
 
-    def is_new(self, item: Answered) -> bool:
-        """Take note of an item that is to be given; false for one that has been."""
+    def is_new(self, item: Answered, epoch: int) -> bool:
+        """Take note of an item that is to be given; false for one that has been, or is of an earlier epoch."""
+        if isinstance(item, Tokens):
+            return item.epoch == epoch
         if isinstance(item, PromptLogprobs):
             if item.index < self._scored:
                 return False
@@ -37,9 +39,16 @@ class Given:
         return True
 
 
-def rest_of(request: Generate | Embed, token_ids: Sequence[int]) -> Generate | Embed:
-    """Ask for what is missing behind the tokens of an answer; vectors are computed again."""
-    if isinstance(request, Embed) or not token_ids:
+def rest_of(
+    request: Generate | Embed, token_ids: Sequence[int], epoch: int, migration_id: str = ""
+) -> Generate | Embed:
+    """Ask for what is missing behind the tokens of an answer, as the one who has it in this epoch.
+
+    `migration_id` is of what is prepared for it there. Vectors are computed again.
+    """
+    if isinstance(request, Embed):
         return request
-    gone_on: Generate = msgspec.structs.replace(cast(Any, request), generated=pack_uint32(token_ids))
+    gone_on: Generate = msgspec.structs.replace(
+        cast(Any, request), generated=pack_uint32(token_ids), epoch=epoch, migration_id=migration_id
+    )
     return gone_on

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import msgspec
 
+from sllm_actor.actors.handing_over import HandingOver, Live
+from sllm_actor.actors.prepared import MigrationLimits, PreparedRequest, PreparedRequests
 from sllm_actor.actors.running import Running
 from sllm_actor.actors.slots import Slots
 from sllm_actor.actors.waiting_room import WaitingRoom
-from sllm_actor.engine.client import Engine, Item
-from sllm_actor.errors import Draining
+from sllm_actor.domain import RequestId
+from sllm_actor.engine.client import Engine
+from sllm_actor.engine.streams import Item
+from sllm_actor.errors import Draining, RequestNotFound
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.generation import Generate
 from sllm_actor.messages.instances import AdapterHeld, Answered, HoldAdapter, InstanceDied, InstanceExpired, Retire
+from sllm_actor.messages.migration import (
+    ExtendPrepared,
+    HandedOver,
+    ListLive,
+    LiveRequest,
+    MigrateOut,
+    Prepare,
+    Prepared,
+)
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 
 FIRST_REQUEST_S = 10.0
@@ -36,6 +49,7 @@ class InferenceWorker(Actor):
         max_requests: int,
         room: WaitingRoom,
         stop_timeout_s: float,
+        migration: MigrationLimits,
     ) -> None:
         self._engine = engine
         self._instance_id = instance_id
@@ -46,6 +60,11 @@ class InferenceWorker(Actor):
         self._room = room
         self._stop_timeout_s = stop_timeout_s
         self._running = Running(instance_id)
+        self._live: dict[RequestId, Live] = {}
+        self._migration = migration
+        self._prepared = PreparedRequests(
+            engine, self._slots, clock, self._known_to_engine, migration, self._visit, self._leave
+        )
         self._idle = asyncio.Event()
         self._idle.set()
         self._retiring = False
@@ -58,49 +77,109 @@ class InferenceWorker(Actor):
 
     @handles(Generate)
     async def generate(self, request: Generate) -> AsyncGenerator[AdapterHeld | Item, None]:
-        async with aclosing(self._run(request)) as items:
-            async for item in items:
-                yield item
+        live = self._live[request.request_id] = Live(request)
+        try:
+            async with aclosing(self._run(request, live)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            live.gone = True
+            if self._live[request.request_id] is live:  # Its id may have come again.
+                del self._live[request.request_id]
 
     @handles(Embed)
     async def embed(self, request: Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
-        async with aclosing(self._run(request)) as items:
+        async with aclosing(self._run(request, None)) as items:
             async for item in items:
                 yield item
 
-    async def _run(self, request: Generate | Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
-        if self._retiring or self._engine.died.done():
-            raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
-        self._running.begin(request, self._clock.monotonic_s())
-        self._tell_activity()
+    async def _run(self, request: Generate | Embed, live: Live | None) -> AsyncGenerator[AdapterHeld | Item, None]:
+        prepared = self._prepared.take(request.migration_id) if isinstance(request, Generate) else None
         try:
-            if not self._slots.take_now():
-                with self._room.place(request.model):
-                    await self._slots.take(request.priority)
+            if self._engine.died.done() or (self._retiring and prepared is None):
+                raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
+            self._running.begin(request, self._clock.monotonic_s())
+            self._tell_activity()
             try:
-                async with aclosing(self._compute(request)) as items:
+                async with aclosing(self._in_turn(request, live, prepared)) as items:
                     async for item in items:
                         self._running.take(request.request_id, item, self._clock.monotonic_s())
                         yield item
             finally:
-                self._slots.give()
+                self._tell_activity(self._running.end(request.request_id))
         finally:
-            self._tell_activity(self._running.end(request.request_id))
+            if prepared is not None:
+                prepared.end()
 
-    async def _compute(self, request: Generate | Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
-        if not isinstance(request, Generate) or not request.base:
-            async with aclosing(self._engine.generate(request)) as items:
+    async def _in_turn(
+        self, request: Generate | Embed, live: Live | None, prepared: PreparedRequest | None
+    ) -> AsyncGenerator[AdapterHeld | Item, None]:
+        """Compute it when it has a slot; one that was prepared brings its own."""
+        if prepared is None and not self._slots.take_now():
+            with self._room.place(request.model):
+                await self._slots.take(request.priority)
+        try:
+            async with aclosing(self._compute(request, live, prepared)) as items:
                 async for item in items:
                     yield item
+        finally:
+            if prepared is None:
+                self._slots.give()
+
+    async def _compute(
+        self, request: Generate | Embed, live: Live | None, prepared: PreparedRequest | None
+    ) -> AsyncGenerator[AdapterHeld | Item, None]:
+        stream, parking = (live.stream if live else None), (prepared.parking if prepared else None)
+        async with self._known_to_engine(request) as (known, held):
+            if held is not None:
+                yield held
+            async with aclosing(self._engine.generate(known, stream, parking)) as items:
+                async for item in items:
+                    yield item
+
+    @asynccontextmanager
+    async def _known_to_engine(self, request: Any) -> AsyncIterator[tuple[Any, AdapterHeld | None]]:
+        """Give a request as its engine knows it: what that has of an adapter is held as long as this is open."""
+        if not isinstance(request, Generate) or not request.base:
+            yield request, None
             return
-        # What the engine has of the adapter is held as long as this stream is open.
         wish = HoldAdapter(instance_id=self._instance_id, adapter=request.model)
         async with aclosing(self._manager.stream(wish)) as holding:
             held: AdapterHeld = await anext(holding)
-            yield held
-            async with aclosing(self._engine.generate(_with_adapter(request, held.key))) as items:
-                async for item in items:
-                    yield item
+            yield _with_adapter(request, held.key), held
+
+    def _visit(self, migration_id: str, request: Generate) -> None:
+        """Count a request that is to come among those that run, under its migration's id."""
+        self._running.begin(_under(request, migration_id), self._clock.monotonic_s())
+        self._tell_activity()
+
+    def _leave(self, migration_id: str) -> None:
+        self._running.end(RequestId(migration_id))
+        self._tell_activity()
+
+    @handles(Prepare)
+    async def prepare(self, message: Prepare) -> AsyncGenerator[Prepared, None]:
+        if self._retiring or self._engine.died.done():
+            raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
+        async with aclosing(self._prepared.prepare(message, self.context.tasks)) as steps:
+            async for step in steps:
+                yield step
+
+    @handles(ExtendPrepared)
+    async def extend_prepared(self, message: ExtendPrepared) -> None:
+        self._prepared.extend(message, self.context.tasks)
+
+    @handles(ListLive)
+    async def list_live(self, _: ListLive) -> tuple[LiveRequest, ...]:
+        return tuple(live.shown() for live in self._live.values() if not live.stream.ended)
+
+    @handles(MigrateOut, concurrent=True)
+    async def migrate_out(self, message: MigrateOut) -> HandedOver:
+        live = self._live.get(message.request_id)
+        if live is None:
+            raise RequestNotFound(f"no request {message.request_id} generates here", param="request_id")
+        target = self.context.system.ref(message.worker, message.address or None)
+        return await HandingOver(live, message, target, self._migration).run()
 
     @handles(Retire, concurrent=True)
     async def retire(self, _: Retire) -> None:
@@ -137,3 +216,7 @@ class InferenceWorker(Actor):
 
 def _with_adapter(request: Any, key: str) -> Any:
     return msgspec.structs.replace(request, adapter=key)
+
+
+def _under(request: Any, request_id: str) -> Any:
+    return msgspec.structs.replace(request, request_id=RequestId(request_id))

@@ -14,6 +14,9 @@ from sllm_actor.messages.placement import InstanceView
 from sllm_actor.policy.answer_times import LearnedTimes
 from sllm_actor.runtime import ActorRef
 
+# The actors' names: an instance's id follows.
+WORKERS = "worker/"
+
 
 class Instance:
     """An instance and all that belongs to it."""

@@ -1,33 +1,182 @@
-"""Moves running requests between nodes."""
+"""Moves running requests between instances: finds who has one, and where it can go on, and has the one hand it over.
+
+The migration itself is between the two workers and the request's Router. Whoever coordinates may die at any moment:
+what is prepared ends with the source's stream, or is handed over already, and then the Router goes on with it.
+"""
 
 from __future__ import annotations
 
-from sllm_actor.actors.scheduler_way import SchedulerWay
-from sllm_actor.errors import AlreadyThere, NodeNotFound
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from sllm_actor.actors.migration_counts import MigrationCounts
+from sllm_actor.actors.starting import Starting
+from sllm_actor.domain import ModelName, NodeId, RequestId
+from sllm_actor.errors import (
+    AlreadyThere,
+    DeliveryFailed,
+    DestinationFailed,
+    MigrationFailed,
+    NodeNotFound,
+    NodeUnreachable,
+    RequestNotFound,
+    SllmError,
+)
 from sllm_actor.messages.generation import LocateRequest, RequestLocation
-from sllm_actor.messages.migration import MigrateRequest
-from sllm_actor.messages.placement import ListNodes, NodeReport
+from sllm_actor.messages.instances import InstanceStarted
+from sllm_actor.messages.migration import HandedOver, ListLive, LiveRequest, MigrateOut, MigrateRequest, MoveAway
+from sllm_actor.policy.migration import Command, Event, State, step
 from sllm_actor.runtime import Actor, ActorRef, handles
+
+log = logging.getLogger(__name__)
+
+ROUTER = "router"
+MAX_DESTINATIONS = 3
 
 
 class MigrationCoordinator(Actor):
-    """Checks what is asked against where requests run and which nodes there are.
+    """Owns the migrations that were asked of this node; `members` gives everybody's address as it is known here."""
 
-    A node is alone in this version, so each request is where it was asked to go, or there is no such node.
-    """
-
-    def __init__(self, router: ActorRef, scheduler: SchedulerWay, *, ask_timeout_s: float) -> None:
-        self._router = router
-        self._scheduler = scheduler
+    def __init__(
+        self,
+        own: NodeId,
+        members: Callable[[], Mapping[NodeId, str]],
+        starting: Starting,
+        counts: MigrationCounts,
+        *,
+        ask_timeout_s: float,
+        migration_timeout_s: float,
+        max_migrations: int,
+    ) -> None:
+        self._own = own
+        self._members = members
+        self._starting = starting
+        self._counts = counts
         self._ask_timeout_s = ask_timeout_s
+        self._migration_timeout_s = migration_timeout_s
+        self._room = asyncio.Semaphore(max_migrations)
+        self._numbers = itertools.count(1)
 
-    @handles(MigrateRequest)
-    async def migrate(self, message: MigrateRequest) -> None:
-        location: RequestLocation = await self._router.ask(
-            LocateRequest(request_id=message.request_id), timeout_s=self._ask_timeout_s
+    @handles(MigrateRequest, concurrent=True)
+    async def migrate(self, message: MigrateRequest) -> HandedOver:
+        at = await self._locate(message.request_id)
+        known = {self._own, *self._members()}
+        if message.to and message.to not in known:
+            names = ", ".join(sorted(known))
+            raise NodeNotFound(f"there is no node {message.to!r}; the cluster has {names}", param="to")
+        if message.to == at.node:
+            raise AlreadyThere(f"request {message.request_id} runs on {at.node} already", param="to")
+        return await self._move(at, message.to)
+
+    @handles(MoveAway, concurrent=True)
+    async def move_away(self, message: MoveAway) -> int:
+        """Move what an instance of this node has; what can't be moved is left to end there."""
+        worker = self.context.system.ref(message.worker)
+        live: tuple[LiveRequest, ...] = await worker.ask(ListLive(), timeout_s=self._ask_timeout_s)
+        moves = await asyncio.gather(
+            *(self._move(_location(one, self._own, message), "") for one in live), return_exceptions=True
         )
-        nodes: tuple[NodeReport, ...] = await self._scheduler.ask(ListNodes(), timeout_s=self._ask_timeout_s)
-        if message.to not in {report.node for report in nodes}:
-            known = ", ".join(sorted(report.node for report in nodes))
-            raise NodeNotFound(f"there is no node {message.to!r}; the cluster has {known}", param="to")
-        raise AlreadyThere(f"request {message.request_id} runs on {location.node} already", param="to")
+        for one, moved in zip(live, moves, strict=True):
+            if isinstance(moved, SllmError):
+                log.warning("%s is not moved from %s: %s", one.request_id, message.worker, moved)
+            elif isinstance(moved, BaseException):
+                raise moved
+        return sum(isinstance(moved, HandedOver) for moved in moves)
+
+    async def _locate(self, request_id: RequestId) -> RequestLocation:
+        """Ask every node's Router, since any may have taken the request."""
+        nodes = sorted({self._own, *self._members()})
+        question = LocateRequest(request_id=request_id)
+        answers = await asyncio.gather(
+            *(self._at(node, ROUTER).ask(question, timeout_s=self._ask_timeout_s) for node in nodes),
+            return_exceptions=True,
+        )
+        for answer in answers:
+            if isinstance(answer, RequestLocation):
+                return answer
+            if not isinstance(answer, RequestNotFound | DeliveryFailed) and isinstance(answer, BaseException):
+                raise answer
+        raise RequestNotFound(f"no request {request_id} is generating", param="request_id")
+
+    def _at(self, node: NodeId, actor: str) -> ActorRef:
+        address = None if node == self._own else self._members().get(node)
+        if node != self._own and address is None:
+            raise NodeUnreachable(f"{node} has left the cluster")
+        return self.context.system.ref(actor, address)
+
+    async def _move(self, at: RequestLocation, to: NodeId | str) -> HandedOver:
+        """Move one request, as `policy.migration` says: find it a destination, and another one where that is lost."""
+        if not {self._own, *self._members()} - {at.node}:
+            raise MigrationFailed(f"there is no other node for request {at.request_id}")
+        state, refused = State.PLACING, list[NodeId]()
+        destination: InstanceStarted | None = None
+        async with self._room:
+            while True:
+                try:
+                    if destination is None:
+                        destination = await self._destination(at, to, refused)
+                        event = Event.READY
+                    else:
+                        handed = await self._hand_over(at, destination)
+                        event = Event.HANDED_OVER
+                except SllmError as error:
+                    event = _event_of(error, destination, bool(to) or len(refused) + 1 == MAX_DESTINATIONS)
+                    if step(state, event).state is State.ABORTED:
+                        self._counts.aborted += 1
+                        raise
+                    log.warning("%s is to go elsewhere: %s", at.request_id, error)
+                state, commands = step(state, event)
+                if state is State.MOVED:
+                    self._counts.moved(handed)
+                    return handed
+                if Command.CHOOSE_ANOTHER in commands and destination is not None:
+                    refused.append(destination.node)
+                    destination = None
+
+    async def _destination(self, at: RequestLocation, to: NodeId | str, refused: Sequence[NodeId]) -> InstanceStarted:
+        instance, _ = await self._starting.start(
+            self.context.system,
+            at.request_id,
+            ModelName(at.served),
+            "" if at.model == at.served else at.model,
+            lambda: (at.priority, (at.instance_id,)),
+            not_on=(at.node, *refused),
+            only_on=NodeId(to) if to else None,
+        )
+        return instance
+
+    async def _hand_over(self, at: RequestLocation, destination: InstanceStarted) -> HandedOver:
+        message = MigrateOut(
+            request_id=at.request_id,
+            migration_id=f"{self._own}-{next(self._numbers)}-{at.request_id}",
+            instance_id=destination.instance_id,
+            model=destination.model,
+            node=destination.node,
+            worker=destination.worker,
+            address=destination.address or self._members().get(destination.node, ""),
+        )
+        handed: HandedOver = await self._at(at.node, at.worker).ask(message, timeout_s=self._migration_timeout_s)
+        return handed
+
+
+def _event_of(error: SllmError, destination: InstanceStarted | None, last: bool) -> Event:
+    """Tell what an error means: of a start, no place; of a hand-over, whose fault it was."""
+    if destination is None:
+        return Event.NO_PLACE
+    if isinstance(error, DestinationFailed):
+        return Event.NO_PLACE if last else Event.DESTINATION_LOST
+    return Event.SOURCE_LOST if isinstance(error, DeliveryFailed) else Event.ENDED
+
+
+def _location(one: LiveRequest, node: NodeId, message: MoveAway) -> RequestLocation:
+    return RequestLocation(
+        request_id=one.request_id,
+        node=node,
+        instance_id=message.instance_id,
+        worker=message.worker,
+        model=one.model,
+        served=one.served,
+        priority=one.priority,
+    )

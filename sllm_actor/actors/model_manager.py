@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.inference_worker import InferenceWorker
-from sllm_actor.actors.instance import Instance
+from sllm_actor.actors.instance import WORKERS, Instance
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
 from sllm_actor.actors.place import Place
+from sllm_actor.actors.prepared import MigrationLimits
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.reporting import REPORT_EVERY_S, Reporting
 from sllm_actor.actors.scheduler_way import SchedulerWay
@@ -74,6 +75,7 @@ class Limits(NamedTuple):
     drain_timeout_s: float
     engine_stop_timeout_s: float
     max_adapters_per_instance: int
+    migration: MigrationLimits = MigrationLimits()
 
 
 class ModelManager(Actor):
@@ -249,16 +251,11 @@ class ModelManager(Actor):
             raise ModelNotFound(f"{model.name} was removed while it started", param="model")
         instance_id = f"{model.name}-{self._place.tag}{next(self._instance_ids)}"
         worker = InferenceWorker(
-            started.engine,
-            instance_id,
-            self.context.self_ref,
-            self._clock,
-            keep_alive_s=model.keep_alive_s,
-            max_requests=self._limits.max_requests_per_instance,
-            room=self._room,
-            stop_timeout_s=self._limits.engine_stop_timeout_s,
-        )
-        ref = await self.context.system.spawn(worker, f"worker/{instance_id}")
+            started.engine, instance_id, self.context.self_ref, self._clock, keep_alive_s=model.keep_alive_s,
+            max_requests=self._limits.max_requests_per_instance, room=self._room,
+            stop_timeout_s=self._limits.engine_stop_timeout_s, migration=self._limits.migration,
+        )  # fmt: skip
+        ref = await self.context.system.spawn(worker, f"{WORKERS}{instance_id}")
         adapters = InstanceAdapters(
             started.engine,
             self._lease_adapter,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
+from sllm_actor.actors.instance import WORKERS
 from sllm_actor.actors.place import Place
+from sllm_actor.errors import SllmError
 from sllm_actor.messages.instances import InstanceStatus, ListInstances, StopInstances
+from sllm_actor.messages.migration import MoveAway
 from sllm_actor.messages.operations import CordonNode, DrainNode, StopEverything
 from sllm_actor.messages.placement import ReportNow
 from sllm_actor.metadata import Store
 from sllm_actor.runtime import Actor, ActorRef, handles
 
+log = logging.getLogger(__name__)
+
 NODE_KEEPER = "node-keeper"
+COORDINATOR = "migration-coordinator"
 CORDONS = "cordons/"
 
 
@@ -54,15 +61,28 @@ class NodeKeeper(Actor):
         return await self._stop_instances()
 
     async def _stop_instances(self) -> int:
-        """Stop all, also those that come up meanwhile: what was placed before this node was cordoned."""
+        """Stop all, also those that come up meanwhile: what was placed before this node was cordoned.
+
+        What they answer goes on elsewhere, where it can; each is stopped when it has nothing more.
+        """
         stopped = 0
         while True:
             running: tuple[InstanceStatus, ...] = await self._ask(ListInstances(), self._ask_timeout_s)
             if not running:
                 return stopped
             each = [StopInstances(model=one.model, instance_id=one.instance_id) for one in running]
-            counts = await asyncio.gather(*(self._ask(one, self._stop_timeout_s) for one in each))
+            counts, _ = await asyncio.gather(
+                asyncio.gather(*(self._ask(one, self._stop_timeout_s) for one in each)),
+                asyncio.gather(*(self._move_away(one.instance_id) for one in running)),
+            )
             stopped += sum(counts)
+
+    async def _move_away(self, instance_id: str) -> None:
+        message = MoveAway(worker=f"{WORKERS}{instance_id}", instance_id=instance_id)
+        try:
+            await self.context.system.ref(COORDINATOR).ask(message, timeout_s=self._stop_timeout_s)
+        except SllmError as error:
+            log.warning("the requests of %s end here: %s", instance_id, error)
 
     async def _ask(self, message: object, timeout_s: float) -> Any:
         return await self._manager.ask(message, timeout_s=timeout_s)

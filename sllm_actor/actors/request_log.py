@@ -22,6 +22,10 @@ class RequestRecord:
         self.instance: InstanceStarted | None = None
         self.cold = False
         self.beside = 0
+        # Counts the instances that have had it.
+        self.epoch = 0
+        # When it was handed over the last time.
+        self.moved_s = 0.0
         self.start_of = ""
         self.first_token_s = 0.0
         self.end_s = 0.0
@@ -113,12 +117,21 @@ class RequestLog:
 
         Raises:
             RequestNotFound: it is not running, or waits for its instance still.
+            InvalidRequest: it embeds.
         """
         record = self._running.get(request_id)
         if record is None or record.instance is None:
             raise RequestNotFound(f"no request {request_id} is generating", param="request_id")
+        if not isinstance(record.request, Generate):
+            raise InvalidRequest(f"request {request_id} embeds texts: it is not moved", param="request_id")
         return RequestLocation(
-            request_id=request_id, node=record.instance.node, instance_id=record.instance.instance_id
+            request_id=request_id,
+            node=record.instance.node,
+            instance_id=record.instance.instance_id,
+            worker=record.instance.worker,
+            model=record.request.model,
+            served=record.instance.model,
+            priority=record.request.priority,
         )
 
     def timelines(self) -> tuple[Timeline, ...]:

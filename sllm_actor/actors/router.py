@@ -6,9 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, cast
-
-import msgspec
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
 from sllm_actor.actors.going_on import Answered, Given, rest_of
@@ -16,18 +13,13 @@ from sllm_actor.actors.request_log import RequestLog, RequestRecord
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.actors.starting import GONE, MAX_ATTEMPTS, Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
-from sllm_actor.domain import Model, ModelName, RequestId, Span, Timeline
+from sllm_actor.domain import ModelName, RequestId, Span, Timeline
 from sllm_actor.errors import (
-    ActorDied,
     Conflict,
     Draining,
     EngineDied,
-    Fenced,
-    LeaseLost,
-    NoCapacity,
-    NodeUnreachable,
-    NoSuchActor,
     RequestNotFound,
     SllmError,
 )
@@ -39,6 +31,7 @@ from sllm_actor.messages.generation import (
     GetTimeline,
     ListRequests,
     LocateRequest,
+    Migrated,
     RequestLocation,
 )
 from sllm_actor.messages.instances import (
@@ -46,20 +39,11 @@ from sllm_actor.messages.instances import (
     EndStart,
     InstanceGone,
     InstanceStarted,
-    StartInstance,
-    StartProgress,
 )
-from sllm_actor.messages.models import GetModel
-from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel, RunsAlready
-from sllm_actor.policy.retrying import UNKNOWN_S, rest_s
-from sllm_actor.runtime import Actor, ActorRef, Clock, handles
-from sllm_actor.units import format_bytes
+from sllm_actor.messages.placement import HurryPlacement
+from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 3
-# An instance or a node that has gone, or is going: another one may do it.
-GONE = (Draining, NoSuchActor, ActorDied, NodeUnreachable)
 
 
 class _Start:
@@ -79,8 +63,8 @@ class Router(Actor):
 
     def __init__(
         self,
-        manager: ActorRef,
         scheduler: SchedulerWay,
+        starting: Starting,
         log: RequestLog,
         clock: Clock,
         *,
@@ -88,18 +72,14 @@ class Router(Actor):
         room: WaitingRoom,
         counts: StartCounts,
         ask_timeout_s: float,
-        placement_timeout_s: float,
-        start_timeout_s: float,
     ) -> None:
-        self._manager = manager
         self._scheduler = scheduler
+        self._starting = starting
         self._log = log
         self._clock = clock
         self._room = room
         self._counts = counts
         self._ask_timeout_s = ask_timeout_s
-        self._placement_timeout_s = placement_timeout_s
-        self._start_timeout_s = start_timeout_s
         self._routes = routes
         self._starts: dict[ModelName, _Start] = {}
 
@@ -118,8 +98,9 @@ class Router(Actor):
     async def _answer(self, request: Generate | Embed) -> AsyncGenerator[Answered, None]:
         record = self._log.open(request)
         try:
-            async for item in self._attempts(request, record):
-                yield item
+            async with aclosing(self._attempts(request, record)) as items:
+                async for item in items:
+                    yield item
             record.outcome = "finished"
         except SllmError as error:
             record.outcome = error.code
@@ -131,35 +112,64 @@ class Router(Actor):
             self._log.close(record)
 
     async def _attempts(self, request: Generate | Embed, record: RequestRecord) -> AsyncGenerator[Answered, None]:
-        """Run the request. Where its instance goes, another one goes on behind what has been given."""
+        """Run the request. Where its instance goes, another one goes on behind what has been given.
+
+        Each that has it has an epoch of its own: nothing counts but the tokens of the current one.
+        """
         failed: tuple[str, ...] = ()
-        given = Given()
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            instance = await self._instance(request, record, failed)
+        given, attempt = Given(), 1
+        moved: Migrated | None = None
+        while True:
+            instance = _reached(moved) if moved else await self._instance(request, record, failed)
             self._log.route(record, instance)
-            worker = self.context.system.ref(instance.worker, instance.address or None)
+            rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
+            moving, moved = moved, None
             try:
-                with self._routes.using(instance):
-                    async with aclosing(worker.stream(rest_of(request, record.tokens))) as items:
-                        async for item in items:
-                            if isinstance(item, Prefilled):
-                                record.spans.append(item.span)
-                            elif isinstance(item, AdapterHeld):
-                                record.spans.extend(item.spans)
-                            elif given.is_new(item):
-                                record.take(item, self._clock.monotonic_s())
-                                yield item
-                return
-            except (*GONE, EngineDied) as gone:
+                async with aclosing(self._items(instance, rest, record, moving)) as items:
+                    async for item in items:
+                        if isinstance(item, Migrated):
+                            moved = item
+                        elif given.is_new(item, record.epoch):
+                            record.take(item, self._clock.monotonic_s())
+                            yield item
+                if moved is None:
+                    return
+                record.moved_s = self._clock.monotonic_s()
+            except SllmError as gone:
+                if not isinstance(gone, (*GONE, EngineDied)) and moving is None:
+                    raise
                 self._routes.remove(instance.model, instance.instance_id)
                 failed = (*failed, instance.instance_id)
                 if attempt == MAX_ATTEMPTS:
                     raise
+                attempt += 1
                 if record.begun:
                     self._counts.recovered += 1
                     log.warning(
                         "%s goes on elsewhere behind %d tokens: %s", record.request.request_id, len(record.tokens), gone
                     )
+            record.epoch += 1
+
+    async def _items(
+        self, instance: InstanceStarted, rest: Generate | Embed, record: RequestRecord, moving: Migrated | None
+    ) -> AsyncGenerator[Answered | Migrated, None]:
+        """Ask an instance, and note what its items say of the time that it takes."""
+        worker = self.context.system.ref(instance.worker, instance.address or None)
+        with self._routes.using(instance):
+            async with aclosing(worker.stream(rest)) as items:
+                async for item in items:
+                    if isinstance(item, Prefilled):
+                        if moving is None:
+                            record.spans.append(item.span)
+                    elif isinstance(item, AdapterHeld):
+                        record.spans.extend(item.spans)
+                    else:
+                        if moving is not None:
+                            now_s = self._clock.monotonic_s()
+                            span = Span(name="migration", begin_s=record.moved_s, end_s=now_s, tier=instance.node)
+                            record.spans.append(span)
+                            moving = None
+                        yield item
 
     async def _instance(
         self, request: Generate | Embed, record: RequestRecord, failed: tuple[str, ...]
@@ -219,80 +229,13 @@ class Router(Actor):
         return True
 
     async def _start(self, start: _Start) -> tuple[InstanceStarted, tuple[Span, ...]]:
-        begin_s, request, served = self._clock.monotonic_s(), start.request, _served(start.request)
-        model: Model = await self._manager.ask(GetModel(name=served), timeout_s=self._ask_timeout_s)
-        adapter_bytes = 0
-        if request.model != served:
-            adapter: Model = await self._manager.ask(GetModel(name=request.model), timeout_s=self._ask_timeout_s)
-            adapter_bytes = adapter.host_bytes
-        wish = StartInstance(
-            placement_id="", model=model.name, adapter="" if request.model == served else request.model
+        request, served = start.request, _served(start.request)
+        adapter = "" if request.model == served else request.model
+        instance, spans = await self._starting.start(
+            self.context.system, request.request_id, served, adapter, lambda: (start.priority, start.failed)
         )
-        question = PlaceModel(
-            request_id=request.request_id,
-            model=model.name,
-            fingerprint=model.fingerprint,
-            size_bytes=model.size_bytes,
-            host_bytes=model.host_bytes + adapter_bytes,
-            timeout_s=self._placement_timeout_s,
-            holders_only=not model.card,
-        )
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            placement = await self._place(start, question)
-            placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
-            try:
-                instance = await self._use(placement, wish)
-            except (*GONE, Fenced, LeaseLost) as gone:
-                if attempt == MAX_ATTEMPTS:
-                    raise
-                log.warning("%s could not start %s: %s; another place is asked for", placement.node, served, gone)
-                if isinstance(gone, NodeUnreachable):  # From here; the leader may well reach it.
-                    question = msgspec.structs.replace(cast(Any, question), not_on=(*question.not_on, placement.node))
-                continue
-            break
         self._routes.add(instance)
-        return instance, (placed, *instance.spans)
-
-    async def _place(self, start: _Start, question: PlaceModel) -> Placement | RunsAlready:
-        now = msgspec.structs.replace(cast(Any, question), priority=start.priority, failed=start.failed)
-        placement: Placement | RunsAlready = await self._scheduler.ask(
-            now, timeout_s=self._placement_timeout_s + self._ask_timeout_s
-        )
-        self._counts.placements += 1
-        return placement
-
-    async def _use(self, placement: Placement | RunsAlready, wish: StartInstance) -> InstanceStarted:
-        if isinstance(placement, RunsAlready):
-            return InstanceStarted(
-                instance_id=placement.instance_id,
-                model=placement.model,
-                node=placement.node,
-                worker=placement.worker,
-                address=placement.address,
-                spans=(),
-            )
-        manager = self.context.system.ref(placement.manager, placement.address or None)
-        granted = msgspec.structs.replace(cast(Any, wish), placement_id=placement.placement_id, epoch=placement.epoch)
-        return await self._started(manager, granted)
-
-    async def _started(self, manager: ActorRef, message: StartInstance) -> InstanceStarted:
-        """Wait for a start as long as it goes on: its time counts from the last bytes that came."""
-        come, left_s, begin_s = "", UNKNOWN_S, self._clock.monotonic_s()
-        try:
-            async with aclosing(manager.stream(message)) as steps:
-                while True:
-                    async with asyncio.timeout(self._start_timeout_s):
-                        step = await anext(steps)
-                    if isinstance(step, InstanceStarted):
-                        return step
-                    if isinstance(step, StartProgress) and step.done_bytes:
-                        come = f" after {format_bytes(step.done_bytes)} of {format_bytes(step.total_bytes)}"
-                        left_s = rest_s(step.done_bytes, step.total_bytes, self._clock.monotonic_s() - begin_s)
-        except TimeoutError:
-            raise NoCapacity(
-                f"{message.model} was not running, and nothing of it came, for {self._start_timeout_s:g} s{come}",
-                retry_after_s=left_s,
-            ) from None
+        return instance, spans
 
     @handles(InstanceGone)
     async def gone(self, message: InstanceGone) -> None:
@@ -329,6 +272,17 @@ class Router(Actor):
     @handles(LocateRequest)
     async def locate(self, message: LocateRequest) -> RequestLocation:
         return self._log.location(message.request_id)
+
+
+def _reached(moved: Migrated) -> InstanceStarted:
+    return InstanceStarted(
+        instance_id=moved.instance_id,
+        model=moved.model,
+        node=moved.node,
+        worker=moved.worker,
+        address=moved.address,
+        spans=(),
+    )
 
 
 def _served(request: Generate | Embed) -> ModelName:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sllm_actor.domain import RequestId
-from sllm_actor.engine.client import Item
+from sllm_actor.engine.streams import Item
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.generation import Finished, Generate

@@ -30,6 +30,7 @@ from sllm_actor.messages.placement import (
 from sllm_actor.policy.cluster_view import ClusterView, Grant
 from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.explaining import refused
+from sllm_actor.policy.offers import allows
 from sllm_actor.policy.placement import ABLE, Decision, Evict, Start, Wait, Waiter, decide, fits_nowhere, next_of
 from sllm_actor.policy.policies import Situation
 from sllm_actor.policy.retrying import Pace, placement_s
@@ -280,7 +281,7 @@ class Scheduler(Actor):
         """Spare a start where an instance runs, or is starting, that somebody else has asked for."""
         question = waiting.question
         for report, instance in self._view.running(question.model):
-            if instance.instance_id not in question.failed:
+            if instance.instance_id not in question.failed and allows(question, report.node):
                 self._answer(
                     waiting,
                     RunsAlready(

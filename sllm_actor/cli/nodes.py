@@ -1,4 +1,4 @@
-"""`sllm-node status`, `cordon`, `uncordon` and `drain`: the nodes of a cluster, asked through any of them."""
+"""`sllm-node status`, `cordon`, `uncordon`, `drain` and `migrate`: a cluster, asked through any of its nodes."""
 
 from __future__ import annotations
 
@@ -49,13 +49,33 @@ def uncordon(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Jso
 
 
 def drain(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """Cordon a node and stop its instances, each once its answers are finished; other nodes start them when asked.
+    """Cordon a node and stop its instances: running answers go on elsewhere, and what can't is finished first.
 
     Example: sllm-node drain n2 && systemctl stop sllm-node
     """
     answer = _change(node, "drain", url, api_key, as_json=as_json)
     if not as_json:
         out.print(f"{answer['stopped']} instances were stopped")
+
+
+def migrate(
+    request: Annotated[str, typer.Argument(help="The request's id, as '/admin/requests' lists it.")],
+    to: Annotated[str, typer.Option("--to", help="The node to move it to; by default where that is soonest.")] = "",
+    url: Url = DEFAULT_URL,
+    api_key: Key = "",
+    as_json: Json = False,
+) -> None:
+    """Move a running request to another node; its client sees one stream.
+
+    Example: sllm-node migrate req-6f1c2a --to n2
+    """
+    path = f"/admin/requests/{quote(request, safe='')}/migrate"
+    answer = ask(url, api_key, lambda client: client.call("POST", path, {"to": to}), as_json=as_json)
+    if as_json:
+        print_json(answer)
+        return
+    moved = format_bytes(answer["bytes_moved"])
+    out.print(f"{request} goes on at {answer['node']}: {answer['tokens']} tokens in {answer['rounds']} rounds, {moved}")
 
 
 def _change(node: str, verb: str, url: str, api_key: str, *, as_json: bool) -> dict[str, Any]:

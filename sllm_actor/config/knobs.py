@@ -305,6 +305,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float,
         Meta(ge=0, le=60, title="s", description="how long each keeps its place of models that take turns"),
     ] = 2.0
+
+    # Moving running requests.
+    max_migrations: Annotated[
+        int, Meta(ge=1, le=1024, title="requests", description="requests that this node moves at once")
+    ] = 32
+    migration_timeout_s: Annotated[
+        float, Meta(ge=1, le=3600, title="s", description="longest time of a hand-over, a round of it, or a move")
+    ] = 120.0
+    migration_max_rounds: Annotated[
+        int, Meta(ge=1, le=64, title="rounds", description="times that a destination catches up with a running answer")
+    ] = 8
+    migration_threshold_tokens: Annotated[
+        int,
+        Meta(ge=0, le=4096, title="tokens", description="tokens behind which a destination is near enough"),
+    ] = 4
+    take_over_timeout_s: Annotated[
+        float, Meta(ge=0.1, le=600, title="s", description="how long what was handed over is held for its gateway")
+    ] = 10.0
+
+    # What is remembered.
     decision_history: Annotated[
         int, Meta(ge=1, le=1_000_000, title="decisions", description="placements whose explanations are kept")
     ] = 10_000

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any, cast
 
 import msgspec
 
 from sllm_actor.domain import EngineLimits, RequestId
+from sllm_actor.engine.streams import AnswerStream, Item, Parking, Said
 from sllm_actor.errors import (
     ActorDied,
     EngineDied,
@@ -20,7 +21,7 @@ from sllm_actor.errors import (
     SllmError,
     from_code,
 )
-from sllm_actor.messages.embedding import Embed, Embedded
+from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import (
     FROM_ENGINE,
     TO_ENGINE,
@@ -39,17 +40,16 @@ from sllm_actor.messages.engine import (
     LoadAdapter,
     MapWeights,
     ModelChecked,
+    Park,
+    Parked,
     PooledFile,
-    Prefilled,
     PrepareModel,
     ShutDown,
 )
-from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
+from sllm_actor.messages.generation import Finished, Generate, Migrated, Tokens
 from sllm_actor.runtime.channel import Channel
 from sllm_actor.runtime.forking import Child, ForkServer
 from sllm_actor.runtime.frames import Codec
-
-Item = Prefilled | PromptLogprobs | Tokens | Embedded | Finished
 
 
 class Engine:
@@ -69,9 +69,9 @@ class Engine:
         # Of adapters that are being loaded or dropped, by key.
         self._adapting: dict[str, asyncio.Future[Any]] = {}
         self._failure: SllmError | None = None
-        # Per request, what has arrived and is not yet taken: bounded by the request's max_tokens, or its texts. The ids
-        # are the engine's own, so that a client's id that comes again never meets tokens of its first use.
-        self._streams: dict[RequestId, asyncio.Queue[Item | SllmError]] = {}
+        # What it says of each request. The ids are the engine's own, so that a client's id that comes again never meets
+        # tokens of its first use.
+        self._streams: dict[RequestId, AnswerStream] = {}
         self._numbers = itertools.count(1)
         child.exited.add_done_callback(lambda _: self._settle())
 
@@ -165,32 +165,68 @@ class Engine:
         ready: EngineReady = await self._ask(AttachWeights(limits=limits), EngineReady)
         return ready
 
-    async def generate(self, request: Generate | Embed) -> AsyncGenerator[Item, None]:
+    async def generate(
+        self, request: Generate | Embed, stream: AnswerStream | None = None, parking: Parking | None = None
+    ) -> AsyncGenerator[Item, None]:
         """Run one request; closing the generator cancels it.
+
+        Whoever gives a `stream` may hold it back, or end it with `Migrated`, and then the request is cancelled here. It
+        goes on with what a `parking` of this engine holds.
 
         Raises:
             EngineDied: the process has left.
             GenerationFailed: this request alone failed.
         """
-        queue: asyncio.Queue[Item | SllmError] = asyncio.Queue()
-        number = RequestId(str(next(self._numbers)))
-        self._streams[number] = queue
-        finished = False
+        stream = stream or AnswerStream()
+        number, finished = self._open(stream), False
         try:
-            self._send(_renamed(request, number))
+            self._send(_numbered(request, number, parking))
             while not finished:
-                item = await queue.get()
+                item = await stream.get()
                 if isinstance(item, SllmError):
                     finished = True
                     raise item
+                assert not isinstance(item, Parked), "that is said of what is parked alone"
                 finished = isinstance(item, Finished)
-                yield _renamed(item, request.request_id)
+                yield _as_asked(item, request)
+                if isinstance(item, Migrated):
+                    return
         finally:
             del self._streams[number]
             if not finished:
                 # Where this can't be said, the process is on its way out and the request with it.
                 with contextlib.suppress(SllmError):
                     self._send(CancelGeneration(request_id=number))
+
+    @contextlib.contextmanager
+    def park(self, request: Generate) -> Iterator[Parking]:
+        """Have the engine hold a request's tokens, for as long as this is open, or until a request takes them over.
+
+        Raises:
+            EngineDied: the process has left.
+        """
+        stream = AnswerStream()
+        parking = Parking(self._open(stream), stream, self._send)
+        try:
+            self._send(
+                Park(
+                    request_id=parking.number,
+                    prompt=request.prompt,
+                    generated=request.generated,
+                    resume=request.resume,
+                    adapter=request.adapter,
+                    priority=request.priority,
+                )
+            )
+            yield parking
+        finally:
+            del self._streams[parking.number]
+            parking.leave()
+
+    def _open(self, stream: AnswerStream) -> RequestId:
+        number = RequestId(str(next(self._numbers)))
+        self._streams[number] = stream
+        return number
 
     async def leave(self, timeout_s: float) -> None:
         """Ask it to leave, wait until it has, and kill it if it takes longer than `timeout_s`."""
@@ -234,14 +270,14 @@ class Engine:
         raise self._failure or EngineDied(f"the engine process {self.pid} has left ({self.died.result()})")
 
     def _take(self, message: Any) -> None:
-        if isinstance(message, Tokens | Embedded | Finished | Prefilled | PromptLogprobs):
-            queue = self._streams.get(message.request_id)
-            if queue is not None:
-                queue.put_nowait(message)
+        if isinstance(message, Said):
+            stream = self._streams.get(message.request_id)
+            if stream is not None:
+                stream.put(message)
         elif isinstance(message, GenerationError):
-            queue = self._streams.get(message.request_id)
-            if queue is not None:
-                queue.put_nowait(from_code(message.code, message.text))
+            stream = self._streams.get(message.request_id)
+            if stream is not None:
+                stream.put(from_code(message.code, message.text))
         elif isinstance(message, AdapterLoaded | AdapterRefused | AdapterDropped):
             changing = self._adapting.get(message.key)
             if changing is not None and not changing.done():
@@ -271,9 +307,19 @@ class Engine:
         reason = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         self.died.set_result(reason)
         error = self._failure or EngineDied(f"the engine process {self.pid} has left ({reason})")
-        for queue in self._streams.values():
-            queue.put_nowait(error)
+        for stream in self._streams.values():
+            stream.release()
+            stream.put(error)
 
 
-def _renamed(message: Any, request_id: RequestId) -> Any:
-    return msgspec.structs.replace(message, request_id=request_id)
+def _numbered(request: Any, number: RequestId, parking: Parking | None) -> Any:
+    if parking is None:
+        return msgspec.structs.replace(request, request_id=number)
+    parking.taken = True
+    return msgspec.structs.replace(request, request_id=number, parked=parking.number)
+
+
+def _as_asked(item: Any, request: Any) -> Any:
+    if isinstance(item, Tokens):
+        return msgspec.structs.replace(cast(Any, item), request_id=request.request_id, epoch=request.epoch)
+    return msgspec.structs.replace(item, request_id=request.request_id)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from sllm_actor.domain import Embedding, FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine.encoder import EncoderRunner
+from sllm_actor.engine.generation import Generation, Step
 from sllm_actor.engine.pooling import Pooler
-from sllm_actor.engine.runner import Generation, Runner, Step
+from sllm_actor.engine.runner import Runner
 from sllm_actor.errors import GenerationFailed, SllmError
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.engine import GenerationError, Prefilled

@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sllm_actor.domain import EngineLimits, FinishReason
+from sllm_actor.engine.generation import Generation, Step
 from sllm_actor.engine.pooling import Pooler, check_text
-from sllm_actor.engine.runner import MODEL_FAULTS, Generation, Step
+from sllm_actor.engine.runner import MODEL_FAULTS
 from sllm_actor.errors import GenerationFailed, SllmError
 
 # A pass of more rows than this gains nothing, however short they are.
@@ -61,7 +62,7 @@ class EncoderRunner:
 
     def step(self) -> Step:
         """Compute one pass; a failure ends the texts that it concerns."""
-        step = Step([], [], [])
+        step = Step([], [], [], [])
         texts = self._choose()
         step.admitted.extend(texts)
         try:

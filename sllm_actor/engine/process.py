@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 from sllm_actor.checkpoint.adapter import CONFIG_NAME, read_lora_config
 from sllm_actor.checkpoint.folder import read_config, read_folder
-from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.domain import EngineLimits, FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine import lora, skeleton
 from sllm_actor.engine.architectures import ENCODERS
 from sllm_actor.engine.embedding_jobs import EmbeddingJobs
 from sllm_actor.engine.encoder import EncoderRunner
+from sllm_actor.engine.generation import Generation, Step
 from sllm_actor.engine.grammar import GrammarConstraint, Grammars
-from sllm_actor.engine.runner import Generation, Runner
+from sllm_actor.engine.runner import Runner
 from sllm_actor.errors import AdapterInvalid, EngineStartFailed, GenerationFailed, SllmError, UnsupportedArchitecture
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import (
@@ -38,10 +38,13 @@ from sllm_actor.messages.engine import (
     EngineFailed,
     EngineHello,
     EngineReady,
+    ExtendParked,
     GenerationError,
     LoadAdapter,
     MapWeights,
     ModelChecked,
+    Park,
+    Parked,
     PooledFile,
     Prefilled,
     PrepareModel,
@@ -128,6 +131,7 @@ class EngineProcess:
         self._jobs: EmbeddingJobs | None = None
         self._grammars: Grammars | None = None
         self._running: dict[RequestId, _Running] = {}
+        self._parked: dict[RequestId, Generation] = {}
         torch.set_num_threads(threads)
         torch.set_num_interop_threads(1)
 
@@ -166,6 +170,10 @@ class EngineProcess:
             self._embed(message)
         elif isinstance(message, CancelGeneration):
             self._cancel(message.request_id)
+        elif isinstance(message, Park):
+            self._park(message)
+        elif isinstance(message, ExtendParked):
+            self._extend(message)
         elif isinstance(message, LoadAdapter):
             self._load_adapter(message)
         elif isinstance(message, DropAdapter):
@@ -227,13 +235,7 @@ class EngineProcess:
     def _read_adapter(self, model: PreTrainedModel, message: LoadAdapter) -> lora.Adapter:
         config = read_lora_config(read_config(Path(message.path), CONFIG_NAME)[0], message.path)
         mapped = self._map_files(message.chunk_bytes, message.files)
-        owner: dict[str, skeleton.MappedTensors] = {}
-        tensors: list[Tensor] = []
-        for file in message.files:
-            data = mapped[file.name]
-            header = parse_header(data, file.size_bytes, name=file.name)
-            tensors += header.tensors
-            owner |= dict.fromkeys((tensor.name for tensor in header.tensors), skeleton.MappedTensors(data))
+        tensors, owner = skeleton.tensors_of(message.files, mapped)
         placed = lora.match(model, config, tensors)
         return lora.make(config, placed, lambda tensor: owner[tensor.name].view(tensor), model.device)
 
@@ -252,13 +254,7 @@ class EngineProcess:
         if self._prepared is None or self._model is None or not self._files:
             raise EngineStartFailed("weights came before the model was named, or before they were mapped")
         begin_s = self._clock.monotonic_s()
-        owner: dict[str, skeleton.MappedTensors] = {}
-        tensors: list[Tensor] = []
-        for file in self._files:
-            data = self._mapped[file.name]
-            header = parse_header(data, file.size_bytes, name=file.name)
-            tensors += header.tensors
-            owner |= dict.fromkeys((tensor.name for tensor in header.tensors), skeleton.MappedTensors(data))
+        tensors, owner = skeleton.tensors_of(self._files, self._mapped)
         paired = skeleton.match(self._model, tensors, self._prepared.aliases)
         weights = {name: owner[tensor.name].view(tensor) for name, tensor in paired.items()}
         skeleton.put_weights(self._model, weights)
@@ -286,16 +282,47 @@ class EngineProcess:
                 resume=message.resume,
                 adapter=message.adapter,
                 priority=message.priority,
+                parked=self._parked.pop(RequestId(message.parked), None),
             )
         except SllmError as error:
-            self._channel.send(GenerationError(request_id=message.request_id, code=error.code, text=error.message))
+            self._refuse(message.request_id, error)
             return
         generation.sampler.constraint = constraint
         running = _Running(message.request_id, generation)
+        if generation.slot is not None:
+            running.begin_s = self._clock.monotonic_s()
         if generation.finish is not None:
             self._channel.send(running.finished(generation.finish))
             return
         self._running[message.request_id] = running
+
+    def _refuse(self, request_id: RequestId, error: SllmError) -> None:
+        self._channel.send(_refusal(request_id, error))
+
+    def _park(self, message: Park) -> None:
+        try:
+            if not isinstance(self._runner, Runner) or self._runner.headless:
+                raise GenerationFailed("this model embeds texts and does not generate")
+            self._parked[message.request_id] = self._runner.park(
+                unpack_uint32(message.prompt),
+                unpack_uint32(message.generated),
+                resume=message.resume,
+                adapter=message.adapter,
+                priority=message.priority,
+            )
+        except SllmError as error:
+            self._refuse(message.request_id, error)
+
+    def _extend(self, message: ExtendParked) -> None:
+        parked = self._parked.get(message.request_id)
+        if parked is None:
+            return
+        assert isinstance(self._runner, Runner), "nothing else parks"
+        try:
+            self._runner.extend(parked, unpack_uint32(message.token_ids))
+        except SllmError as error:
+            self._cancel(message.request_id)
+            self._refuse(message.request_id, error)
 
     def _embed(self, message: Embed) -> None:
         if self._jobs is None:
@@ -303,7 +330,7 @@ class EngineProcess:
         try:
             self._jobs.take(message)
         except SllmError as error:
-            self._channel.send(GenerationError(request_id=message.request_id, code=error.code, text=error.message))
+            self._refuse(message.request_id, error)
 
     def _constrain(self, message: Generate) -> GrammarConstraint:
         if self._grammars is None:
@@ -317,8 +344,9 @@ class EngineProcess:
         assert self._runner is not None and self._jobs is not None
         self._jobs.cancel(request_id)
         running = self._running.pop(request_id, None)
-        if running is not None:
-            self._runner.cancel(running.generation)
+        generation = self._parked.pop(request_id, None) if running is None else running.generation
+        if generation is not None:
+            self._runner.cancel(generation)
 
     def _step(self) -> None:
         """Compute one step and send all that it brought."""
@@ -330,6 +358,7 @@ class EngineProcess:
             return
         step = self._runner.step()
         said += self._jobs.tell(step, begin_s)
+        said += self._tell_parked(step)
         of = {running.generation: running for running in self._running.values()}
         for generation in step.admitted:
             if of[generation].begin_s is None:
@@ -339,7 +368,24 @@ class EngineProcess:
             if generation.finish is not None:
                 del self._running[of[generation].request_id]
         for generation, error in step.failed:
-            request_id = of[generation].request_id
-            said.append(GenerationError(request_id=request_id, code=error.code, text=error.message))
-            del self._running[request_id]
+            said.append(_refusal(of[generation].request_id, error))
+            del self._running[of[generation].request_id]
         self._channel.send_all(said)
+
+    def _tell_parked(self, step: Step) -> list[object]:
+        """Say which that are parked are as far as they can be, or have failed, and take them out of the step."""
+        if not self._parked:
+            return []
+        ids = {generation: request_id for request_id, generation in self._parked.items()}
+        said: list[object] = [Parked(request_id=ids[one], known_tokens=one.known) for one in step.parked]
+        step.admitted[:] = [generation for generation in step.admitted if generation not in ids]
+        for generation, error in step.failed:
+            if generation in ids:
+                del self._parked[ids[generation]]
+                said.append(_refusal(ids[generation], error))
+        step.failed[:] = [failed for failed in step.failed if failed[0] not in ids]
+        return said
+
+
+def _refusal(request_id: RequestId, error: SllmError) -> GenerationError:
+    return GenerationError(request_id=request_id, code=error.code, text=error.message)

@@ -11,98 +11,23 @@ import heapq
 import inspect
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
+from sllm_actor.domain import EngineLimits, FinishReason, Resume, Sampling
 from sllm_actor.engine.attention import Pass, Segment
-from sllm_actor.engine.kv_cache import Slot, SlotPool, common_prefix, kv_shape
+from sllm_actor.engine.generation import Generation, Step, Work
+from sllm_actor.engine.kv_cache import SlotPool, common_prefix, kv_shape
 from sllm_actor.engine.lora import Adapters
 from sllm_actor.engine.pooling import Pooler, check_text
-from sllm_actor.engine.sampling import Drawn, Sampler, draw_rows, logprobs_of
+from sllm_actor.engine.sampling import Sampler, draw_rows, logprobs_of
 from sllm_actor.errors import GenerationFailed, InvalidRequest, SllmError
 
 # What a forward pass raises: no memory, a number in the config that only now is used.
 MODEL_FAULTS = (RuntimeError, LookupError, ArithmeticError, ValueError, TypeError, MemoryError)
 # These rotate all positions of a pass by the largest of them, so what is computed depends on what it is computed with.
 ROPES_OF_THE_WHOLE_PASS = frozenset({"dynamic", "longrope"})
-
-
-class Generation:
-    """One answer: its tokens, those of an earlier engine included, and how far they are computed."""
-
-    def __init__(
-        self, prompt: Sequence[int], sampler: Sampler | None, generated: Sequence[int], order: tuple[int, int]
-    ) -> None:
-        self.prompt = list(prompt)
-        self._sampler = sampler
-        self.tokens = list(generated)
-        self.order = order  # Of those that wait, the least is first; of those that run, the greatest makes way.
-        self.pinned = False
-        self.adapter = ""
-        self.cached_tokens: int | None = None
-        self.slot: Slot | None = None
-        self.started = False
-        self.drawn: Drawn | None = None
-        self.finish: FinishReason | None = None
-        # Of an answer that goes on, the prompt's log-probabilities have been told.
-        self.scores_prompt = sampler is not None and sampler.sampling.prompt_logprobs and not generated
-        self.scored: list[TokenLogprobs] = []  # Of the prompt's tokens from the second on.
-        self.pooler: Pooler | None = None  # Of a text that is embedded: it has no answer, and ends with its `vector`.
-        self.vector = b""
-
-    @property
-    def sampler(self) -> Sampler:
-        assert self._sampler is not None, "a text that is embedded has no answer"
-        return self._sampler
-
-    @property
-    def afresh(self) -> bool:
-        """Whether all its tokens are computed: to be scored or embedded they need states, which no slot has."""
-        return self.scores_prompt or self.pooler is not None
-
-    @property
-    def known(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-    @property
-    def written(self) -> int:
-        return 0 if self.slot is None else len(self.slot.tokens)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether its next token is computed alone. A pinned one replays an answer so, as it was computed first."""
-        return self.started and (self.known - self.written == 1 or (self.pinned and self.written >= len(self.prompt)))
-
-    def tokens_from(self, begin: int, count: int) -> list[int]:
-        """Give `count` known tokens from the `begin`-th on."""
-        prompt = len(self.prompt)
-        if begin >= prompt:
-            return self.tokens[begin - prompt : begin - prompt + count]
-        found = self.prompt[begin : begin + count]
-        return found + self.tokens[: count - len(found)]
-
-    def to_score(self, begin: int, count: int) -> range:
-        """Give the prompt's tokens, by position, that the `count` from the `begin`-th on are to tell the chances of."""
-        if not self.scores_prompt:
-            return range(0)
-        return range(max(begin, len(self.scored)) + 1, min(begin + count, len(self.prompt) - 1) + 1)
-
-
-Work = list[tuple[Generation, int]]
-
-
-class Step(NamedTuple):
-    """What a step brought: who was given a slot, who failed and why, and who has a new token or an end.
-
-    The token is in `drawn`; one that had to end for want of memory has none.
-    """
-
-    admitted: list[Generation]
-    advanced: list[Generation]
-    failed: list[tuple[Generation, SllmError]]
 
 
 class Runner:
@@ -129,6 +54,8 @@ class Runner:
         self._arrivals = itertools.count()
         self._waiting: list[tuple[tuple[int, int], Generation]] = []
         self._running: list[Generation] = []
+        # Whether the next step may have something to do: not where all that is here waits for tokens from outside.
+        self._awake = False
 
     @property
     def headless(self) -> bool:
@@ -137,7 +64,7 @@ class Runner:
 
     @property
     def busy(self) -> bool:
-        return bool(self._running or self._waiting)
+        return self._awake and bool(self._running or self._waiting)
 
     def begin(
         self,
@@ -148,10 +75,12 @@ class Runner:
         resume: Resume = Resume.FAST,
         adapter: str = "",
         priority: int = 0,
+        parked: Generation | None = None,
     ) -> Generation:
         """Take on a generation; the next steps compute it, in order of priority and then of arrival.
 
-        One whose answer so far is whole already has its `finish` at once, and is not run.
+        One whose answer so far is whole already has its `finish` at once, and is not run. It goes on with what a
+        `parked` one holds, which ends with that.
 
         Raises:
             GenerationFailed: the model has no such token, no context for the prompt, or not this adapter.
@@ -159,10 +88,7 @@ class Runner:
         """
         if not 0 < len(prompt) < self._context_tokens:
             raise GenerationFailed(f"a prompt of {len(prompt)} tokens in a context of {self._context_tokens}")
-        if (largest := max(*prompt, *generated, 0)) >= self._vocabulary:
-            raise GenerationFailed(f"token {largest} can't be computed: the model knows {self._vocabulary}")
-        if not self.adapters.has(adapter):
-            raise GenerationFailed(f"the adapter {adapter} is not loaded")
+        self._check([*prompt, *generated], adapter)
         sampler = Sampler(sampling, prompt, self._eos, tuple(generated))
         generation = Generation(prompt, sampler, generated, (priority, next(self._arrivals)))
         generation.pinned = resume is Resume.EXACT or self._of_whole_passes
@@ -170,9 +96,68 @@ class Runner:
         if generated:
             self._mark_finish(generation)
         self._check_memory(generation)
-        if generation.finish is None:
-            heapq.heappush(self._waiting, (generation.order, generation))
+        if (parked is None or not self._take_over(generation, parked)) and generation.finish is None:
+            self._wait(generation)
         return generation
+
+    def _take_over(self, generation: Generation, parked: Generation) -> bool:
+        """Give a generation the slot of a parked one. False: it holds nothing that helps, and is forgotten."""
+        if not generation.can_go_on_with(parked):
+            self.cancel(parked)
+            return False
+        generation.slot, parked.slot = parked.slot, None
+        generation.started, generation.cached_tokens = True, parked.cached_tokens
+        self._running[self._running.index(parked)] = generation
+        self._awake = True
+        return True
+
+    def park(
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        *,
+        resume: Resume = Resume.FAST,
+        adapter: str = "",
+        priority: int = 0,
+    ) -> Generation:
+        """Hold the keys and values of a prompt and what was generated behind it, for `begin` to go on with.
+
+        A step tells when they are computed, but for the last token. It fails where memory is short.
+
+        Raises:
+            GenerationFailed: the model has no such token, no context for them, or not this adapter.
+            InvalidRequest: there is not enough memory for its keys and values, even if nothing else ran.
+        """
+        self._check([*prompt, *generated], adapter)
+        parked = Generation(prompt, None, generated, (priority, next(self._arrivals)))
+        parked.parked = True
+        parked.pinned = resume is Resume.EXACT or self._of_whole_passes
+        parked.adapter = adapter
+        self._check_memory(parked)
+        self._wait(parked)
+        return parked
+
+    def extend(self, parked: Generation, tokens: Sequence[int]) -> None:
+        """Let a parked generation hold more tokens: those that another engine has generated meanwhile.
+
+        Raises:
+            GenerationFailed: the model has no such token, or no context for them.
+        """
+        self._check([*parked.prompt, *parked.tokens, *tokens], parked.adapter)
+        parked.tokens += tokens
+        self._awake = True
+
+    def _check(self, tokens: Sequence[int], adapter: str) -> None:
+        if not 0 < len(tokens) <= self._context_tokens:
+            raise GenerationFailed(f"{len(tokens)} tokens in a context of {self._context_tokens}")
+        if (largest := max(tokens)) >= self._vocabulary:
+            raise GenerationFailed(f"token {largest} can't be computed: the model knows {self._vocabulary}")
+        if not self.adapters.has(adapter):
+            raise GenerationFailed(f"the adapter {adapter} is not loaded")
+
+    def _wait(self, generation: Generation) -> None:
+        heapq.heappush(self._waiting, (generation.order, generation))
+        self._awake = True
 
     def room_for_texts(self) -> int:
         """Tell how many texts may be here at once: as many as there are slots that no generation needs, but one."""
@@ -191,7 +176,7 @@ class Runner:
         generation.pooler = pooler
         generation.pinned = self._of_whole_passes
         self._check_memory(generation)
-        heapq.heappush(self._waiting, (generation.order, generation))
+        self._wait(generation)
         return generation
 
     def _check_memory(self, generation: Generation) -> None:
@@ -203,6 +188,7 @@ class Runner:
 
     def cancel(self, generation: Generation) -> None:
         """Forget a generation; its slot is free at once."""
+        self._awake = True
         if generation.slot is not None:
             self._leave(generation)
         else:
@@ -211,7 +197,7 @@ class Runner:
 
     def step(self) -> Step:
         """Compute a token for all that decode, and a chunk of the prompts; a failure ends those that it concerns."""
-        step = Step([], [], [])
+        step = Step([], [], [], [])
         self._admit(step)
         self._make_room(step)
         decoding = [(generation, 1) for generation in self._running if generation.decodes]
@@ -221,6 +207,10 @@ class Runner:
         alone = [[item] for item in decoding + prompts if item[0].pinned]
         for work in ([shared] if shared else []) + alone:
             self._compute(work, step)
+        step.parked.extend(one for one in self._running if one.idle and one.told != one.known)
+        for parked in step.parked:
+            parked.told = parked.known
+        self._awake = bool(decoding or prompts or any(step))
         return step
 
     def _admit(self, step: Step) -> None:
@@ -250,6 +240,9 @@ class Runner:
                 self._give_way(max(self._running, key=lambda running: running.order), step)
 
     def _give_way(self, generation: Generation, step: Step) -> None:
+        if generation.parked:
+            self._fail([generation], GenerationFailed("no memory to hold what is to go on here"), step)
+            return
         if len(self._running) == 1:
             # All memory is its own, and as good as a context that is full.
             generation.finish = FinishReason.LENGTH
@@ -266,7 +259,7 @@ class Runner:
         room = self._chunk_tokens
         chosen: Work = []
         for generation in self._running:
-            if generation.decodes or (generation.pinned and chosen):
+            if generation.decodes or generation.idle or (generation.pinned and chosen):
                 continue
             if generation.pinned:
                 generation.started = True
@@ -274,7 +267,9 @@ class Runner:
                 return [(generation, rest if self._of_whole_passes else min(rest, self._chunk_tokens))]
             if not generation.started and not self._start(generation, chosen):
                 continue
-            count = min(generation.known - generation.written, room)
+            count = min(generation.reach - generation.written, room)
+            if count <= 0:  # What others have is all that a parked one is to hold.
+                continue
             room -= count
             chosen.append((generation, count))
             if room == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sllm_actor.checkpoint.layout import is_pad
-from sllm_actor.checkpoint.safetensors_header import Tensor
+from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
 from sllm_actor.engine import attention, quantized
 from sllm_actor.engine.architectures import ENCODERS, EVERY, choose
 from sllm_actor.engine.experts import unpack_experts
 from sllm_actor.engine.quantization import weight_bits
 from sllm_actor.errors import CheckpointConfigInvalid, CheckpointInvalid, UnsupportedArchitecture
+from sllm_actor.messages.engine import PooledFile
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -210,6 +211,20 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     for k in range(len(shape) - 1, 0, -1):
         strides[k - 1] = strides[k] * shape[k]
     return strides
+
+
+def tensors_of(
+    files: Sequence[PooledFile], mapped: Mapping[str, memoryview]
+) -> tuple[list[Tensor], dict[str, MappedTensors]]:
+    """Read the headers of mapped files: their tensors, and for each name where it lies."""
+    owner: dict[str, MappedTensors] = {}
+    tensors: list[Tensor] = []
+    for file in files:
+        data = mapped[file.name]
+        header = parse_header(data, file.size_bytes, name=file.name)
+        tensors += header.tensors
+        owner |= dict.fromkeys((tensor.name for tensor in header.tensors), MappedTensors(data))
+    return tensors, owner
 
 
 def put_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:

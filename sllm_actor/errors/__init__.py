@@ -33,6 +33,8 @@
     ├── Conflict                     true of the world now; another state would allow it
     │   ├── ModelExists · DataFolderInUse · AddressInUse · AlreadyThere
     │   ├── NodeIdInUse                another living node has this id
+    │   ├── MigrationFailed            a request that can't be moved now, and goes on where it is
+    │   │   └── DestinationFailed        since the place that it was to go on at could not
     │   ├── TargetExists · TargetBusy  something is there, and is not to be replaced; another process writes it
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
     │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining · RateLimited
@@ -240,6 +242,14 @@ class NodeIdInUse(Conflict):
 
 class AlreadyThere(Conflict):
     code = "already_there"
+
+
+class MigrationFailed(Conflict):
+    code = "migration_failed"
+
+
+class DestinationFailed(MigrationFailed):
+    code = "destination_failed"
 
 
 class TargetExists(Conflict):

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sllm_actor.domain import Model, RequestId, Scaling, check_model_name, check_node_id
+from sllm_actor.domain import Model, NodeId, RequestId, Scaling, check_model_name, check_node_id
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response, known_name
 from sllm_actor.frontend.http_errors import body_of
@@ -20,7 +20,7 @@ from sllm_actor.frontend.sse import write_on
 from sllm_actor.messages.explanation import ExplainRequest
 from sllm_actor.messages.generation import GetTimeline, ListRequests
 from sllm_actor.messages.instances import EndStart, ListInstances, StopInstances
-from sllm_actor.messages.migration import MigrateRequest
+from sllm_actor.messages.migration import HandedOver, MigrateRequest
 from sllm_actor.messages.models import (
     EvictModel,
     ListModels,
@@ -268,6 +268,16 @@ async def explain(request: web.Request) -> web.Response:
 async def migrate(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     body = await gateway.read(request, MigrationRequest)
-    message = MigrateRequest(request_id=RequestId(request.match_info["request_id"]), to=check_node_id(body.to))
-    await gateway.coordinator.ask(message, timeout_s=gateway.limits.ask_timeout_s)
-    return json_response({"migrating": message.request_id}, status=202)
+    to = check_node_id(body.to) if body.to else NodeId("")
+    message = MigrateRequest(request_id=RequestId(request.match_info["request_id"]), to=to)
+    moved: HandedOver = await gateway.coordinator.ask(message, timeout_s=gateway.limits.migration_timeout_s)
+    return json_response(
+        {
+            "request_id": message.request_id,
+            "node": moved.node,
+            "instance_id": moved.instance_id,
+            "rounds": moved.rounds,
+            "tokens": moved.tokens,
+            "bytes_moved": moved.bytes_moved,
+        }
+    )

@@ -41,6 +41,7 @@ class Limits(NamedTuple):
     max_incoming_bytes: int
     body_timeout_s: float
     ask_timeout_s: float
+    migration_timeout_s: float
     engine_start_timeout_s: float
     drain_timeout_s: float
     stream_open_after_s: float

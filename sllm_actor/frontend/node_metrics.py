@@ -39,6 +39,7 @@ def render(registry: CollectorRegistry, seen: Mapping[str, Any]) -> bytes:
 
 def _families(seen: Mapping[str, Any]) -> Iterator[Metric]:
     yield from _starts(seen["starts"])
+    yield from _migrations(seen["migrations"])
     waiting = GaugeMetricFamily(
         "sllm:num_requests_waiting", "Requests that wait for a start or a slot.", labels=["model_name"]
     )
@@ -57,6 +58,13 @@ def _families(seen: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("host_pool_bytes", "The host pool.", pool["size_bytes"])
     yield _gauge("host_pool_free_bytes", "What no checkpoint holds of it.", pool["free_bytes"])
     yield from _runtime(seen["system"])
+
+
+def _migrations(seen: Mapping[str, Any]) -> Iterator[Metric]:
+    yield _by("migrations", "Moves of running requests that this node saw to.", "outcome", seen["outcomes"], COUNTER)
+    yield _counter("migration_rounds", "Times that a destination caught up, and the last time.", seen["rounds"])
+    yield _counter("migration_tokens", "Tokens of moved requests, prompts included.", seen["tokens"])
+    yield _counter("migration_bytes", "What was sent of them: tokens, and no keys and values.", seen["bytes"])
 
 
 def _starts(starts: Mapping[str, Any]) -> Iterator[Metric]:

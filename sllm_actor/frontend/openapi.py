@@ -177,7 +177,11 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
         "Tell how a request came to its instance, and why there.", None, 200, _ref("Explained"), _ADMIN,
     ),
     ("post", "/admin/requests/{request_id}/migrate"): (
-        "Move a running request.", MigrationRequest, 202, _object(migrating=STRING), (*_ADMIN, 408, 409, 413),
+        "Move a running request; answered when it goes on there.", MigrationRequest, 200,
+        _object(
+            request_id=STRING, node=STRING, instance_id=STRING, rounds=INTEGER, tokens=INTEGER, bytes_moved=INTEGER
+        ),
+        (*_ADMIN, 408, 409, 413),
     ),
 }  # fmt: skip
 TEXTS = {"/metrics": "text/plain", "/openapi.yaml": "application/yaml", "/admin/pull": "application/x-ndjson"}

@@ -286,7 +286,7 @@ class TierRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class MigrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    to: str
+    to: str = ""
 
 
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")

@@ -5,7 +5,15 @@ from __future__ import annotations
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
-from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
+from sllm_actor.messages.generation import (
+    Finished,
+    Generate,
+    LocateRequest,
+    Migrated,
+    PromptLogprobs,
+    RequestLocation,
+    Tokens,
+)
 from sllm_actor.messages.instances import (
     AdapterHeld,
     InstanceStarted,
@@ -15,6 +23,7 @@ from sllm_actor.messages.instances import (
     StartProgress,
     StopInstances,
 )
+from sllm_actor.messages.migration import ExtendPrepared, HandedOver, MigrateOut, Prepare, Prepared
 from sllm_actor.messages.operations import CordonNode, DrainNode
 from sllm_actor.messages.placement import (
     HurryPlacement,
@@ -30,4 +39,5 @@ BETWEEN_NODES: tuple[type, ...] = (
     PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, ListNodes, ExplainPlacement, Explanation,
     StartInstance, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
     CordonNode, DrainNode,
+    LocateRequest, RequestLocation, MigrateOut, HandedOver, Prepare, Prepared, ExtendPrepared, Migrated,
 )  # fmt: skip

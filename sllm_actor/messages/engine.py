@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import Embedding, EngineLimits, RequestId, Span
+from sllm_actor.domain import Embedding, EngineLimits, RequestId, Resume, Span
 from sllm_actor.messages.declare import message
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
@@ -167,6 +167,38 @@ class CancelGeneration:
     request_id: RequestId
 
 
+@message("engine.park")
+class Park:
+    """Hold the keys and values of a request's tokens, packed as in `Generate`, for one that will go on with them.
+
+    Answered by `Parked`, again behind each `ExtendParked`, or by `GenerationError`; ended by `CancelGeneration`, or by
+    the `Generate` that names it.
+    """
+
+    request_id: RequestId
+    prompt: bytes
+    generated: bytes
+    resume: Resume
+    adapter: str
+    priority: int
+
+
+@message("engine.extend_parked")
+class ExtendParked:
+    """Hold these tokens as well, packed like the others; nothing is said where nobody is parked under this id."""
+
+    request_id: RequestId
+    token_ids: bytes
+
+
+@message("engine.parked")
+class Parked:
+    """Of so many tokens, prompt included, all that can be computed before it goes on has been."""
+
+    request_id: RequestId
+    known_tokens: int
+
+
 @message("engine.shutdown")
 class ShutDown:
     """Leave, with exit status 0."""
@@ -182,6 +214,8 @@ TO_ENGINE = (
     DropAdapter,
     Generate,
     Embed,
+    Park,
+    ExtendParked,
     CancelGeneration,
     ShutDown,
 )
@@ -194,6 +228,7 @@ FROM_ENGINE = (
     AdapterDropped,
     EngineFailed,
     Prefilled,
+    Parked,
     PromptLogprobs,
     Tokens,
     Embedded,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import FinishReason, ModelName, RequestId, Resume, Sampling, Span, TokenLogprobs
+from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Resume, Sampling, Span, TokenLogprobs
 from sllm_actor.messages.declare import message
 
 
@@ -16,7 +16,8 @@ class Generate:
     has its tokens so far in `generated`, packed like the prompt; what is new comes behind them. `grammar` is a compiled
     grammar as xgrammar writes it; of a LoRA adapter, `model` is the adapter's name and `base` that of the model that it
     runs on, whose engine knows it as `adapter`; all three may be empty. Of those who wait, the one of the lowest
-    `priority` is first.
+    `priority` is first. `epoch` counts the instances that have had the request, and is on each of its tokens; where a
+    migration has brought it, `migration_id` names what is prepared for it, to its engine `parked`.
     """
 
     request_id: RequestId
@@ -31,19 +32,23 @@ class Generate:
     adapter: str = ""
     base: str = ""
     priority: int = 0
+    epoch: int = 0
+    migration_id: str = ""
+    parked: str = ""
 
 
 @message("generation.tokens")
 class Tokens:
     """Newly generated tokens; `index` is the position of the first of them in the answer.
 
-    `logprobs` has one entry for each where the request asked for them, else none.
+    `logprobs` has one entry for each where the request asked for them, else none. `epoch` is the request's.
     """
 
     request_id: RequestId
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    epoch: int = 0
 
 
 @message("generation.prompt_logprobs")
@@ -72,6 +77,22 @@ class Finished:
     cached_tokens: int = 0
 
 
+@message("generation.migrated")
+class Migrated:
+    """The last item of a stream whose request goes on elsewhere: at the instance that has `migration_id` prepared.
+
+    The stream has given all tokens that are known there. The Router asks for the rest in the next `epoch`.
+    """
+
+    request_id: RequestId
+    migration_id: str
+    instance_id: str
+    model: ModelName
+    node: NodeId
+    worker: str
+    address: str
+
+
 @message("generation.timeline")
 class GetTimeline:
     """Answered by the request's `Timeline`, or fails with `RequestNotFound`."""
@@ -93,8 +114,12 @@ class LocateRequest:
 
 @message("generation.location")
 class RequestLocation:
-    """Where a running request generates."""
+    """Where a running request generates; `served` is the model whose instances answer it."""
 
     request_id: RequestId
-    node: str
+    node: NodeId
     instance_id: str
+    worker: str
+    model: ModelName
+    served: ModelName
+    priority: int

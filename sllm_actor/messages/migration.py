@@ -1,17 +1,105 @@
-"""Moving a running request to another node: gateway to MigrationCoordinator."""
+"""Moving a running request to another instance: by its tokens, which the other engine computes again.
+
+Gateway to MigrationCoordinator, MigrationCoordinator to the source's InferenceWorker, that to the destination's.
+"""
 
 from __future__ import annotations
 
-from sllm_actor.domain import NodeId, RequestId
+from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.messages.declare import message
+from sllm_actor.messages.generation import Generate
 
 
 @message("migration.ask")
 class MigrateRequest:
-    """Move a running request to the node `to`.
+    """Move a running request to the node `to`, or, where that is empty, to where its model can run soonest.
 
-    Fails with `RequestNotFound`, `NodeNotFound`, or `AlreadyThere`.
+    Answered by `HandedOver`; fails with `RequestNotFound`, `NodeNotFound`, `AlreadyThere`, or with the typed error of
+    whatever went wrong: then it goes on where it is.
     """
 
     request_id: RequestId
     to: NodeId
+
+
+@message("migration.out")
+class MigrateOut:
+    """Told to the worker that has a request: hand it over to this instance, generating until that has caught up.
+
+    Answered by `HandedOver`; fails with `RequestNotFound`, with `Conflict` where it is being moved already, with
+    `MigrationFailed`, or, where the destination is to blame, `DestinationFailed`: then it goes on where it is.
+    """
+
+    request_id: RequestId
+    migration_id: str
+    instance_id: str
+    model: ModelName
+    node: NodeId
+    worker: str
+    address: str
+
+
+@message("migration.handed_over")
+class HandedOver:
+    """The destination has it: after so many rounds, in which so many tokens, prompt included, and bytes were moved."""
+
+    node: NodeId
+    instance_id: str
+    rounds: int
+    tokens: int
+    bytes_moved: int
+
+
+@message("migration.prepare")
+class Prepare:
+    """Compute the keys and values of a request that is to come, and hold them as long as the stream of this is open.
+
+    Answered by a stream of `Prepared`: the first when they are computed, one more behind each `ExtendPrepared`. Fails
+    with `Draining`, with `NoCapacity` where no slot is free, or with the typed error of whatever went wrong.
+    """
+
+    migration_id: str
+    request: Generate
+
+
+@message("migration.prepared")
+class Prepared:
+    """Of so many tokens, prompt included, all is computed but for the last."""
+
+    known_tokens: int
+
+
+@message("migration.extend")
+class ExtendPrepared:
+    """These tokens, packed like the others, were generated meanwhile. With `last` no more come: it is handed over.
+
+    What was handed over is held until its Router asks for it, or for a bounded time. Fails with `MigrationFailed` where
+    nothing is prepared under this id.
+    """
+
+    migration_id: str
+    token_ids: bytes
+    last: bool
+
+
+@message("migration.list_live")
+class ListLive:
+    """Answered by a tuple of a worker's `LiveRequest`: what generates there, or waits to."""
+
+
+@message("migration.live")
+class LiveRequest:
+    """A request that could be moved; `served` is the model whose instances answer it."""
+
+    request_id: RequestId
+    model: ModelName
+    served: ModelName
+    priority: int
+
+
+@message("migration.move_away")
+class MoveAway:
+    """Move all requests of an instance of this node to other nodes. Answered by how many were; the others end there."""
+
+    worker: str
+    instance_id: str

@@ -14,7 +14,8 @@ class PlaceModel:
     an instance has come up meanwhile; fails with `NoCapacity`, `QueueFull` or, where no node has the memory beside what
     is pinned, at once with `ModelTooLarge`. The model takes so many `slots` of one node, a device each. Where only the
     nodes that hold its bytes can start it (a folder, which nobody else has), it is for `holders_only`. Who asks has
-    `failed` to reach these instances. Not to be started is it on the nodes of `not_on`.
+    `failed` to reach these instances. Not to be started is it on the nodes of `not_on`, and
+    only on the node `only_on`, where that is not empty; nor does an instance elsewhere count.
     """
 
     request_id: RequestId
@@ -28,6 +29,7 @@ class PlaceModel:
     holders_only: bool = False
     failed: tuple[str, ...] = ()
     not_on: tuple[NodeId, ...] = ()
+    only_on: str = ""
 
 
 @message("placement.hurry")

@@ -5,6 +5,7 @@ The composition root: the only module that knows every room.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -15,18 +16,19 @@ from typing import Any, TypeVar
 
 from sllm_actor.actors import MigrationCoordinator, ModelManager, PeerServer, Router, Scheduler
 from sllm_actor.actors.autoscaler import Autoscaler
-from sllm_actor.actors.instance_starter import InstanceStarter
-from sllm_actor.actors.model_manager import Limits as ManagerLimits
-from sllm_actor.actors.node_keeper import NODE_KEEPER, NodeKeeper
+from sllm_actor.actors.migration_coordinator import ROUTER
+from sllm_actor.actors.migration_counts import MigrationCounts
+from sllm_actor.actors.node_keeper import COORDINATOR, NODE_KEEPER, NodeKeeper
 from sllm_actor.actors.nodes_desk import NodesDesk
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.actors.scheduler import Limits as SchedulerLimits
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.actors.starting import Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
-from sllm_actor.domain import EngineLimits, NodeId, check_node_id
+from sllm_actor.domain import NodeId, check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AddressInUse, ConfigInvalid, DeliveryFailed, InvalidName, SllmError
@@ -46,6 +48,7 @@ from sllm_actor.node.cluster import Cluster, open_cluster
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, GRAMMAR_BYTES, GRAMMAR_MEMORY_BYTES, MAX_FRAME_BYTES
+from sllm_actor.node.making import make_starter, manager_limits_of
 from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.node.storage import open_storage
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, SystemClock
@@ -92,6 +95,7 @@ class Node:
         self.lag = LoopLag(self.clock, config.loop_lag_fault_s)
         self.url = ""
         self._starts = StartCounts()
+        self._migrations = MigrationCounts()
         self._stack = AsyncExitStack()
         self._http: HttpServer | None = None
 
@@ -119,13 +123,12 @@ class Node:
         """Finish running answers within the drain time, then leave nothing behind."""
         if self._http is not None:
             await self._cluster.step_down()
-            await self._http.drain()
-            if self._cluster.shared:
-                await self._finish()
+            finishing = [self._finish()] if self._cluster.shared else []
+            await asyncio.gather(self._http.drain(), *finishing)
         await self._stack.aclose()
 
     async def _finish(self) -> None:
-        """Finish the answers that instances of this node generate for other gateways."""
+        """Let what instances of this node generate go on elsewhere, or finish it."""
         limit_s = self.config.drain_timeout_s
         try:
             await self.system.ref(NODE_KEEPER).ask(StopEverything(), timeout_s=limit_s)
@@ -238,24 +241,6 @@ class Node:
             stop_timeout_s=self.config.engine_stop_timeout_s,
         )
 
-    def _starter(self, tiers: Tiers, engines: EnginePool) -> InstanceStarter:
-        config = self.config
-        return InstanceStarter(
-            tiers,
-            engines,
-            self.clock,
-            chunk_bytes=config.chunk_bytes,
-            map_in_place=config.map_resident_files,
-            verify=config.verify_loads,
-            stop_timeout_s=config.engine_stop_timeout_s,
-            limits=EngineLimits(
-                slots=config.max_requests_per_instance,
-                kv_cache_bytes=config.kv_cache_bytes,
-                prefill_chunk_tokens=config.prefill_chunk_tokens,
-            ),
-            max_instances=config.max_instances,
-        )
-
     def _scheduler(self, registry: Registry, epoch: int, members: Mapping[NodeId, int]) -> Scheduler:
         config = self.config
         autoscaler = Autoscaler(registry.models, self.clock, instance_takes=config.max_requests_per_instance)
@@ -281,16 +266,9 @@ class Node:
         tasks: TaskScope,
     ) -> Gateway:
         config = self.config
-        starter = self._starter(tiers, engines)
+        starter, manager_limits = make_starter(config, self.clock, tiers, engines), manager_limits_of(config)
         self._room = WaitingRoom(
             self.clock, max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model
-        )
-        manager_limits = ManagerLimits(
-            max_instances=config.max_instances,
-            max_requests_per_instance=config.max_requests_per_instance,
-            max_adapters_per_instance=config.max_adapters_per_instance,
-            drain_timeout_s=config.drain_timeout_s,
-            engine_stop_timeout_s=config.engine_stop_timeout_s,
         )
         place, way = cluster.place, cluster.way
         manager = await self.system.spawn(
@@ -298,24 +276,39 @@ class Node:
             "model-manager",
         )
         nodes = await self._spawn_operators(cluster, manager)
+        starting = Starting(
+            manager,
+            way,
+            self.clock,
+            self._starts,
+            ask_timeout_s=config.ask_timeout_s,
+            placement_timeout_s=config.start_timeout_s,
+            start_timeout_s=config.engine_start_timeout_s,
+        )
         router = await self.system.spawn(
             Router(
-                manager,
                 way,
+                starting,
                 RequestLog(self.clock, config.request_history),
                 self.clock,
                 routes=cluster.routes,
                 room=self._room,
                 counts=self._starts,
                 ask_timeout_s=config.ask_timeout_s,
-                placement_timeout_s=config.start_timeout_s,
-                start_timeout_s=config.engine_start_timeout_s,
             ),
-            "router",
+            ROUTER,
         )
         await cluster.lead(self.system, partial(self._scheduler, registry))
-        coordinating = MigrationCoordinator(router, way, ask_timeout_s=config.ask_timeout_s)
-        coordinator = await self.system.spawn(coordinating, "migration-coordinator")
+        coordinating = MigrationCoordinator(
+            place.node,
+            cluster.members,
+            starting,
+            self._migrations,
+            ask_timeout_s=config.ask_timeout_s,
+            migration_timeout_s=config.migration_timeout_s,
+            max_migrations=config.max_migrations,
+        )
+        coordinator = await self.system.spawn(coordinating, COORDINATOR)
         actors = {"router": router, "manager": manager, "coordinator": coordinator, "nodes": nodes}
         return Gateway(
             **actors,
@@ -366,6 +359,7 @@ class Node:
             "writes": writes,
             "waiting": self._room.waiting(),
             "starts": self._starts.observe(),
+            "migrations": self._migrations.observe(),
         }
 
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:

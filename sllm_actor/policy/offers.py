@@ -98,7 +98,7 @@ def first_action(node: NodeView, question: PlaceModel) -> Action | None:
 
     Nothing starts on a node that is cordoned, nor on one that lacks what can't be fetched.
     """
-    if node.report.cordoned or node.report.node in question.not_on:
+    if node.report.cordoned or not allows(question, node.report.node):
         return None
     if question.holders_only and not node.holds(question.fingerprint):
         return None
@@ -150,3 +150,8 @@ def _take(best: list[Offer], offer: Offer | None, most: int) -> None:
         return
     insort(best, offer, key=lambda one: one[:2])
     del best[most:]
+
+
+def allows(question: PlaceModel, node: NodeId) -> bool:
+    """Tell whether whoever asks would have it there."""
+    return node not in question.not_on and question.only_on in ("", node)

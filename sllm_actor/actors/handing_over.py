@@ -1,0 +1,138 @@
+"""The source's side of a migration: rounds while the answer goes on, then one short stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, cast
+
+import msgspec
+
+from sllm_actor.actors.prepared import MigrationLimits
+from sllm_actor.domain import ModelName
+from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
+from sllm_actor.engine.streams import AnswerStream
+from sllm_actor.errors import Conflict, DestinationFailed, MigrationFailed, SllmError
+from sllm_actor.messages.generation import Generate, Migrated
+from sllm_actor.messages.migration import ExtendPrepared, HandedOver, LiveRequest, MigrateOut, Prepare
+from sllm_actor.runtime import ActorRef
+
+
+class Live:
+    """A generation that runs here, or waits to."""
+
+    def __init__(self, request: Generate) -> None:
+        self.request = request
+        self.stream = AnswerStream()
+        self.moving = ""
+        # Its reader has left, or it is over.
+        self.gone = False
+
+    def shown(self) -> LiveRequest:
+        """Describe it to who would move it."""
+        request = self.request
+        served = ModelName(request.base or request.model)
+        return LiveRequest(request_id=request.request_id, model=request.model, served=served, priority=request.priority)
+
+    def token_ids(self) -> list[int]:
+        """Give the answer's tokens so far."""
+        return [*unpack_uint32(self.request.generated), *self.stream.token_ids]
+
+
+class HandingOver:
+    """One migration, from the first round to the hand-over. Where it fails, the answer goes on here."""
+
+    def __init__(self, live: Live, message: MigrateOut, target: ActorRef, limits: MigrationLimits) -> None:
+        self._live = live
+        self._message = message
+        self._target = target
+        self._limits = limits
+        self._sent = live.token_ids()
+        self._moved_bytes = 0
+
+    async def run(self) -> HandedOver:
+        """Hand it over.
+
+        Raises:
+            Conflict: it is being moved already.
+            MigrationFailed: the answer ended first, or its reader left.
+            DestinationFailed: the destination refused it, was lost, or said nothing for too long.
+        """
+        live, message = self._live, self._message
+        if live.moving:
+            raise Conflict(f"request {message.request_id} is being moved already", param="request_id")
+        live.moving = message.migration_id
+        try:
+            request = msgspec.structs.replace(cast(Any, live.request), generated=pack_uint32(self._sent), adapter="")
+            self._moved_bytes = len(request.prompt) + len(request.generated)
+            prepare = Prepare(migration_id=message.migration_id, request=request)
+            async with aclosing(self._target.stream(prepare)) as steps:
+                rounds = await self._rounds(steps)
+                await self._hand_over()
+        finally:
+            live.moving = ""
+        return HandedOver(
+            node=message.node,
+            instance_id=message.instance_id,
+            rounds=rounds,
+            tokens=len(live.request.prompt) // 4 + len(self._sent),
+            bytes_moved=self._moved_bytes,
+        )
+
+    async def _rounds(self, steps: Any) -> int:
+        """Let the destination catch up, until little is missing, or it never will be less; give the rounds."""
+        for number in range(1, self._limits.max_rounds + 1):
+            with self._blaming_destination():
+                async with asyncio.timeout(self._limits.round_timeout_s):
+                    await anext(steps)
+            behind = self._behind()
+            if len(behind) <= self._limits.threshold_tokens or number == self._limits.max_rounds:
+                break
+            await self._extend(behind, last=False)
+        return number
+
+    @contextmanager
+    def _blaming_destination(self) -> Iterator[None]:
+        node = self._message.node
+        try:
+            yield
+        except TimeoutError:
+            raise DestinationFailed(f"{node} did not get ready for {self._message.request_id} in time") from None
+        except StopAsyncIteration:
+            raise DestinationFailed(f"{node} has ended the preparation of {self._message.request_id}") from None
+        except SllmError as failed:
+            raise DestinationFailed(f"{node} can't take {self._message.request_id}: {failed.message}") from failed
+
+    def _behind(self) -> list[int]:
+        if self._live.gone or self._live.stream.ended:
+            raise MigrationFailed(f"request {self._message.request_id} ended before it was handed over")
+        return self._live.token_ids()[len(self._sent) :]
+
+    async def _extend(self, token_ids: list[int], *, last: bool) -> None:
+        more = ExtendPrepared(migration_id=self._message.migration_id, token_ids=pack_uint32(token_ids), last=last)
+        with self._blaming_destination():
+            await self._target.ask(more, timeout_s=self._limits.hand_over_timeout_s)
+        self._sent += token_ids
+        self._moved_bytes += len(more.token_ids)
+
+    async def _hand_over(self) -> None:
+        """Hold the answer back, give what is missing, and end the stream so that its reader goes on there."""
+        behind, message, stream = self._behind(), self._message, self._live.stream
+        stream.hold()
+        try:
+            await self._extend(behind, last=True)
+        except BaseException:
+            stream.release()
+            raise
+        stream.end_with(
+            Migrated(
+                request_id=message.request_id,
+                migration_id=message.migration_id,
+                instance_id=message.instance_id,
+                model=message.model,
+                node=message.node,
+                worker=message.worker,
+                address=message.address,
+            )
+        )

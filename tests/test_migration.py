@@ -1,0 +1,143 @@
+"""Running answers that move between real nodes: their clients see one stream, and the text is the undisturbed one."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from clusters import NAMES, eventually, home_of, placed_on, streamed, under_way, whole
+from conftest import SMALL
+from metadata_stores import UNPACKED
+
+from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
+from sllm_actor.testing.node_process import CLI, living
+
+TTL_S = 2
+KNOBS = (
+    *SMALL, "listen=tcp://127.0.0.1:0", f"lease_ttl_s={TTL_S}", "max_instances=2", "warm_engines=1",
+    "start_timeout_s=60",
+)  # fmt: skip
+LONG = "Count from 1 to 300."
+
+
+@pytest.fixture(scope="module")
+def cluster(warm_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeCluster]:
+    with running_cluster(tmp_path_factory.mktemp("cluster"), UNPACKED, NAMES, KNOBS) as running:
+        for name in "abc":
+            running.nodes["n1"].deploy("builtin:demo", name)
+        eventually(lambda: all(node.request("GET", "/v1/models/c").status == 200 for node in running.nodes.values()))
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as made:
+        yield made
+
+
+def begun(cluster: NodeCluster, pool: ThreadPoolExecutor, gateway: str, model: str) -> tuple[Future[Any], str]:
+    """Begin a long stream, and wait until it has some tokens; give it, and the request's id."""
+    node = cluster.nodes[gateway]
+    stream = pool.submit(streamed, node, model, LONG)
+    eventually(lambda: under_way(node) > 20)
+    return stream, str(node.call("GET", "/admin/requests")["requests"][0]["request_id"])
+
+
+@pytest.fixture(scope="module")
+def wanted(cluster: NodeCluster) -> str:
+    """What an undisturbed stream says."""
+    text, error = streamed(cluster.nodes["n1"], "a", LONG)
+    assert error is None
+    return str(text)
+
+
+def test_an_answer_moves_where_it_is_told_to_and_its_client_sees_one_stream(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    stream, request_id = begun(cluster, pool, "n1", "a")
+    ran = subprocess.run(
+        [CLI, "migrate", request_id, "--to", "n3", "--url", cluster.nodes["n3"].url], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert f"{request_id} goes on at n3" in ran.stdout
+    assert stream.result() == (wanted, None)
+    timeline = cluster.nodes["n1"].call("GET", f"/admin/requests/{request_id}")
+    assert (timeline["node"], timeline["outcome"]) == ("n3", "finished")
+    assert "migration" in [span["name"] for span in timeline["spans"]]
+
+
+def test_a_move_that_makes_no_sense_is_refused_and_the_answer_goes_on(
+    cluster: NodeCluster, pool: ThreadPoolExecutor
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    stream, request_id = begun(cluster, pool, "n1", "a")
+    path = f"/admin/requests/{request_id}/migrate"
+    errors = [
+        cluster.nodes["n1"].request("POST", where, {"to": to}).json()["error"]["code"]
+        for where, to in ((path, "n2"), (path, "n9"), ("/admin/requests/nobody/migrate", "n3"))
+    ]
+    assert errors == ["already_there", "node_not_found", "request_not_found"]
+    assert not stream.done()
+    assert stream.result()[1] is None
+
+
+def test_a_drained_node_is_empty_long_before_its_answers_end(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    streams = [begun(cluster, pool, gateway, "a")[0] for gateway in ("n1", "n3", "n1")]
+    drained = cluster.nodes["n1"].call("POST", "/admin/nodes/n2/drain")
+    running = [not stream.done() for stream in streams]
+    assert drained["stopped"] == 1
+    assert home_of(cluster, "a", "n1") != "n2"
+    assert [stream.result() for stream in streams] == [(wanted, None)] * 3
+    assert running == [True] * 3
+    cluster.nodes["n1"].call("POST", "/admin/nodes/n2/uncordon")
+
+
+def test_a_node_that_is_stopped_gives_its_answers_away(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    stream, request_id = begun(cluster, pool, "n1", "a")
+    status, left = cluster.stop_node("n2")
+    running = not stream.done()
+    assert (status, left) == (0, [])
+    assert stream.result() == (wanted, None)
+    assert running
+    assert cluster.nodes["n1"].call("GET", f"/admin/requests/{request_id}")["node"] != "n2"
+
+
+def test_where_the_destination_hangs_the_answer_goes_on_at_the_source(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    stream, request_id = begun(cluster, pool, "n1", "a")
+    cluster.hold_up("n3")
+    move = pool.submit(cluster.nodes["n1"].request, "POST", f"/admin/requests/{request_id}/migrate", {"to": "n3"})
+    assert stream.result() == (wanted, None)
+    cluster.go_on("n3")
+    assert move.result().status >= 400
+
+
+@pytest.mark.parametrize("killed", ["source", "destination"])
+def test_once_it_has_moved_either_node_may_die(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str, killed: str
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    stream, request_id = begun(cluster, pool, "n1", "a")
+    cluster.nodes["n1"].call("POST", f"/admin/requests/{request_id}/migrate", {"to": "n3"})
+    assert not stream.done()
+    left = cluster.kill({"source": "n2", "destination": "n3"}[killed])
+    assert stream.result() == (wanted, None)
+    eventually(lambda: living(left) == [])
