@@ -10,8 +10,9 @@
 //         truncate=BYTES, rewrite, replace, unlink: this happens to the file just before the call, which then goes on.
 // SLLM_FAULT_COUNTS A file, to which the counts of the calls are mapped: ten uint64, the last that of the effects.
 // SLLM_FAULT_DISARMED=1: the shim does nothing until the process calls fault_shim_arm(1).
+// A process that is forked from one that is warm calls fault_shim_set_up, which reads these variables anew.
 //
-// Thread safety: everything is set up before main, but for the counts and the switch, which are atomic.
+// Thread safety: everything is set up before a second thread is, but for the counts and the switch, which are atomic.
 // Ownership: the mapping of the counts lives as long as the process.
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -97,12 +98,15 @@ Rule parsed(const std::string& text) {
 
 class Shim {
  public:
-  Shim() {
+  Shim() { set_up(); }
+
+  void set_up() {
     const char* path = std::getenv("SLLM_FAULT_PATH");
     const char* rules = std::getenv("SLLM_FAULT_RULES");
     const char* counts = std::getenv("SLLM_FAULT_COUNTS");
     if (path == nullptr || counts == nullptr) return;
     path_ = path;
+    rules_.clear();
     std::istringstream texts(rules == nullptr ? "" : rules);
     for (std::string text; texts >> text;) rules_.push_back(parsed(text));
     const int fd = real<int(const char*, int, ...)>("open")(counts, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
@@ -333,6 +337,8 @@ mode_t mode_of(int flags, va_list rest) {
 
 // On 64-bit machines the names with 64 are the same functions; which ones a program calls depends on how it was built.
 extern "C" {
+
+void fault_shim_set_up() { shim().set_up(); }
 
 void fault_shim_arm(int armed) { shim().arm(armed != 0); }
 
