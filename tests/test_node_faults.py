@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,21 @@ LONG = count(1, 900)
 KILLED = count(1, 400)
 # For answers that are read to their end: seconds, and not a minute.
 WHOLE = count(1, 300)
+
+
+@pytest.fixture(scope="module")
+def started(warm_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    with running_node(tmp_path_factory.mktemp("shared") / "data", *SMALL) as running:
+        yield running
+
+
+@pytest.fixture
+def shared(started: NodeProcess) -> Iterator[NodeProcess]:
+    """A node without models, for those that do nothing to the node itself: they share one."""
+    yield started
+    for status in started.call("GET", "/admin/models")["models"]:
+        started.call("DELETE", f"/admin/models/{status['model']['name']}")
+    assert instances(started) == []
 
 
 def ask(content: str) -> dict[str, Any]:
@@ -209,16 +225,15 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     assert error["param"] == "api_key_file"
 
 
-def test_an_idle_instance_is_unloaded_and_comes_back_from_host_memory(start_node: StartNode) -> None:
-    with start_node() as node:
-        node.deploy("builtin:demo", "demo", keep_alive=0)
-        assert node.chat("demo", "What is 3 + 4?") == "3 + 4 = 7"
-        wait_for_instances(node, 0)
-        assert node.call("GET", "/admin/models")["models"][0]["state"] == "host"
-        node.request("POST", CHAT, ask("What is 3 + 5?"), {"X-Request-Id": "again"})
-        timeline = node.call("GET", "/admin/requests/again")
-        assert timeline["cold"]
-        assert [span["tier"] for span in timeline["spans"] if span["name"] == "load"] == ["host memory"]
+def test_an_idle_instance_is_unloaded_and_comes_back_from_host_memory(shared: NodeProcess) -> None:
+    shared.deploy("builtin:demo", "demo", keep_alive=0)
+    assert shared.chat("demo", "What is 3 + 4?") == "3 + 4 = 7"
+    wait_for_instances(shared, 0)
+    assert shared.call("GET", "/admin/models")["models"][0]["state"] == "host"
+    shared.request("POST", CHAT, ask("What is 3 + 5?"), {"X-Request-Id": "again"})
+    timeline = shared.call("GET", "/admin/requests/again")
+    assert timeline["cold"]
+    assert [span["tier"] for span in timeline["spans"] if span["name"] == "load"] == ["host memory"]
 
 
 def test_a_model_kept_forever_is_not_unloaded(start_node: StartNode) -> None:
@@ -275,12 +290,12 @@ def test_a_slot_that_stays_busy_gives_503_with_retry_after(start_node: StartNode
             assert int(reply.headers["Retry-After"]) >= 1
 
 
-def test_requests_for_one_cold_model_share_one_start(start_node: StartNode) -> None:
-    with start_node() as node, ThreadPoolExecutor(8) as threads:
-        node.deploy("builtin:demo", "demo")
-        answers = list(threads.map(lambda _: node.chat("demo", "What is 5 + 6?"), range(8)))
+def test_requests_for_one_cold_model_share_one_start(shared: NodeProcess) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        shared.deploy("builtin:demo", "cold")
+        answers = list(threads.map(lambda _: shared.chat("cold", "What is 5 + 6?"), range(8)))
         assert answers == ["5 + 6 = 11"] * 8
-        assert [instance["instance_id"] for instance in instances(node)] == ["demo-1"]
+        assert [instance["instance_id"] for instance in instances(shared)] == ["cold-1"]
 
 
 def test_waiting_requests_are_bounded(start_node: StartNode) -> None:
@@ -303,40 +318,37 @@ def done_first(futures: list[Any]) -> Any:
     return (future.result() for future in as_completed(futures))
 
 
-def test_stopping_a_model_lets_its_answer_finish(start_node: StartNode) -> None:
-    with start_node() as node:
-        node.deploy("builtin:demo", "demo")
-        events = node.stream(CHAT, ask(WHOLE.prompt))
-        begun = [next(events)]
-        with ThreadPoolExecutor(1) as threads:
-            stopping = threads.submit(node.call, "POST", "/admin/models/demo/unload", {})
-            assert is_right(WHOLE, text_of([*begun, *events]))
-            assert stopping.result() == {"stopped": 1, "ended_starts": 0}
-        assert instances(node) == []
+def test_stopping_a_model_lets_its_answer_finish(shared: NodeProcess) -> None:
+    shared.deploy("builtin:demo", "demo")
+    events = shared.stream(CHAT, ask(WHOLE.prompt))
+    begun = [next(events)]
+    with ThreadPoolExecutor(1) as threads:
+        stopping = threads.submit(shared.call, "POST", "/admin/models/demo/unload", {})
+        assert is_right(WHOLE, text_of([*begun, *events]))
+        assert stopping.result() == {"stopped": 1, "ended_starts": 0}
+    assert instances(shared) == []
 
 
-def test_a_removed_model_is_gone_and_can_be_deployed_again(start_node: StartNode) -> None:
-    with start_node() as node:
-        node.deploy("builtin:demo", "demo")
-        node.chat("demo", "What is 1 + 1?")
-        node.call("DELETE", "/admin/models/demo")
-        assert instances(node) == []
-        assert node.request("POST", CHAT, ask("What is 1 + 1?")).status == 404
-        node.deploy("builtin:demo", "demo")
-        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+def test_a_removed_model_is_gone_and_can_be_deployed_again(shared: NodeProcess) -> None:
+    shared.deploy("builtin:demo", "demo")
+    shared.chat("demo", "What is 1 + 1?")
+    shared.call("DELETE", "/admin/models/demo")
+    assert instances(shared) == []
+    assert shared.request("POST", CHAT, ask("What is 1 + 1?")).status == 404
+    shared.deploy("builtin:demo", "demo")
+    assert shared.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
 
 
-def test_files_changed_since_their_registration_are_noticed(start_node: StartNode, tmp_path: Path) -> None:
+def test_files_changed_since_their_registration_are_noticed(shared: NodeProcess, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN["demo"], folder)
-    with start_node() as node:
-        node.deploy(folder, "demo")
-        weights = folder / "model.safetensors"
-        os.utime(weights, ns=(1, 1))
-        reply = node.request("POST", CHAT, ask("What is 1 + 1?"))
-        assert (reply.status, reply.json()["error"]["code"]) == (400, "checkpoint_changed")
-        node.deploy(folder, "demo")
-        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+    shared.deploy(folder, "demo")
+    weights = folder / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    reply = shared.request("POST", CHAT, ask("What is 1 + 1?"))
+    assert (reply.status, reply.json()["error"]["code"]) == (400, "checkpoint_changed")
+    shared.deploy(folder, "demo")
+    assert shared.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
 
 
 @pytest.mark.usefixtures("cold_starts")
@@ -391,30 +403,29 @@ def test_many_starts_and_stops_leak_no_descriptor_thread_or_process(start_node: 
 
 
 def test_weights_that_do_not_fit_any_more_fail_the_start_and_give_everything_back(
-    start_node: StartNode, tmp_path: Path
+    shared: NodeProcess, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN["demo"], folder)
     weights = folder / "model.safetensors"
-    with start_node() as node:
-        node.deploy(folder, "demo")
-        original, times = weights.read_bytes(), weights.stat()
+    shared.deploy(folder, "demo")
+    original, times = weights.read_bytes(), weights.stat()
 
-        def overwrite(data: bytes) -> None:
-            with weights.open("r+b") as opened:
-                opened.write(data)
-            os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    def overwrite(data: bytes) -> None:
+        with weights.open("r+b") as opened:
+            opened.write(data)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-        overwrite(original.replace(b"model.norm.weight", b"model.nose.weight"))
-        reply = node.request("POST", CHAT, ask("What is 1 + 1?"))
-        assert (reply.status, reply.json()["error"]["code"]) == (400, "checkpoint_invalid")
-        assert "model.norm.weight" in reply.json()["error"]["message"]
-        assert instances(node) == []
-        # The bad bytes are in the pool still, under a description that fits them; a new one reads them anew.
-        overwrite(original)
-        os.utime(weights)
-        node.deploy(folder, "demo", replace=True)
-        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+    overwrite(original.replace(b"model.norm.weight", b"model.nose.weight"))
+    reply = shared.request("POST", CHAT, ask("What is 1 + 1?"))
+    assert (reply.status, reply.json()["error"]["code"]) == (400, "checkpoint_invalid")
+    assert "model.norm.weight" in reply.json()["error"]["message"]
+    assert instances(shared) == []
+    # The bad bytes are in the pool still, under a description that fits them; a new one reads them anew.
+    overwrite(original)
+    os.utime(weights)
+    shared.deploy(folder, "demo", replace=True)
+    assert shared.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
 
 
 @pytest.mark.usefixtures("cold_starts")
@@ -428,18 +439,13 @@ def test_a_node_imports_nothing_from_the_folder_it_is_started_in(tmp_path: Path)
         assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
 
 
-def test_a_template_changed_since_its_deployment_holds_after_the_next_one(
-    start_node: StartNode, tmp_path: Path
-) -> None:
+def test_a_template_changed_since_its_deployment_holds_after_the_next_one(shared: NodeProcess, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(BUILTIN["demo"], folder)
     template = folder / "chat_template.jinja"
-    with start_node() as node:
-        node.deploy(folder, "demo")
-        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
-        template.write_text(
-            template.read_text().replace("set content = message.content", "set content = 'Add 3 and 4.'")
-        )
-        assert node.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
-        node.deploy(folder, "demo")
-        assert node.chat("demo", "What is 1 + 1?") == "3 + 4 = 7"
+    shared.deploy(folder, "demo")
+    assert shared.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+    template.write_text(template.read_text().replace("set content = message.content", "set content = 'Add 3 and 4.'"))
+    assert shared.chat("demo", "What is 1 + 1?") == "1 + 1 = 2"
+    shared.deploy(folder, "demo")
+    assert shared.chat("demo", "What is 1 + 1?") == "3 + 4 = 7"
