@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +21,9 @@ from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.starting import MAX_ATTEMPTS, Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
-from sllm_actor.domain.tokens import unpack_uint32
+from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
 from sllm_actor.errors import EngineDied, NodeUnreachable, NoLeader
-from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.messages.generation import Finished, Generate, GetTimeline, Tokens
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel, RunsAlready
@@ -108,8 +109,8 @@ async def routed(everything: Everything, *workers: tuple[str, Worker]) -> tuple[
     return made, routes
 
 
-async def said(made: ActorSystem) -> list[int]:
-    items = [item async for item in made.ref("router").stream(request())]
+async def said(made: ActorSystem, asked: Generate | None = None) -> list[int]:
+    items = [item async for item in made.ref("router").stream(asked or request())]
     assert isinstance(items[-1], Finished)
     return [token for item in items[:-1] for token in item.token_ids]
 
@@ -122,6 +123,19 @@ async def test_an_answer_goes_on_behind_what_was_given_each_token_once() -> None
     routes.add(instance("second"))
     assert await said(made) == list(range(9))
     assert [set(question.failed) for question in everything.asked] == [{"first", "second"}]
+    await made.close()
+
+
+@virtually
+async def test_a_request_that_brings_tokens_of_its_answer_goes_on_behind_them_also_where_its_instance_dies() -> None:
+    everything = Everything(runs="second")
+    made, routes = await routed(everything, ("first", Worker(3)), ("second", Worker()))
+    routes.add(instance("first"))
+    asked = cast(Generate, msgspec.structs.replace(cast(Any, request()), generated=pack_uint32(range(2))))
+    assert await said(made, asked) == list(range(2, 9))
+    assert [question.failed for question in everything.asked] == [("first",)]
+    timeline = await made.ref("router").ask(GetTimeline(request_id=asked.request_id), timeout_s=5.0)
+    assert (timeline.outcome, timeline.generated_tokens) == ("finished", 9)
     await made.close()
 
 

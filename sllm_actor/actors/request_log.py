@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from sllm_actor.domain import RequestId, Span, Timeline
+from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.errors import InvalidRequest, RequestNotFound
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, RequestLocation, Tokens
@@ -18,7 +19,8 @@ class RequestRecord:
     def __init__(self, request: Generate | Embed) -> None:
         self.request = request
         self.spans: list[Span] = list(request.spans)
-        self.tokens: list[int] = []
+        # The answer so far; one that goes on brings its tokens with it.
+        self.tokens = list(unpack_uint32(request.generated)) if isinstance(request, Generate) else []
         self.instance: InstanceStarted | None = None
         self.cold = False
         self.beside = 0
