@@ -13,6 +13,7 @@ from benchmarks import (
     interference,
     load,
     lora,
+    migrate,
     policy,
     remote,
     serve,
@@ -21,8 +22,8 @@ from benchmarks import (
 from benchmarks.report import Report
 
 BENCHES = (
-    "actors", "cluster-live", "coldstart", "gateway", "interference", "load", "lora", "policy", "remote", "serve",
-    "weights",
+    "actors", "cluster-live", "coldstart", "gateway", "interference", "load", "lora", "migrate", "policy", "remote",
+    "serve", "weights",
 )  # fmt: skip
 SECONDS = 0.8
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="of cluster-live, load, interference, lora, remote, serve and weights: much less of everything",
+        help="of cluster-live, load, interference, lora, migrate, remote, serve and weights: much less of everything",
     )
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument(
@@ -71,6 +72,8 @@ def main() -> None:
         load.run(report, arguments.repeats, chosen)
     elif arguments.name == "interference":
         interference.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
+    elif arguments.name == "migrate":
+        migrate.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     elif arguments.name == "gateway":
         gateway.run(report, arguments.repeats)
     elif arguments.name == "policy":

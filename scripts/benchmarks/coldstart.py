@@ -69,12 +69,18 @@ def fresh(subject: Subject) -> float:
     return took_s
 
 
-def run(report: Report, repeats: int, work_dir: Path) -> None:
-    """Measure both models, ours and fresh by turns; then a large one against what it can't go below."""
-    opt = work_dir / "opt-125m"
-    command = [sys.executable, "-m", "sllm_actor.testing.shapes", str(opt)]
+def opt_125m(work_dir: Path) -> Path:
+    """Have a checkpoint of OPT-125M's shape, with random weights and a real tokenizer."""
+    folder = work_dir / "opt-125m"
+    command = [sys.executable, "-m", "sllm_actor.testing.shapes", str(folder)]
     command += ["--shapes", str(DATA / "model_layouts"), "--tokenizers", str(DATA / "tokenizers")]
     subprocess.run(command, check=True)
+    return folder
+
+
+def run(report: Report, repeats: int, work_dir: Path) -> None:
+    """Measure both models, ours and fresh by turns; then a large one against what it can't go below."""
+    opt = opt_125m(work_dir)
     subjects = (
         Subject("demo", BUILTIN["demo"], "What is 47 + 35?", True),
         Subject("opt125m", opt, "The quick brown fox", False),

@@ -1,0 +1,141 @@
+"""What a client sees of its answer's move between two loaded nodes: the longest gap between its tokens, in usual gaps.
+
+OPT-125M's shape, prompts of 64 to 1,024 tokens, one stream at a time, greedy, on real nodes that share this machine. Beside
+each move stands what it would cost to stop and to compute prompt and tokens anew at the destination: the time to the
+first token of a request for just those, whose prefix nobody has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from benchmarks import coldstart
+from benchmarks.report import Report
+from sllm_actor.cli.show import out
+from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
+
+NODES = ("n1", "n2")
+MODEL = "opt"
+PROMPTS_TOKENS, TINY_PROMPTS_TOKENS = (64, 256, 1024), (16,)
+BEFORE_TOKENS, ANSWER_TOKENS = 48, 160
+VOCABULARY_TOKENS = 50_000
+# Of each token in each layer, keys and values: hidden size 768, 12 layers, two bytes each.
+KV_BYTES_PER_TOKEN = 2 * 12 * 768 * 2
+KNOBS = (
+    "host_pool_bytes=512MiB", "engine_threads=1", "listen=tcp://127.0.0.1:0", "max_instances=1", "warm_engines=1",
+)  # fmt: skip
+
+
+class Move(NamedTuple):
+    """One move: the gaps between tokens, the one at the hand-over, and what the nodes told of it."""
+
+    usual_gap_s: float
+    pause_s: float
+    told: dict[str, Any]
+    anew_s: float
+
+    @property
+    def pause_in_gaps(self) -> float:
+        return max(0.0, self.pause_s - self.usual_gap_s) / self.usual_gap_s
+
+
+def body_of(prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    """Ask for so many tokens, whatever they are."""
+    return {
+        "model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+
+
+async def times_of(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], request_id: str, come: list[float]
+) -> None:
+    """Note when each of a stream's events comes."""
+    headers = {"X-Request-Id": request_id}
+    async with session.post(f"{url}/v1/completions", json=body, headers=headers) as reply:
+        if reply.status != 200:
+            raise SystemExit(f"{request_id}: {await reply.text()}")
+        async for line in reply.content:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise SystemExit(f"{request_id}: {event['error']}")
+                come.append(asyncio.get_running_loop().time())
+
+
+async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: int) -> Move:
+    """Stream an answer, move it in the middle, and then ask for as much anew."""
+    loop, gateway, request_id = asyncio.get_running_loop(), cluster.nodes["n1"].url, f"move-{tokens}-{number}"
+    prompt = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(tokens)]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+        come: list[float] = []
+        stream = asyncio.create_task(times_of(session, gateway, body_of(prompt, ANSWER_TOKENS), request_id, come))
+        while len(come) < BEFORE_TOKENS and not stream.done():
+            await asyncio.sleep(0.001)
+        begin_s = loop.time()
+        async with session.post(f"{gateway}/admin/requests/{request_id}/migrate", json={}) as reply:
+            told = await reply.json()
+        end_s = loop.time()
+        await stream
+        if reply.status != 200:
+            raise SystemExit(f"{request_id} was not moved: {told}")
+        gaps = [(later - earlier, later) for earlier, later in zip(come, come[1:], strict=False)]
+        # The hand-over is in the move, or its effect at the client a little later.
+        around = [gap for gap, at_s in gaps if begin_s <= at_s and at_s - gap <= end_s + 0.5]
+        undisturbed = [gap for gap, at_s in gaps if at_s < begin_s]
+        fresh = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(tokens + BEFORE_TOKENS)]
+        anew: list[float] = []
+        asked_s = loop.time()
+        await times_of(session, gateway, body_of(fresh, 1), f"{request_id}-anew", anew)
+    return Move(statistics.median(undisturbed), max(around), told, anew[0] - asked_s)
+
+
+def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
+    """Move answers to prompts of every length."""
+    draw = random.Random(1)
+    folder = coldstart.opt_125m(work_dir)
+    with (
+        tempfile.TemporaryDirectory() as data,
+        running_cluster(Path(data), Path(".servers"), NODES, KNOBS) as cluster,
+    ):
+        cluster.nodes["n1"].deploy(folder.absolute(), MODEL, min_instances=2, max_instances=2)
+        while len(cluster.nodes["n1"].call("GET", "/admin/instances")["instances"]) < len(NODES):
+            pass
+        moves = {
+            tokens: [asyncio.run(move(cluster, draw, tokens, number)) for number in range(repeats)]
+            for tokens in (TINY_PROMPTS_TOKENS if tiny else PROMPTS_TOKENS)
+        }
+    for tokens, made in moves.items():
+        _rows(report, tokens, made)
+    everything = [one for made in moves.values() for one in made]
+    report.ratio("pause_in_gaps", [one.pause_in_gaps for one in everything])
+    report.ratio("anew_in_gaps", [one.anew_s / one.usual_gap_s for one in everything])
+    report.ratio("bytes_per_token", [one.told["bytes_moved"] / one.told["tokens"] for one in everything])
+    ordered = sorted(one.pause_in_gaps for one in everything)
+    report.ratio("pause_in_gaps.p99", [ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]])
+    out.print(f"{len(everything)} moves")
+
+
+def _rows(report: Report, tokens: int, made: list[Move]) -> None:
+    kv_bytes = statistics.median(one.told["tokens"] for one in made) * KV_BYTES_PER_TOKEN
+    for what, unit, values in (
+        ("usual gap", "s", [one.usual_gap_s for one in made]),
+        ("longest gap around the hand-over", "s", [one.pause_s for one in made]),
+        ("stop and compute anew", "s", [one.anew_s for one in made]),
+        ("rounds", "", [float(one.told["rounds"]) for one in made]),
+        ("moved", "bytes", [float(one.told["bytes_moved"]) for one in made]),
+    ):
+        report.row(
+            prompt=tokens, measured=what, unit=unit, median=round(statistics.median(values), 5),
+            min=round(min(values), 5), max=round(max(values), 5), n=len(values),
+        )  # fmt: skip
+    report.row(
+        prompt=tokens, measured="keys and values not moved", unit="bytes", median=kv_bytes, min="", max="", n=len(made)
+    )
