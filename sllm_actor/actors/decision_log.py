@@ -10,7 +10,7 @@ import msgspec
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.errors import RequestNotFound
 from sllm_actor.messages.explanation import Explanation
-from sllm_actor.messages.placement import PlaceModel
+from sllm_actor.messages.placement import PlaceModel, StartingView
 from sllm_actor.policy.placement import Start
 
 
@@ -43,6 +43,21 @@ def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
         size_bytes=question.size_bytes,
         predicted_s=start.estimate_s,
         moving_s=start.estimate_s - engine_s,
+        granted_s=now_s,
+    )
+
+
+def adopted(start: StartingView, node: NodeId, now_s: float) -> Granted:
+    """Note a start that somebody else has granted: nothing is expected of it."""
+    return Granted(
+        request_id=RequestId(""),
+        model=start.model,
+        node=node,
+        tier="",
+        fingerprint="",
+        size_bytes=0,
+        predicted_s=float("inf"),
+        moving_s=0.0,
         granted_s=now_s,
     )
 
