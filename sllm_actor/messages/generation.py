@@ -16,7 +16,8 @@ class Generate:
     has its tokens so far in `generated`, packed like the prompt; what is new comes behind them. `grammar` is a compiled
     grammar as xgrammar writes it; of a LoRA adapter, `model` is the adapter's name and `base` that of the model that it
     runs on, whose engine knows it as `adapter`; all three may be empty. Of those who wait, the one of the lowest
-    `priority` is first.
+    `priority` is first. From its end on the instance stays for `keep_alive_s` while it is idle, unless that is None,
+    until another request says otherwise.
     """
 
     request_id: RequestId
@@ -31,6 +32,7 @@ class Generate:
     adapter: str = ""
     base: str = ""
     priority: int = 0
+    keep_alive_s: float | None = None
 
 
 @message("generation.tokens")
