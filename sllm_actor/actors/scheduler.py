@@ -209,7 +209,7 @@ class Scheduler(Actor):
             return
         self._counts.estimated(start.tier, start.predicted_s, observed_s)
         self._estimator.learn_start(
-            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s
+            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s, start.at_work
         )
 
     @handles(ListNodes)
