@@ -17,6 +17,7 @@ from sllm_actor.testing.node_process import NodeProcess
 from sllm_actor.testing.questions import Kind, count, is_right, unseen
 
 CHAT = "/v1/chat/completions"
+NO_KEEP_ALIVES: tuple[Any, ...] = ("soon", "-5m", "9000000h", -2, 1e9, [], "")
 
 
 def ask(content: str = "What is 47 + 35?", **options: Any) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def test_content_may_come_in_parts_and_with_a_system_message(node: NodeProcess, 
         ({"model": "demo", "messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"model": "demo", "messages": []}, "messages"),
         (ask(stream_options={"surprise": True}), "stream_options.surprise"),
-        *((ask(keep_alive=wrong), "keep_alive") for wrong in ("soon", "-5m", "9000000h", -2, 1e9, [], "")),
+        *((ask(keep_alive=wrong), "keep_alive") for wrong in NO_KEEP_ALIVES),
     ],
 )
 def test_a_wrong_field_is_a_400_that_names_it(node: NodeProcess, body: dict[str, Any], param: str) -> None:
