@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -138,3 +139,29 @@ def test_more_instances_run_while_more_ask_and_stop_when_nobody_does(cluster: No
         eventually(lambda: len(homes(cluster, "e")) > 1)
         assert all(answer.result().endswith("250") for answer in answers)
     eventually(lambda: not homes(cluster, "e"))
+
+
+def test_a_knob_is_changed_on_one_node_after_another_and_nothing_is_lost(cluster: NodeCluster) -> None:
+    deployed(cluster, "f")
+    changed, asked = threading.Event(), cluster.nodes["n3"]
+
+    def ask_on() -> list[str]:
+        answers = [asked.chat("f", QUESTION)]
+        while not changed.is_set():
+            answers.append(asked.chat("f", QUESTION))
+        return answers
+
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask_on) for _ in range(2)]
+        try:
+            for name in ("n1", "n2"):
+                asked.call("POST", f"/admin/nodes/{name}/drain")
+                assert cluster.stop_node(name) == (0, [])
+                cluster.start(name, knobs=["keep_alive_s=77"])
+                eventually(lambda name=name: asked.request("POST", f"/admin/nodes/{name}/uncordon").status == 200)  # type: ignore[misc]
+        finally:
+            changed.set()
+        assert all(set(one.result()) == {ANSWER} for one in asking)
+    for name in ("n1", "n2"):
+        assert cluster.nodes[name].deploy("builtin:demo", f"g-{name}")["keep_alive_s"] == 77
+    assert not any(node["cordoned"] for node in cluster.shown("n3").values())

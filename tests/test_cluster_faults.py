@@ -23,6 +23,7 @@ from clusters import (
     whole,
 )
 from conftest import SMALL
+from link_proxy import LinkProxy
 from metadata_stores import UNPACKED
 
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
@@ -123,6 +124,39 @@ def test_a_leader_that_was_held_up_leads_no_more_and_comes_back_as_a_member(clus
     eventually(lambda: leader in cluster.shown(other) and cluster.shown(other)[leader]["epoch"] > before)
     assert cluster.leader(leader) == cluster.leader(other) != leader
     assert cluster.nodes[leader].chat("c", QUESTION) == ANSWER
+
+
+def test_a_leader_that_is_cut_off_from_etcd_is_followed_and_its_node_serves_again_when_it_is_back(
+    cluster: NodeCluster,
+) -> None:
+    whole(cluster)
+    with LinkProxy("127.0.0.1", cluster.etcd.members[0].port) as proxy:
+        assert cluster.stop_node("n1") == (0, [])
+        cluster.start("n1", knobs=[f"metadata=etcd://127.0.0.1:{proxy.port}"])
+        for name in ("n2", "n3"):  # Whoever came first leads.
+            assert cluster.stop_node(name) == (0, [])
+        cluster.start("n2", "n3")
+        whole(cluster)
+        assert cluster.leader("n2") == "n1"
+        placed_on(cluster, "a", "n1")
+        before = cluster.shown("n2")["n1"]["epoch"]
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(streamed, cluster.nodes["n1"], "a", LONG)
+            eventually(lambda: under_way(cluster.nodes["n1"]) > 0)
+            proxy.cut()
+            eventually(lambda: cluster.leader("n2") in ("n2", "n3"))
+            assert cluster.nodes["n2"].chat("b", QUESTION) == ANSWER
+            assert cluster.nodes["n3"].chat("a", QUESTION) == ANSWER
+            text, error = answer.result()
+            assert (text.split()[-1].rstrip("."), error) == ("500", None)
+        proxy.mend()
+        eventually(lambda: "n1" in cluster.shown("n2") and cluster.shown("n2")["n1"]["epoch"] > before)
+        assert cluster.leader("n1") == cluster.leader("n2") != "n1"
+        assert cluster.nodes["n1"].chat("c", QUESTION) == ANSWER
+        instances = cluster.nodes["n2"].call("GET", "/admin/instances")["instances"]
+        assert len({one["instance_id"] for one in instances}) == len(instances)
+        cluster.stop_node("n1")
+    whole(cluster)
 
 
 def test_without_a_quorum_of_etcd_what_runs_goes_on_and_a_cold_start_is_refused(cluster: NodeCluster) -> None:

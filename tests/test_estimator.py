@@ -63,6 +63,15 @@ def test_one_start_teaches_its_node_and_more_teach_the_model() -> None:
     assert (estimator.starts(A, HOST, "x"), estimator.starts(A, HOST, "another")) == (1, 0)
 
 
+def test_a_start_is_expected_to_take_what_those_beside_as_many_engines_took_or_nearly_as_many() -> None:
+    estimator = Estimator()
+    for constant_s, at_work in ((0.1, 0), (0.4, 2), (0.4, 3), (0.9, 100)):
+        estimator.learn_start(A, HOST, "x", 100, constant_s, at_work)
+    expected = [estimator.constant_s(A, HOST, "x", 100, 0.0, at_work) for at_work in (0, 1, 2, 3, 7, 8)]
+    assert expected == [0.1, 0.4, 0.4, 0.4, 0.9, 0.9]
+    assert estimator.starts(A, HOST, "x") == 4
+
+
 def test_one_bad_start_changes_a_models_constant_little() -> None:
     estimator = Estimator()
     for constant_s in (0.4, 0.5, 60.0, 0.6, 0.5):

@@ -224,6 +224,17 @@ async def test_a_member_that_is_removed_hears_of_it_and_joins_again(house: House
 
 
 @in_a_house
+async def test_a_node_that_joins_again_too_slowly_for_its_lease_tries_again_until_it_does(house: House) -> None:
+    a = await house.node("a").start()
+    await house.truth.delete(a.membership.held().key)
+    a.way.latency_s = 0.4 * TTL_S
+    await house.until(lambda: len(a.standings) > 3)
+    a.way.latency_s = 0.001
+    await house.until(lambda: a.membership.standing is not None)
+    await a.stop()
+
+
+@in_a_house
 async def test_one_leads_and_when_it_is_cut_off_another_does_within_two_leases_and_never_both(house: House) -> None:
     nodes = [await house.node(name).start() for name in "abc"]
     await house.until(lambda: any(node.leads for node in nodes))

@@ -17,6 +17,7 @@ from sllm_actor.testing.node_process import NodeProcess
 from sllm_actor.testing.questions import Kind, count, is_right, unseen
 
 CHAT = "/v1/chat/completions"
+NO_KEEP_ALIVES: tuple[Any, ...] = ("soon", "-5m", "9000000h", -2, 1e9, [], "")
 
 
 def ask(content: str = "What is 47 + 35?", **options: Any) -> dict[str, Any]:
@@ -129,12 +130,31 @@ def test_content_may_come_in_parts_and_with_a_system_message(node: NodeProcess, 
         ({"model": "demo", "messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"model": "demo", "messages": []}, "messages"),
         (ask(stream_options={"surprise": True}), "stream_options.surprise"),
+        *((ask(keep_alive=wrong), "keep_alive") for wrong in NO_KEEP_ALIVES),
     ],
 )
 def test_a_wrong_field_is_a_400_that_names_it(node: NodeProcess, body: dict[str, Any], param: str) -> None:
     status, error = error_of(node, body)
     assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert param.split(".")[-1] in error["message"]
+
+
+def test_a_request_says_how_long_its_model_stays_and_nothing_else_changes_that(node: NodeProcess) -> None:
+    def expires_in_s() -> Any:
+        found = [one for one in node.call("GET", "/admin/instances")["instances"] if one["model"] == "briefly"]
+        return found[0]["expires_in_s"] if found else "gone"
+
+    node.deploy("builtin:demo", "briefly", keep_alive="1m")
+    assert node.chat("briefly", "What is 1 + 1?") == "1 + 1 = 2"
+    assert 0 < expires_in_s() <= 60
+    node.chat("briefly", "What is 1 + 1?", keep_alive="2h")
+    assert 3600 < expires_in_s() <= 7200
+    node.chat("briefly", "What is 1 + 1?", keep_alive=-1)
+    node.call("POST", "/v1/embeddings", {"model": "briefly", "input": "a"})
+    assert expires_in_s() == "forever"
+    assert list(node.stream(CHAT, ask(keep_alive=0) | {"model": "briefly"}))
+    while expires_in_s() != "gone":
+        pass
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xfe", b'"x"', b"[" * 100_000])

@@ -71,7 +71,7 @@ def node(
         instances=tuple(instances),
         pinned_host_bytes=pinned or {},
         ended_placements=(),
-        starting_placements=(),
+        starting=(),
         host_fingerprints=("print",) if in_host_memory else host_fingerprints,
         ssd_fingerprints=("print",) if on_ssd else (),
         ssd_bytes_per_s=ssd_bytes_per_s,

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_instance_faults import model_of
+from test_membership import House, in_a_house
 from test_supervision import now_s, virtual_system, virtually
 
 from sllm_actor.actors.request_log import RequestLog
+from sllm_actor.actors.route_book import ROUTES, RouteBook
 from sllm_actor.actors.router import Router
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
@@ -184,6 +186,26 @@ def test_what_others_publish_comes_and_goes_and_what_failed_here_is_not_tried_ag
     assert routes.choose(ModelName("m"), b"") is b
     routes.publish({"a": a})
     assert routes.choose(ModelName("m"), b"") is None
+
+
+@in_a_house
+async def test_a_route_whose_writing_had_no_answer_is_removed_with_its_instance(house: House) -> None:
+    node = await house.node("a").start()
+    book = RouteBook(node.way, node.membership, house.clock, lambda _: None)
+    book.start()
+    node.way.cut = node.way.loses_answers = True
+    node.way.patience_s = 0.5
+    book.add(instance("1"))
+    while not (await house.truth.list(ROUTES)).facts:
+        await house.clock.sleep(0.01)
+    book.remove(instance("1"))
+    node.way.cut = node.way.loses_answers = False
+    standing = node.membership.held()
+    while (await house.truth.list(ROUTES)).facts:
+        await house.clock.sleep(0.01)
+        assert node.membership.held() == standing, "it went with the lease alone"
+    await book.stop()
+    await node.stop()
 
 
 class Leader(Actor):

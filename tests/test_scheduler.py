@@ -15,7 +15,16 @@ from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampli
 from sllm_actor.errors import InvalidRequest, ModelTooLarge, NoCapacity, QueueFull, RequestNotFound
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.instances import StopInstances
-from sllm_actor.messages.placement import HurryPlacement, InstanceView, ListNodes, NodeReport, Placement, PlaceModel
+from sllm_actor.messages.placement import (
+    HurryPlacement,
+    InstanceView,
+    ListNodes,
+    MembersChanged,
+    NodeReport,
+    Placement,
+    PlaceModel,
+    StartingView,
+)
 from sllm_actor.runtime import Actor, ActorRef, ActorSystem, handles
 
 MIB = 1024 * 1024
@@ -72,6 +81,7 @@ def report(
     starting: tuple[str, ...] = (),
     failed: tuple[str, ...] = (),
     name: str = "node-1",
+    epoch: int = 0,
     on_ssd: tuple[str, ...] = ("new",),
 ) -> NodeReport:
     return NodeReport(
@@ -82,7 +92,7 @@ def report(
         instances=tuple(instances or ()),
         pinned_host_bytes={},
         ended_placements=ended,
-        starting_placements=starting,
+        starting=tuple(StartingView(placement_id=one, model=ModelName("old"), host_bytes=MIB) for one in starting),
         host_fingerprints=(),
         ssd_fingerprints=on_ssd,
         failed_placements=failed,
@@ -90,6 +100,7 @@ def report(
         disk_queues_s={},
         remote_bytes_per_s=1e8,
         remote_queue_s=0.0,
+        epoch=epoch,
     )
 
 
@@ -146,6 +157,55 @@ async def test_a_grant_takes_its_slot_until_its_start_has_ended(system: ActorSys
     with pytest.raises(NoCapacity):
         await ask(system, question("b", timeout_s=0.01))
     scheduler(system).tell(report(slots=1, ended=(placement.placement_id,)))
+    assert (await ask(system, question("b"))).node == "node-1"
+
+
+async def test_a_start_that_an_earlier_leader_has_granted_takes_its_slot_and_is_not_begun_again(
+    system: ActorSystem,
+) -> None:
+    scheduler(system).tell(report(slots=1, starting=("placement-3-1",)))
+    with pytest.raises(NoCapacity):
+        await ask(system, question("b", timeout_s=0.01))
+    scheduler(system).tell(report(slots=9, starting=("placement-3-1",)))
+    same = asyncio.ensure_future(ask(system, question("old")))
+    assert (await ask(system, question("b"))).node == "node-1"
+    assert not same.done()
+    scheduler(system).tell(report(slots=9, ended=("placement-3-1",), failed=("placement-3-1",)))
+    assert (await same).node == "node-1"
+
+
+async def test_a_model_too_large_for_those_heard_of_waits_for_the_members_that_have_not_reported(
+    system: ActorSystem,
+) -> None:
+    scheduler(system).tell(MembersChanged(epochs={NodeId("node-1"): 3, NodeId("node-2"): 5}))
+    scheduler(system).tell(report(slots=0, epoch=3))
+    waiting = asyncio.ensure_future(ask(system, question()))
+    await all_wait(system)
+    scheduler(system).tell(report(name="node-2", epoch=5))
+    assert (await waiting).node == "node-2"
+    scheduler(system).tell(report(name="node-2", slots=0, epoch=5))
+    with pytest.raises(ModelTooLarge):
+        await ask(system, question())
+
+
+async def test_what_a_node_told_before_it_left_does_not_bring_it_back(system: ActorSystem) -> None:
+    members = {NodeId("node-1"): 3, NodeId("node-2"): 5}
+    scheduler(system).tell(MembersChanged(epochs=members))
+    scheduler(system).tell(MembersChanged(epochs={NodeId("node-1"): 3}))
+    scheduler(system).tell(report(name="node-2", epoch=5))
+    with pytest.raises(NoCapacity):
+        await ask(system, question(timeout_s=0.01))
+    scheduler(system).tell(report(name="node-2", epoch=6))  # It joins anew, which is not heard of yet.
+    assert (await ask(system, question())).node == "node-2"
+
+
+async def test_a_node_that_came_back_unseen_has_nothing_of_its_earlier_life(system: ActorSystem) -> None:
+    scheduler(system).tell(MembersChanged(epochs={NodeId("node-1"): 3}))
+    scheduler(system).tell(report(slots=1, epoch=3))
+    await ask(system, question("a"))
+    scheduler(system).tell(MembersChanged(epochs={NodeId("node-1"): 4}))
+    scheduler(system).tell(report(slots=1, epoch=3))
+    scheduler(system).tell(report(slots=1, epoch=4))
     assert (await ask(system, question("b"))).node == "node-1"
 
 

@@ -39,9 +39,9 @@ def main() -> None:
         "--only",
         nargs="+",
         default=[],
-        choices=(*actors.NAMES, *load.NAMES, *weights.SHAPES),
+        choices=(*actors.NAMES, *load.NAMES, *weights.SHAPES, *cluster_live.POLICIES),
         metavar="PART",
-        help="of actors, load and weights: these parts alone",
+        help="of actors, load, weights and cluster-live: these parts alone",
     )
     parser.add_argument(
         "--tiny",
@@ -66,7 +66,7 @@ def main() -> None:
         actors.run(report, arguments.repeats, arguments.only, arguments.seconds or SECONDS)
     elif arguments.name == "cluster-live":
         seconds = cluster_live.TINY_SECONDS if arguments.tiny else cluster_live.SECONDS
-        cluster_live.run(report, arguments.seconds or seconds, arguments.trace)
+        cluster_live.run(report, arguments.seconds or seconds, arguments.trace, arguments.only)
     elif arguments.name == "load":
         chosen = load.Options(arguments.work_dir, arguments.only, arguments.tiny, not arguments.without_peers)
         load.run(report, arguments.repeats, chosen)

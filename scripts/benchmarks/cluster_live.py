@@ -126,22 +126,28 @@ def estimate_errors(cluster: NodeCluster, cold: Sequence[dict[str, Any]]) -> lis
     return errors
 
 
-def run(report: Report, seconds: float, trace: Path | None) -> None:
-    """Run every policy, one after the other, each on nodes of its own."""
+def run(report: Report, seconds: float, trace: Path | None, only: Sequence[str] = ()) -> None:
+    """Run every policy, or these alone, one after the other, each on nodes of its own."""
     wanted = arrivals(seconds, shares(trace), seed=1)
     out.print(
         f"{len(wanted)} requests in {seconds:g} s for each policy, popularity by {trace.name if trace else 'Zipf'}"
     )
     medians: dict[str, tuple[float, float]] = {}
-    for policy in POLICIES:
+    chosen = [policy for policy in POLICIES if policy in (only or POLICIES)]
+    for policy in chosen:
         with tempfile.TemporaryDirectory() as folder:
             cold_s, errors = _policy(report, policy, wanted, Path(folder))
             medians[policy] = statistics.median(cold_s), _part(cold_s, 0.99)
+            out.print(
+                f"{policy}: {len(errors)} starts were estimated, the first {WARM_UP_STARTS} of them to learn from"
+            )
             if policy == "startup_time" and len(errors) > WARM_UP_STARTS:
                 learned = errors[WARM_UP_STARTS:]
                 report.ratio("estimate_error.median", [statistics.median(learned)])
                 report.ratio("estimate_error.p95", [_part(learned, 0.95)])
-    for policy in POLICIES[1:]:
+    if POLICIES[0] not in chosen:
+        return
+    for policy in chosen[1:]:
         for name, ours, other in zip(("p50", "p99"), medians["startup_time"], medians[policy], strict=True):
             report.ratio(f"{name}.{policy}_over_startup_time", [other / ours])
 

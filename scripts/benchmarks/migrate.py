@@ -1,13 +1,14 @@
 """What a client sees of its answer's move between two loaded nodes: the longest gap between its tokens, in usual gaps.
 
-OPT-125M's shape, prompts of 64 to 1,024 tokens, one stream at a time, greedy, on real nodes that share this machine. Beside
-each move stands what it would cost to stop and to compute prompt and tokens anew at the destination: the time to the
-first token of a request for just those, whose prefix nobody has.
+OPT-125M's shape, prompts of 64 to 1,024 tokens, one stream at a time, greedy, on real nodes that share this machine.
+Beside each move stands what it would cost to stop and to compute prompt and tokens anew at the destination: the time
+to the first token of a request for just those, whose prefix nobody has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -50,14 +51,20 @@ class Move(NamedTuple):
 def body_of(prompt: list[int], max_tokens: int) -> dict[str, Any]:
     """Ask for so many tokens, whatever they are."""
     return {
-        "model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        "model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+        "stream": True,
     }  # fmt: skip
 
 
 async def times_of(
-    session: aiohttp.ClientSession, url: str, body: dict[str, Any], request_id: str, come: list[float]
+    session: aiohttp.ClientSession,
+    url: str,
+    body: dict[str, Any],
+    request_id: str,
+    come: list[float],
+    enough: asyncio.Event,
 ) -> None:
-    """Note when each of a stream's events comes."""
+    """Note when each of a stream's events comes, and when there are enough of them to move it."""
     headers = {"X-Request-Id": request_id}
     async with session.post(f"{url}/v1/completions", json=body, headers=headers) as reply:
         if reply.status != 200:
@@ -68,6 +75,8 @@ async def times_of(
                 if "error" in event:
                     raise SystemExit(f"{request_id}: {event['error']}")
                 come.append(asyncio.get_running_loop().time())
+                if len(come) == BEFORE_TOKENS:
+                    enough.set()
 
 
 async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: int) -> Move:
@@ -75,10 +84,10 @@ async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: i
     loop, gateway, request_id = asyncio.get_running_loop(), cluster.nodes["n1"].url, f"move-{tokens}-{number}"
     prompt = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(tokens)]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
-        come: list[float] = []
-        stream = asyncio.create_task(times_of(session, gateway, body_of(prompt, ANSWER_TOKENS), request_id, come))
-        while len(come) < BEFORE_TOKENS and not stream.done():
-            await asyncio.sleep(0.001)
+        come, enough = list[float](), asyncio.Event()
+        body = body_of(prompt, ANSWER_TOKENS)
+        stream = asyncio.create_task(times_of(session, gateway, body, request_id, come, enough))
+        await enough.wait()
         begin_s = loop.time()
         async with session.post(f"{gateway}/admin/requests/{request_id}/migrate", json={}) as reply:
             told = await reply.json()
@@ -86,14 +95,14 @@ async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: i
         await stream
         if reply.status != 200:
             raise SystemExit(f"{request_id} was not moved: {told}")
-        gaps = [(later - earlier, later) for earlier, later in zip(come, come[1:], strict=False)]
+        gaps = [(later - earlier, later) for earlier, later in itertools.pairwise(come)]
         # The hand-over is in the move, or its effect at the client a little later.
         around = [gap for gap, at_s in gaps if begin_s <= at_s and at_s - gap <= end_s + 0.5]
         undisturbed = [gap for gap, at_s in gaps if at_s < begin_s]
         fresh = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(tokens + BEFORE_TOKENS)]
         anew: list[float] = []
         asked_s = loop.time()
-        await times_of(session, gateway, body_of(fresh, 1), f"{request_id}-anew", anew)
+        await times_of(session, gateway, body_of(fresh, 1), f"{request_id}-anew", anew, enough)
     return Move(statistics.median(undisturbed), max(around), told, anew[0] - asked_s)
 
 

@@ -65,7 +65,7 @@ def report_of(number: int, models: int, draw: random.Random) -> NodeReport:
         instances=instances,
         pinned_host_bytes={},
         ended_placements=(),
-        starting_placements=(),
+        starting=(),
         host_fingerprints=tuple(f"print-{model}" for model in on_ssd[:10]),
         ssd_fingerprints=tuple(f"print-{model}" for model in on_ssd),
         ssd_bytes_per_s=draw.uniform(2e9, 7e9),

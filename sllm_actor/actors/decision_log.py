@@ -10,7 +10,7 @@ import msgspec
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.errors import RequestNotFound
 from sllm_actor.messages.explanation import Explanation
-from sllm_actor.messages.placement import PlaceModel
+from sllm_actor.messages.placement import PlaceModel, StartingView
 from sllm_actor.policy.placement import Start
 
 
@@ -27,13 +27,15 @@ class Granted(NamedTuple):
     # Of it, what the queue and the bytes were to take.
     moving_s: float
     granted_s: float
+    # How many engines were at work on the node then.
+    at_work: int = 0
 
 
 def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
     """Note what is expected of a start that begins now."""
     chosen = start.explanation.chosen
     assert chosen is not None
-    engine_s = sum(term.seconds for term in chosen.terms if term.name == "engine")
+    (engine,) = (term for term in chosen.terms if term.name == "engine")
     return Granted(
         request_id=question.request_id,
         model=question.model,
@@ -42,7 +44,23 @@ def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
         fingerprint=question.fingerprint,
         size_bytes=question.size_bytes,
         predicted_s=start.estimate_s,
-        moving_s=start.estimate_s - engine_s,
+        moving_s=start.estimate_s - engine.seconds,
+        granted_s=now_s,
+        at_work=int(engine.inputs["at_work"]),
+    )
+
+
+def adopted(start: StartingView, node: NodeId, now_s: float) -> Granted:
+    """Note a start that somebody else has granted: nothing is expected of it."""
+    return Granted(
+        request_id=RequestId(""),
+        model=start.model,
+        node=node,
+        tier="",
+        fingerprint="",
+        size_bytes=0,
+        predicted_s=float("inf"),
+        moving_s=0.0,
         granted_s=now_s,
     )
 

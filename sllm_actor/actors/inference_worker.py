@@ -106,6 +106,8 @@ class InferenceWorker(Actor):
                         self._running.take(request.request_id, item, self._clock.monotonic_s())
                         yield item
             finally:
+                if request.keep_alive_s is not None:
+                    self._keep_alive_s = request.keep_alive_s
                 self._tell_activity(self._running.end(request.request_id))
         finally:
             if prepared is not None:
@@ -188,7 +190,7 @@ class InferenceWorker(Actor):
         await self._engine.leave(self._stop_timeout_s)
 
     def _tell_activity(self, answered: Answered | None = None) -> None:
-        activity = self._running.activity(self._clock.monotonic_s(), answered)
+        activity = self._running.activity(self._clock.monotonic_s(), self._keep_alive_s, answered)
         self._manager.tell(activity)
         if activity.active:
             self._idle.clear()

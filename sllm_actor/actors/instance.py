@@ -41,7 +41,7 @@ class Instance:
         self.retired: asyncio.Future[None] | None = None
         # Its model has a minimum of instances: it does not stop by itself, and makes no room.
         self.kept = model.scaling.min_instances > 0
-        self._activity = InstanceActivity(instance_id=instance_id, active=0)
+        self._activity = InstanceActivity(instance_id=instance_id, active=0, keep_alive_s=model.keep_alive_s)
         self._told_s = now_s
 
     @property
@@ -98,7 +98,7 @@ class Instance:
 
     def status(self, node: NodeId, now_s: float) -> InstanceStatus:
         """Describe it to people."""
-        expires_s = 0.0 if self.active else max(0.0, self.idle_since_s + self.model.keep_alive_s - now_s)
+        expires_s = 0.0 if self.active else max(0.0, self.idle_since_s + self._activity.keep_alive_s - now_s)
         return InstanceStatus(
             instance_id=self.instance_id,
             model=self.model.name,

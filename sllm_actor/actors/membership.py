@@ -121,7 +121,8 @@ class Membership:
             with suppress(MetadataFailed):
                 await self._store.revoke(standing.lease)
 
-    async def _join(self) -> None:
+    async def _join(self) -> Standing:
+        """Join. What is joined slowly may be lost already."""
         await self._await_vacancy()
         sent_s = self._clock.monotonic_s()
         lease = await self._store.grant(self._member.ttl_s)
@@ -136,7 +137,9 @@ class Membership:
             await self._store.revoke(lease.id)
             raise self._in_use()
         self._term = LeaseTerm(self._member.ttl_s, sent_s)
-        self._tell(Standing(self._key, lease.id, outcome.revision))
+        standing = Standing(self._key, lease.id, outcome.revision)
+        self._tell(standing)
+        return standing
 
     async def _await_vacancy(self) -> None:
         """Wait until nobody has this id: a node that was killed has it until its lease ends."""
@@ -174,8 +177,8 @@ class Membership:
             reason = await self._keep_alive(standing)
             self._tell(None)
             log.error("%s has lost its place in the cluster: %s", self._member.node, reason)
-            await self._join_again(standing)
-            log.warning("%s is a member again, in epoch %d", self._member.node, self.held().epoch)
+            again = await self._join_again(standing)
+            log.warning("%s is a member again, in epoch %d", self._member.node, again.epoch)
 
     async def _keep_alive(self, standing: Standing) -> str:
         """Return why a standing is lost, when it is."""
@@ -213,17 +216,15 @@ class Membership:
         self._term = LeaseTerm(self._member.ttl_s, self._clock.monotonic_s() - self._member.ttl_s)
         return reason
 
-    async def _join_again(self, lost: Standing) -> None:
+    async def _join_again(self, lost: Standing) -> Standing:
         while True:
             try:
                 # Where it has not ended yet, its key would be in our own way.
                 await self._store.revoke(lost.lease)
-                await self._join()
+                return await self._join()
             except (MetadataFailed, NodeIdInUse) as error:
                 log.warning("%s can't join again yet: %s", self._member.node, error.message)
                 await self._clock.sleep(PAUSE_PART * self._member.ttl_s)
-            else:
-                return
 
     async def _look(self) -> None:
         async with aclosing(follow(self._store, NODES, self._clock)) as views:

@@ -140,6 +140,10 @@ class Registry:
         """List the registrations by name."""
         return [self._models[name] for name in sorted(self._models)]
 
+    def known(self, name: ModelName) -> Model | None:
+        """Give a registration, None where there is none."""
+        return self._models.get(name)
+
     def find(self, name: ModelName) -> Model:
         """Give a registration.
 

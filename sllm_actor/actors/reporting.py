@@ -9,8 +9,9 @@ from sllm_actor.actors.instance import Instance
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.scheduler_way import SchedulerWay
+from sllm_actor.domain import ModelName
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
-from sllm_actor.messages.placement import NodeReport
+from sllm_actor.messages.placement import NodeReport, StartingView
 from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import Clock
 
@@ -34,7 +35,7 @@ class Reporting:
         self._max_instances = max_instances
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
-        self._starting: Mapping[str, object] = {}
+        self._starting: Mapping[str, ModelName] = {}
         self._ended: deque[tuple[str, bool]] = deque(maxlen=ENDED_KEPT)
         self._ssd = ObservedWay(FIRST_SSD_BYTES_PER_S, tiers.loader.paths().ssd)
         self._remote = ObservedWay(FIRST_REMOTE_BYTES_PER_S, tiers.remote_path())
@@ -48,7 +49,7 @@ class Reporting:
         """Have the next reports tell how a start has ended."""
         self._ended.append((placement_id, failed))
 
-    def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, object]) -> None:
+    def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, ModelName]) -> None:
         """Tell of these from now on: at once, to each new leader, and whenever `tell` is called."""
         self._manager, self._instances, self._starting = manager, instances, starting
         self._tiers.when_stored(self.tell)
@@ -83,7 +84,7 @@ class Reporting:
                     if model.fingerprint in pinned
                 },
                 ended_placements=tuple(placement_id for placement_id, _ in self._ended),
-                starting_placements=tuple(self._starting),
+                starting=self._under_way(),
                 host_fingerprints=tuple(resident.fingerprint for resident in residents),
                 ssd_fingerprints=self._registry.fingerprints_on_disk(),
                 ssd_bytes_per_s=self._ssd.bytes_per_s,
@@ -96,4 +97,12 @@ class Reporting:
                 cordoned=self._place.cordoned,
                 told_s=now_s,
             )
+        )
+
+    def _under_way(self) -> tuple[StartingView, ...]:
+        """Describe the starts; what was removed meanwhile takes its slot until its start has failed."""
+        found = ((placement_id, name, self._registry.known(name)) for placement_id, name in self._starting.items())
+        return tuple(
+            StartingView(placement_id=placement_id, model=name, host_bytes=model.host_bytes if model else 0)
+            for placement_id, name, model in found
         )

@@ -24,6 +24,8 @@ ROUTES = "routes/"
 # Of one commit, beside the condition that this node is a member.
 MOST_AT_ONCE = 50
 PAUSE_S = 0.5
+# What no route is written as.
+UNSURE = b""
 
 
 class RouteBook:
@@ -94,6 +96,8 @@ class RouteBook:
         return [*deletes, *puts][:MOST_AT_ONCE]
 
     async def _commit(self, standing: Standing, operations: list[Operation]) -> bool:
+        # Whatever becomes of the answer, these may be there from now on, and must not be forgotten.
+        self._written.update({one.key: UNSURE for one in operations if isinstance(one, Put)})
         outcome = await self._store.commit([standing.fence], operations)
         if not outcome.done:
             return False  # This node is a member no more, or again: it will be told.

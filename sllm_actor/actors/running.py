@@ -50,7 +50,7 @@ class Running:
         """Forget a request; give what it teaches, nothing where it did not come to its good end."""
         return self._requests.pop(request_id).answered
 
-    def activity(self, now_s: float, answered: Answered | None = None) -> InstanceActivity:
+    def activity(self, now_s: float, keep_alive_s: float, answered: Answered | None = None) -> InstanceActivity:
         """Describe the requests together."""
         requests = self._requests.values()
         return InstanceActivity(
@@ -60,4 +60,5 @@ class Running:
             running_s=sum(now_s - one.begin_s for one in requests),
             priority=min((one.priority for one in requests), default=0),
             answered=answered,
+            keep_alive_s=keep_alive_s,
         )

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
-from sllm_actor.actors.decision_log import DecisionLog, Granted, granted
+from sllm_actor.actors.decision_log import DecisionLog, Granted, adopted, granted
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import NodeId
-from sllm_actor.errors import DeliveryFailed, ModelTooLarge, NoCapacity, QueueFull
+from sllm_actor.errors import ModelTooLarge, NoCapacity, QueueFull, SllmError
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import (
@@ -26,6 +26,7 @@ from sllm_actor.messages.placement import (
     Placement,
     PlaceModel,
     RunsAlready,
+    StartingView,
 )
 from sllm_actor.policy.cluster_view import ClusterView, Grant
 from sllm_actor.policy.estimator import Estimator
@@ -99,6 +100,7 @@ class Scheduler(Actor):
         self._epoch = epoch
         self._members = dict(members or {})
         self._awaited = set(self._members)
+        self._newest_epoch = max(self._members.values(), default=0)
         self._begun: set[str] = set()
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
@@ -144,9 +146,8 @@ class Scheduler(Actor):
 
     @handles(NodeReport)
     async def hear(self, report: NodeReport) -> None:
-        known = self._members.get(report.node, 0)
-        if report.epoch < known:
-            return  # From before it left and came back.
+        if self._has_left(report):
+            return
         now_s = self._clock.monotonic_s()
         self._awaited.discard(report.node)
         self._view.hear(report, now_s)
@@ -156,10 +157,24 @@ class Scheduler(Actor):
         for placement_id in report.ended_placements:
             self._view.release(placement_id)
             self._ended(placement_id, "failed" if placement_id in report.failed_placements else "started", now_s)
-        for placement_id in report.starting_placements:  # A start that goes on keeps its room.
-            self._view.extend(placement_id, now_s + self._limits.lease_s)
-        self._begun.update(placement_id for placement_id in report.starting_placements if placement_id in self._granted)
+        for start in report.starting:
+            self._goes_on(report.node, start, now_s)
         self._serve()
+
+    def _has_left(self, report: NodeReport) -> bool:
+        """Tell whether a report is from before its node left: who comes later has a higher epoch than all so far."""
+        known = self._members.get(report.node)
+        return 0 < report.epoch <= self._newest_epoch if known is None else report.epoch < known
+
+    def _goes_on(self, node: NodeId, start: StartingView, now_s: float) -> None:
+        """Let a start keep its room; one that an earlier leader has granted gets it."""
+        placement_id, expires_s = start.placement_id, now_s + self._limits.lease_s
+        if placement_id in self._view.grants:
+            self._view.extend(placement_id, expires_s)
+        else:
+            self._view.grant(placement_id, Grant(node, start.host_bytes, expires_s, start.slots))
+            self._granted.setdefault(placement_id, adopted(start, node, now_s))
+        self._begun.add(placement_id)
 
     async def _hold(self, node: NodeId, instance_id: str) -> None:
         await self._clock.sleep(self._limits.switch_hold_s)
@@ -170,13 +185,16 @@ class Scheduler(Actor):
     async def members_changed(self, message: MembersChanged) -> None:
         """Forget who has left, and what was to start there."""
         now_s = self._clock.monotonic_s()
-        for node in [node for node in self._view.nodes if node not in message.epochs]:
+        for node, view in list(self._view.nodes.items()):
+            if node in message.epochs and view.report.epoch >= message.epochs[node]:
+                continue
             for placement_id in [key for key, start in self._granted.items() if start.node == node]:
                 self._ended(placement_id, "failed", now_s)
             self._view.forget(node)
             self._turns.forget(node)
             self._estimator.forget(node)
         self._members = dict(message.epochs)
+        self._newest_epoch = max(self._newest_epoch, *self._members.values(), 0)
         self._awaited &= self._members.keys()
         self._serve()
 
@@ -192,7 +210,7 @@ class Scheduler(Actor):
             return
         self._counts.estimated(start.tier, start.predicted_s, observed_s)
         self._estimator.learn_start(
-            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s
+            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s, start.at_work
         )
 
     @handles(ListNodes)
@@ -321,7 +339,9 @@ class Scheduler(Actor):
         return decide(situation, self._limits.placement_policy, waiting.given_up)
 
     def _refuse(self) -> None:
-        """Tell those who would wait in vain, also behind others who don't."""
+        """Tell those who would wait in vain, also behind others; a member not heard of yet may have the room."""
+        if not self._members.keys() <= self._view.nodes.keys():
+            return
         for waiting in list(self._waiting):
             reason = fits_nowhere(waiting.question, self._view)
             if reason:
@@ -365,7 +385,7 @@ class Scheduler(Actor):
                 StopInstances(model=victim.model, instance_id=victim.instance_id, only_idle=True),
                 timeout_s=self._limits.evict_timeout_s,
             )
-        except DeliveryFailed as error:
+        except SllmError as error:
             log.warning("instance %s could not be given up: %s", victim.instance_id, error)
         if stopped:
             self._estimator.learn_leave(report.node, self._clock.monotonic_s() - begin_s)

@@ -15,7 +15,7 @@ from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_resp
 from sllm_actor.frontend.http_errors import body_of
 from sllm_actor.frontend.node_metrics import render
 from sllm_actor.frontend.openapi import SHIPPED
-from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest
+from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest, keep_alive_s
 from sllm_actor.frontend.sse import write_on
 from sllm_actor.messages.explanation import ExplainRequest
 from sllm_actor.messages.generation import GetTimeline, ListRequests
@@ -34,7 +34,6 @@ from sllm_actor.messages.models import (
 )
 from sllm_actor.messages.operations import Cordon, Drain, ShowNodes
 from sllm_actor.runtime.threads import on_thread
-from sllm_actor.units import parse_duration_s
 
 DESCRIPTION = SHIPPED.read_bytes()
 routes = web.RouteTableDef()
@@ -87,7 +86,7 @@ async def _register(gateway: Gateway, body: DeployRequest) -> Model:
     message = RegisterModel(
         name=check_model_name(body.name),
         source=body.source,
-        keep_alive_s=_keep_alive_s(body.keep_alive),
+        keep_alive_s=keep_alive_s(body.keep_alive),
         replace=body.replace,
         base=body.base,
         scaling=_scaling(body),
@@ -138,17 +137,6 @@ def _scaling(body: DeployRequest) -> Scaling:
         max_instances=max(1, least) if most is None else most,
         target_concurrency=body.target_concurrency,
     )
-
-
-def _keep_alive_s(given: str | float | None) -> float | None:
-    if given is None or isinstance(given, int | float):
-        return given
-    if given == "forever":
-        return float("inf")
-    try:
-        return parse_duration_s(given)
-    except ValueError as error:
-        raise InvalidRequest(f"keep_alive: {error}, or forever", param="keep_alive") from error
 
 
 @routes.delete("/admin/models/{name:.+}")

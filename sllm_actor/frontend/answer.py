@@ -27,6 +27,8 @@ class Wish(NamedTuple):
     arrived_s: float
     spans: tuple[Span, ...]
     priority: int = 0
+    # How long the instance stays from the end of this on; None where the model's own says it.
+    keep_alive_s: float | None = None
     grammar: str = ""
     # The special token that a tool call begins with, which is to be written out.
     marker: int | None = None
@@ -90,6 +92,7 @@ async def answer(
         arrived_s=wish.arrived_s,
         spans=wish.spans,
         priority=wish.priority,
+        keep_alive_s=wish.keep_alive_s,
         grammar=wish.grammar,
         base=wish.model.base,
     )

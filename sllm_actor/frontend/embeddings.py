@@ -16,7 +16,7 @@ from aiohttp import web
 from sllm_actor.domain import Embedding, Model, RequestId, Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import InvalidRequest
-from sllm_actor.frontend.schema import MAX_TEXT_TOKENS, EmbeddingRequest
+from sllm_actor.frontend.schema import MAX_TEXT_TOKENS, EmbeddingRequest, keep_alive_s
 from sllm_actor.frontend.text import TextService
 from sllm_actor.frontend.wishes import check_vocabulary
 from sllm_actor.messages.embedding import Embed, Embedded
@@ -114,6 +114,7 @@ def question_of(
         arrived_s=arrived_s,
         spans=(text_span,),
         priority=body.priority,
+        keep_alive_s=keep_alive_s(body.keep_alive),
     )
 
 

@@ -17,7 +17,7 @@ from sllm_actor.frontend.deadline import timeout_of, within
 from sllm_actor.frontend.embeddings import collect, embedding_of, question_of, tokens_of, vectors_response
 from sllm_actor.frontend.forms import grammar_of, grammar_of_completion
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, trace_of
-from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions
+from sllm_actor.frontend.schema import ChatRequest, CompletionRequest, EmbeddingRequest, StreamOptions, keep_alive_s
 from sllm_actor.frontend.shapes import ChatShape, CompletionShape, Shape, WholeChoice
 from sllm_actor.frontend.sse import EventStream
 from sllm_actor.frontend.tool_formats import FORMATS
@@ -153,7 +153,8 @@ def _wish(
 ) -> Wish:
     sampling = sampling_of(model, len(prompt), body)
     request_id, priority = RequestId(request[REQUEST_ID]), VISIT.get().priority(body.priority)
-    return Wish(request_id, model, prompt, sampling, body.stops(), arrived_s, (text_span,), priority)
+    idle_s = keep_alive_s(body.keep_alive)
+    return Wish(request_id, model, prompt, sampling, body.stops(), arrived_s, (text_span,), priority, idle_s)
 
 
 async def _reply(

@@ -2,7 +2,7 @@
 
 OpenAI's API reference (chat completions, completions, embeddings) is the source of the names, bounds and defaults.
 What OpenAI does not have (`top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `min_tokens`, `ignore_eos`,
-`continuous_usage_stats`, `priority`) has the names of vLLM.
+`continuous_usage_stats`, `priority`) has the names of vLLM; `keep_alive` has Ollama's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sllm_actor.errors import InvalidRequest, UnsupportedField
 from sllm_actor.frontend.response_format import ResponseFormat
 from sllm_actor.frontend.tools import MAX_CALLS, MAX_TOOLS, AssistantCall, Tool, ToolChoice, check_tools
 from sllm_actor.messages.text import ChatTurn, PastCall
+from sllm_actor.units import parse_duration_s
 
 MAX_STOPS = 4
 MAX_STOP_TOKENS = 128
@@ -31,6 +32,7 @@ MAX_ECHO_CHARACTERS = 128
 # Of one request for vectors, as OpenAI has it: texts, and tokens of all of them.
 MAX_TEXTS = 2048
 MAX_INSTANCES = 1000
+MAX_KEEP_ALIVE_S = 31_536_000
 MAX_TEXT_TOKENS = 300_000
 T = TypeVar("T")
 
@@ -41,6 +43,8 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 TokenIdText = Annotated[str, Meta(pattern=r"^[0-9]{1,10}\Z")]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+# Seconds, or a duration as text; -1 and `forever` are for ever.
+KeepAlive = Annotated[str, Meta(min_length=1, max_length=32)] | Annotated[float, Meta(ge=-1, le=MAX_KEEP_ALIVE_S)]
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,6 +132,7 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     user: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    keep_alive: KeepAlive | None = None
 
     def wants_prompt_logprobs(self) -> bool:
         """Tell whether the prompt's tokens are to have log-probabilities, too."""
@@ -235,6 +240,7 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     user: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    keep_alive: KeepAlive | None = None
 
     def texts(self) -> list[str | list[int]]:
         """Give the texts, each as it is or as token ids."""
@@ -249,6 +255,26 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_one_kind("input", self.input)
         if (texts := len(self.texts())) > MAX_TEXTS:
             raise InvalidRequest(f"input: {texts} texts are more than {MAX_TEXTS}", param="input")
+
+
+def keep_alive_s(given: str | float | None) -> float | None:
+    """Read a `keep_alive`: seconds, infinite for `forever` and what is negative; None where none is given.
+
+    Raises:
+        InvalidRequest: it is no duration, or one of more than a year.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str):
+        if given in ("forever", "-1"):
+            return float("inf")
+        try:
+            given = parse_duration_s(given)
+        except ValueError as error:
+            raise InvalidRequest(f"keep_alive: {error}, or forever", param="keep_alive") from error
+        if given > MAX_KEEP_ALIVE_S:
+            raise InvalidRequest("keep_alive: more than a year is forever", param="keep_alive")
+    return float("inf") if given < 0 else given
 
 
 def _listed(given: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -23,6 +23,7 @@ class Embed:
     arrived_s: float = 0.0
     spans: tuple[Span, ...] = ()
     priority: int = 0
+    keep_alive_s: float | None = None
 
 
 @message("embedding.vector")

@@ -16,8 +16,9 @@ class Generate:
     has its tokens so far in `generated`, packed like the prompt; what is new comes behind them. `grammar` is a compiled
     grammar as xgrammar writes it; of a LoRA adapter, `model` is the adapter's name and `base` that of the model that it
     runs on, whose engine knows it as `adapter`; all three may be empty. Of those who wait, the one of the lowest
-    `priority` is first. `epoch` counts the instances that have had the request, and is on each of its tokens; where a
-    migration has brought it, `migration_id` names what is prepared for it, to its engine `parked`.
+    `priority` is first. From its end on the instance stays for `keep_alive_s` while it is idle, unless that is None,
+    until another request says otherwise. `epoch` counts the instances that have had the request, and is on each of its
+    tokens; where a migration has brought it, `migration_id` names what is prepared for it, to its engine `parked`.
     """
 
     request_id: RequestId
@@ -32,6 +33,7 @@ class Generate:
     adapter: str = ""
     base: str = ""
     priority: int = 0
+    keep_alive_s: float | None = None
     epoch: int = 0
     migration_id: str = ""
     parked: str = ""

@@ -107,7 +107,7 @@ class InstanceActivity:
     """Told to the ModelManager by a worker whenever its number of running generations changes.
 
     Of those that run: their prompts together, how long they have been running together, the most urgent one's priority.
-    `answered` is of the one that has just ended well.
+    `answered` is of the one that has just ended well. Idle, the worker stays for `keep_alive_s`.
     """
 
     instance_id: str
@@ -116,6 +116,7 @@ class InstanceActivity:
     running_s: float = 0.0
     priority: int = 0
     answered: Answered | None = None
+    keep_alive_s: float = 0.0
 
 
 @message("instances.expired")

@@ -103,6 +103,16 @@ class InstanceView:
     kept: bool = False
 
 
+@message("placement.starting")
+class StartingView:
+    """A start that goes on, and what its instance will take: a leader may not have granted it itself."""
+
+    placement_id: str
+    model: ModelName
+    host_bytes: int
+    slots: int = 1
+
+
 @message("placement.report")
 class NodeReport:
     """What a ModelManager tells the Scheduler once it is up and after every change.
@@ -110,7 +120,7 @@ class NodeReport:
     `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
     fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
     the last placements whose start has succeeded or failed, of which `failed_placements` failed, and
-    `starting_placements` those under way;
+    `starting` those under way;
     `host_fingerprints` the checkpoints in host memory, `ssd_fingerprints` those on its disks; bandwidths are observed
     ones. `disk_queues_s` says, by fingerprint, for which of these their disk is busy, and how long; `remote_queue_s` is
     for what comes from elsewhere. Other nodes find this one at `address`; it is a member of the cluster in `epoch`, and
@@ -124,7 +134,7 @@ class NodeReport:
     instances: tuple[InstanceView, ...]
     pinned_host_bytes: dict[str, int]
     ended_placements: tuple[str, ...]
-    starting_placements: tuple[str, ...]
+    starting: tuple[StartingView, ...]
     host_fingerprints: tuple[str, ...]
     ssd_fingerprints: tuple[str, ...]
     ssd_bytes_per_s: float

@@ -37,7 +37,8 @@ class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
     __slots__ = (
-        "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes", "report", "staying",
+        "at_work", "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes", "report",
+        "staying",
     )  # fmt: skip
 
     def __init__(
@@ -52,8 +53,9 @@ class NodeView:
     def account(self, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str] = ()) -> None:
         """Count anew what is free beside the instances and the grants."""
         report = self.report
-        taken = _room_of(report.instances)
+        taken, starting = _room_of(report.instances), 0
         for grant in grants:
+            starting += 1
             taken = taken.plus(Room(grant.slots, grant.host_bytes))
         self.free = Room(report.slots - taken.slots, report.host_pool_bytes - self.pinned_bytes - taken.host_bytes)
         going = [one for one in report.instances if one.leaving or one.instance_id in leaving]
@@ -61,6 +63,8 @@ class NodeView:
         self.leaving_room = _room_of(going)
         self.staying = tuple(staying)
         self.busy = tuple(one for one in staying if one.active)
+        # Engines that compute or come up: who starts beside them shares the node's cores.
+        self.at_work = len(self.busy) + starting
         idle = [one for one in staying if not one.active and not one.kept and one.instance_id not in held]
         self.idle = tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
         self.idle_room = _room_of(idle)

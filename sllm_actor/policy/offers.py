@@ -69,14 +69,18 @@ def way_up(node: NodeView, question: PlaceModel) -> Way:
 def startup_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: Way) -> float:
     """Estimate a start on a node that has room."""
     move_s = way.move_s
-    constant_s = estimator.constant_s(node.report.node, way.tier, question.fingerprint, question.size_bytes, move_s)
+    constant_s = estimator.constant_s(
+        node.report.node, way.tier, question.fingerprint, question.size_bytes, move_s, node.at_work
+    )
     return way.queue_s + move_s + constant_s
 
 
 def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> tuple[Term, ...]:
     """Give the parts of that estimate, with what they were made of."""
     way, name = way_up(node, question), node.report.node
-    constant_s = estimator.constant_s(name, way.tier, question.fingerprint, question.size_bytes, way.move_s)
+    constant_s = estimator.constant_s(
+        name, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.at_work
+    )
     starts = estimator.starts(name, way.tier, question.fingerprint)
     bytes_in: dict[str, float] = {"size_bytes": way.size_bytes}
     if way.size_bytes:
@@ -84,7 +88,7 @@ def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> t
     return (
         Term(name="queue", seconds=way.queue_s, inputs={}),
         Term(name="bytes", seconds=way.move_s, inputs=bytes_in),
-        Term(name="engine", seconds=constant_s, inputs={"starts_seen": starts}),
+        Term(name="engine", seconds=constant_s, inputs={"starts_seen": starts, "at_work": node.at_work}),
     )
 
 

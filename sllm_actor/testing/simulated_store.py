@@ -36,7 +36,7 @@ class Way:
     def __init__(self, truth: MemoryStore, clock: Clock, *, latency_s: float = 0.001, patience_s: float = 10.0) -> None:
         self._truth = truth
         self._clock = clock
-        self._latency_s = latency_s
+        self.latency_s = latency_s
         self.patience_s = patience_s
         self.cut = False
         self.loses_answers = False
@@ -67,19 +67,19 @@ class Way:
 
     async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Changes, None]:
         async for changes in self._truth.watch(prefix, from_revision):
-            await self._clock.sleep(self._latency_s)
+            await self._clock.sleep(self.latency_s)
             while self.cut:
-                await self._clock.sleep(self._latency_s)
+                await self._clock.sleep(self.latency_s)
             yield changes
 
     async def close(self) -> None:
         """The truth is everybody's."""
 
     async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
-        await self._clock.sleep(self._latency_s)
+        await self._clock.sleep(self.latency_s)
         if not self.cut:
             result = await call()
-            await self._clock.sleep(self._latency_s)
+            await self._clock.sleep(self.latency_s)
             if not self.cut:
                 return result
         elif self.loses_answers:
