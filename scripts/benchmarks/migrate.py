@@ -26,7 +26,7 @@ from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 NODES = ("n1", "n2")
 MODEL = "opt"
 PROMPTS_TOKENS, TINY_PROMPTS_TOKENS = (64, 256, 1024), (16,)
-BEFORE_TOKENS, ANSWER_TOKENS = 48, 160
+BEFORE_TOKENS, ANSWER_TOKENS = 48, 480
 VOCABULARY_TOKENS = 50_000
 # Of each token in each layer, keys and values: hidden size 768, 12 layers, two bytes each.
 KV_BYTES_PER_TOKEN = 2 * 12 * 768 * 2
@@ -41,6 +41,7 @@ class Move(NamedTuple):
     usual_gap_s: float
     pause_s: float
     told: dict[str, Any]
+    took_s: float
     anew_s: float
 
     @property
@@ -103,7 +104,7 @@ async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: i
         anew: list[float] = []
         asked_s = loop.time()
         await times_of(session, gateway, body_of(fresh, 1), f"{request_id}-anew", anew, enough)
-    return Move(statistics.median(undisturbed), max(around), told, anew[0] - asked_s)
+    return Move(statistics.median(undisturbed), max(around), told, end_s - begin_s, anew[0] - asked_s)
 
 
 def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
@@ -138,6 +139,7 @@ def _rows(report: Report, tokens: int, made: list[Move]) -> None:
         ("usual gap", "s", [one.usual_gap_s for one in made]),
         ("longest gap around the hand-over", "s", [one.pause_s for one in made]),
         ("stop and compute anew", "s", [one.anew_s for one in made]),
+        ("from the wish to the hand-over", "s", [one.took_s for one in made]),
         ("rounds", "", [float(one.told["rounds"]) for one in made]),
         ("moved", "bytes", [float(one.told["bytes_moved"]) for one in made]),
     ):
