@@ -13,7 +13,16 @@ import msgspec
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import Model, ModelName, NodeId, RequestId, Span
-from sllm_actor.errors import ActorDied, Draining, Fenced, LeaseLost, NoCapacity, NodeUnreachable, NoSuchActor
+from sllm_actor.errors import (
+    ActorDied,
+    Draining,
+    EngineDied,
+    Fenced,
+    LeaseLost,
+    NoCapacity,
+    NodeUnreachable,
+    NoSuchActor,
+)
 from sllm_actor.messages.instances import InstanceStarted, StartInstance, StartProgress
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import Placement, PlaceModel, RunsAlready
@@ -79,7 +88,7 @@ class Starting:
             placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
             try:
                 instance = await self._use(system, placement, wish)
-            except (*GONE, Fenced, LeaseLost) as gone:
+            except (*GONE, EngineDied, Fenced, LeaseLost) as gone:
                 if attempt == MAX_ATTEMPTS:
                     raise
                 log.warning("%s could not start %s: %s; another place is asked for", placement.node, served, gone)

@@ -69,7 +69,7 @@ class Many:
 
     shared = True
 
-    def __init__(self, store: EtcdStore, system: ActorSystem, clock: Clock, config: Config) -> None:
+    def __init__(self, store: Store, system: ActorSystem, clock: Clock, config: Config) -> None:
         self.store = store
         self.routes = Routes()
         self.way = SchedulerWay(clock, PATIENCE_LEASES * config.lease_ttl_s)

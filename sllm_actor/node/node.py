@@ -7,28 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from sllm_actor.actors import MigrationCoordinator, ModelManager, PeerServer, Router, Scheduler
-from sllm_actor.actors.autoscaler import Autoscaler
-from sllm_actor.actors.migration_coordinator import ROUTER
+from sllm_actor.actors import PeerServer
 from sllm_actor.actors.migration_counts import MigrationCounts
-from sllm_actor.actors.node_keeper import COORDINATOR, NODE_KEEPER, NodeKeeper
-from sllm_actor.actors.nodes_desk import NodesDesk
+from sllm_actor.actors.node_keeper import NODE_KEEPER
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
-from sllm_actor.actors.request_log import RequestLog
-from sllm_actor.actors.scheduler import Limits as SchedulerLimits
 from sllm_actor.actors.start_counts import StartCounts
-from sllm_actor.actors.starting import Starting
-from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
-from sllm_actor.domain import NodeId, check_node_id
+from sllm_actor.domain import check_node_id
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AddressInUse, ConfigInvalid, DeliveryFailed, InvalidName, SllmError
@@ -44,13 +35,13 @@ from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.between_nodes import BETWEEN_NODES
 from sllm_actor.messages.models import ListModels, ModelStatus
 from sllm_actor.messages.operations import StopEverything
-from sllm_actor.node.cluster import Cluster, open_cluster
+from sllm_actor.node.cluster import open_cluster
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, GRAMMAR_BYTES, GRAMMAR_MEMORY_BYTES, MAX_FRAME_BYTES
-from sllm_actor.node.making import make_starter, manager_limits_of
 from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.node.storage import open_storage
+from sllm_actor.node.wiring import Parts, spawn_actors
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, SystemClock
 from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.runtime.lag import LoopLag
@@ -189,7 +180,10 @@ class Node:
         stack.push_async_callback(self.system.close)
 
         await self.system.spawn(PeerServer(RegisteredModels(registry, tiers), max_reads=config.peer_reads), PEER_ACTOR)
-        gateway = await self._spawn_actors(cluster, registry, tiers, engines, text, grammars, tasks)
+        parts = Parts(
+            config, self.system, self.clock, cluster, registry, tiers, engines, self._starts, self._migrations
+        )
+        gateway = await self._open_gateway(parts, text, grammars, tasks)
         self._http = HttpServer(gateway, knobs_of(ConnectionLimits, config))
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
@@ -241,103 +235,25 @@ class Node:
             stop_timeout_s=self.config.engine_stop_timeout_s,
         )
 
-    def _scheduler(self, registry: Registry, epoch: int, members: Mapping[NodeId, int]) -> Scheduler:
-        config = self.config
-        autoscaler = Autoscaler(registry.models, self.clock, instance_takes=config.max_requests_per_instance)
-        limits = SchedulerLimits(
-            lease_s=config.engine_start_timeout_s,
-            evict_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,
-            max_waiting=config.max_waiting_requests,
-            placement_policy=config.placement_policy,
-            locality_wait_s=config.locality_wait_s,
-            decision_history=config.decision_history,
-            switch_hold_s=config.switch_hold_s,
-        )
-        return Scheduler(self.clock, limits, self._starts, epoch, members, autoscaler)
-
-    async def _spawn_actors(
-        self,
-        cluster: Cluster,
-        registry: Registry,
-        tiers: Tiers,
-        engines: EnginePool,
-        text: TextService,
-        grammars: GrammarService,
-        tasks: TaskScope,
+    async def _open_gateway(
+        self, parts: Parts, text: TextService, grammars: GrammarService, tasks: TaskScope
     ) -> Gateway:
-        config = self.config
-        starter, manager_limits = make_starter(config, self.clock, tiers, engines), manager_limits_of(config)
-        self._room = WaitingRoom(
-            self.clock, max_in_all=config.max_waiting_requests, max_per_model=config.max_waiting_per_model
-        )
-        place, way = cluster.place, cluster.way
-        manager = await self.system.spawn(
-            ModelManager(place, way, registry, tiers, starter, self.clock, manager_limits, self._room, self._starts),
-            "model-manager",
-        )
-        nodes = await self._spawn_operators(cluster, manager)
-        starting = Starting(
-            manager,
-            way,
-            self.clock,
-            self._starts,
-            ask_timeout_s=config.ask_timeout_s,
-            placement_timeout_s=config.start_timeout_s,
-            start_timeout_s=config.engine_start_timeout_s,
-        )
-        router = await self.system.spawn(
-            Router(
-                way,
-                starting,
-                RequestLog(self.clock, config.request_history),
-                self.clock,
-                routes=cluster.routes,
-                room=self._room,
-                counts=self._starts,
-                ask_timeout_s=config.ask_timeout_s,
-            ),
-            ROUTER,
-        )
-        await cluster.lead(self.system, partial(self._scheduler, registry))
-        coordinating = MigrationCoordinator(
-            place.node,
-            cluster.members,
-            starting,
-            self._migrations,
-            ask_timeout_s=config.ask_timeout_s,
-            migration_timeout_s=config.migration_timeout_s,
-            max_migrations=config.max_migrations,
-        )
-        coordinator = await self.system.spawn(coordinating, COORDINATOR)
-        actors = {"router": router, "manager": manager, "coordinator": coordinator, "nodes": nodes}
+        actors = await spawn_actors(parts)
+        self._room = actors.room
         return Gateway(
-            **actors,
+            router=actors.router,
+            manager=actors.manager,
+            coordinator=actors.coordinator,
+            nodes=actors.nodes,
             text=text,
             grammars=grammars,
             clock=self.clock,
-            limits=knobs_of(GatewayLimits, config),
+            limits=knobs_of(GatewayLimits, self.config),
             observe=self._observe,
             tasks=tasks,
             access=self._access,
-            telemetry=await self._open_telemetry(router),
+            telemetry=await self._open_telemetry(actors.router),
         )
-
-    async def _spawn_operators(self, cluster: Cluster, manager: ActorRef) -> ActorRef:
-        """Spawn those who carry out what is asked of this node, and of all of them; give the latter."""
-        ask_timeout_s = self.config.ask_timeout_s
-        stop_timeout_s = self.config.drain_timeout_s + self.config.engine_stop_timeout_s
-        keeper = NodeKeeper(
-            cluster.place, cluster.store, manager, ask_timeout_s=ask_timeout_s, stop_timeout_s=stop_timeout_s
-        )
-        await self.system.spawn(keeper, NODE_KEEPER)
-        desk = NodesDesk(
-            cluster.place.node,
-            cluster.members,
-            cluster.way,
-            ask_timeout_s=ask_timeout_s,
-            stop_timeout_s=stop_timeout_s,
-        )
-        return await self.system.spawn(desk, "nodes")
 
     async def _open_telemetry(self, router: ActorRef) -> Telemetry | None:
         config = self.config

@@ -253,16 +253,20 @@ def _where(awaited: Any) -> str:
 
 
 def run_virtual(
-    main: Callable[[], Coroutine[Any, Any, T]], *, limit_s: float = LIMIT_S, limit_turns: int = LIMIT_TURNS
+    main: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    limit_s: float = LIMIT_S,
+    limit_turns: int = LIMIT_TURNS,
+    kind: type[VirtualLoop] = VirtualLoop,
 ) -> T:
-    """Run `main()` on a virtual loop of its own, cancel what it leaves behind, and give its result.
+    """Run `main()` on a virtual loop of its own, of that `kind`, cancel what it leaves behind, and give its result.
 
     Raises:
         SimulationStuck: nothing can happen any more.
         SimulationTooLong: `limit_s` virtual seconds or `limit_turns` turns did not suffice.
         SimulationFailed: an error came up in a callback, or in a task whose result nobody took.
     """
-    loop = VirtualLoop(limit_s=limit_s, limit_turns=limit_turns)
+    loop = kind(limit_s=limit_s, limit_turns=limit_turns)
     # Garbage collected at a moment of its own choosing would make two runs of one seed differ.
     collects = gc.isenabled()
     gc.disable()

@@ -1,0 +1,226 @@
+"""A simulated cluster whose clients ask while everything breaks, and that is looked at when all is mended.
+
+A seed fixes all of it. `run_seed` gives what was found, `check_seed` raises it, and
+`python -m sllm_actor.testing.cluster_simulation --seeds 0..999 [--nodes N]` runs many.
+Source of the ideas: FoundationDB's simulation tests, TigerBeetle's simulator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from typing import NamedTuple
+
+from sllm_actor.runtime import SystemClock
+from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.testing.cluster_faults import ClusterFaults, draw_weather
+from sllm_actor.testing.cluster_witness import LogWatch
+from sllm_actor.testing.process_loop import ProcessLoop
+from sllm_actor.testing.simulated_cluster import LONGEST_STREAM_S, Plan, SimulatedCluster
+from sllm_actor.testing.simulated_node import SimulatedNode
+from sllm_actor.testing.virtual_loop import SimulationError, run_virtual
+
+SPAN_S = 8.0
+SETTLE_S = 8.0
+# Idle instances leave, their routes with them, and what was lost on the way is told again.
+REST_S = 14.0
+SAMPLE_S = 0.1
+# Some ten times what a seed takes.
+LIMIT_TURNS = 150_000
+SHOWN_LINES = 400
+
+
+class Outcome(NamedTuple):
+    """What one run came to. `digest` is over everything that happened; `lines` are the last of it."""
+
+    seed: int
+    problems: tuple[str, ...]
+    digest: str
+    counts: dict[str, int]
+    lines: tuple[str, ...]
+
+
+class SimulationFoundProblems(AssertionError):
+    """A promise was broken."""
+
+
+class Simulation:
+    """One run on a virtual loop."""
+
+    def __init__(self, seed: int, plan: Plan) -> None:
+        self.cluster = SimulatedCluster(seed, plan)
+        self._plan = plan
+        self._numbers = 0
+
+    async def run(self) -> None:
+        """Begin, break everything, mend it, and look at what is left."""
+        cluster, witness, looking = self.cluster, self.cluster.witness, TaskScope("looking")
+        await cluster.start_all()
+        await cluster.clock.sleep(1.0 + cluster.dice.random())
+        looking.spawn(self._look_on(), "leaders")
+        faults = ClusterFaults(cluster.network, cluster, cluster.names, witness, cluster.dice, cluster.clock)
+        weather = draw_weather(cluster.dice, SPAN_S)
+        clients = looking.spawn(self._arrivals(), "arrivals")
+        await faults.run(weather)
+        await faults.end()
+        await asyncio.wait([clients])
+        await self._settle()
+        await self._ask_everywhere()
+        await cluster.clock.sleep(REST_S)
+        await self._end()
+        await looking.close()
+
+    async def _look_on(self) -> None:
+        while True:
+            await self.cluster.clock.sleep(SAMPLE_S)
+            self.cluster.witness.look_at_leaders(self.cluster.living())
+
+    async def _arrivals(self) -> None:
+        cluster, dice = self.cluster, self.cluster.dice
+        for _ in range(self._plan.requests):
+            await cluster.clock.sleep(dice.expovariate(self._plan.requests / SPAN_S))
+            living = cluster.living()
+            if living:
+                self._ask(dice.choice(living), dice.choice(cluster.models).name)
+
+    def _ask(self, node: SimulatedNode, model: str) -> asyncio.Task[None]:
+        self._numbers += 1
+        return self.cluster.ask(self._numbers, node, model, self.cluster.dice)
+
+    async def _settle(self) -> None:
+        """Wait until every stream has ended, and the nodes have found each other again."""
+        until_s = self.cluster.clock.monotonic_s() + LONGEST_STREAM_S
+        while any(not asked.outcome for asked in self.cluster.witness.asked):
+            if self.cluster.clock.monotonic_s() > until_s:
+                left = [asked.request.request_id for asked in self.cluster.witness.asked if not asked.outcome]
+                self.cluster.witness.problem(f"{left} never end")
+                break
+            await self.cluster.clock.sleep(0.2)
+        await self.cluster.clock.sleep(SETTLE_S)
+
+    async def _ask_everywhere(self) -> None:
+        """In peace, every node answers for every model."""
+        cluster, first = self.cluster, len(self.cluster.witness.asked)
+        if len(cluster.living()) != len(cluster.names):
+            cluster.witness.problem(f"only {[node.process for node in cluster.living()]} live in the end")
+        for model in cluster.models:
+            tasks = [self._ask(node, model.name) for node in cluster.living()]
+            await asyncio.wait(tasks)
+        for asked in cluster.witness.asked[first:]:
+            if asked.outcome != "finished":
+                text = f"in peace, {asked.request.request_id} for {asked.request.model} at {asked.process}"
+                cluster.witness.problem(f"{text} ends with {asked.outcome}")
+
+    async def _end(self) -> None:
+        cluster, witness = self.cluster, self.cluster.witness
+        for node in cluster.living():
+            witness.look_at_rest(node)
+        if sum(node.name == cluster.leader() for node in cluster.living()) != 1:
+            witness.problem("nobody leads in the end")
+        routes = [fact.key for fact in (await cluster.truth.list("routes/")).facts]
+        if routes:
+            witness.problem(f"the store still has {routes}")
+        members = [fact.key.removeprefix("nodes/") for fact in (await cluster.truth.list("nodes/")).facts]
+        if sorted(members) != sorted(node.name for node in cluster.living()):
+            witness.problem(f"the members are {members}")
+        for name in list(cluster.nodes):
+            await cluster.leave(name)
+        left = (await cluster.truth.list("")).facts
+        if any(not fact.key.startswith("models/") for fact in left):
+            witness.problem(f"the store keeps {[fact.key for fact in left]}")
+        witness.over = True
+        await cluster.bury()
+        await cluster.truth.close()
+
+
+def run_seed(seed: int, plan: Plan | None = None) -> Outcome:
+    """Run the scenario once; whatever the seed finds is in `problems`."""
+    logger = logging.getLogger("sllm_actor")
+    level, propagates = logger.level, logger.propagate
+    lines: list[str] = []
+    problems: list[str] = []
+
+    async def main() -> Outcome:
+        simulation = Simulation(seed, plan or Plan())
+        witness, trace = simulation.cluster.witness, simulation.cluster.trace
+        watch = LogWatch(witness, trace)
+        logger.addHandler(watch)
+        try:
+            await simulation.run()
+        finally:
+            logger.removeHandler(watch)
+            lines.extend(trace.lines())
+            problems.extend(witness.problems)
+        return Outcome(seed, tuple(problems), trace.digest(), witness.counts, tuple(lines))
+
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        return run_virtual(lambda: main(), kind=ProcessLoop, limit_turns=LIMIT_TURNS)
+    except SimulationError as error:
+        cause = f" {error.__cause__!r}" if error.__cause__ is not None else ""
+        return Outcome(seed, (*problems, f"{type(error).__name__}: {error}{cause}"), "", {}, tuple(lines))
+    except BaseException as error:
+        error.add_note(f"in seed {seed}; {how_to_run(seed)}")
+        raise
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+def check_seed(seed: int, plan: Plan | None = None) -> Outcome:
+    """Run the scenario once.
+
+    Raises:
+        SimulationFoundProblems: a promise was broken; it names the seed, and how to run it again.
+    """
+    outcome = run_seed(seed, plan)
+    if outcome.problems:
+        raise SimulationFoundProblems(describe(outcome))
+    return outcome
+
+
+def describe(outcome: Outcome) -> str:
+    """Say what a seed has found, and how to see it again."""
+    lines = [f"seed {outcome.seed} found {len(outcome.problems)} problems:", *outcome.problems[:10]]
+    return "\n  ".join([*lines, how_to_run(outcome.seed)])
+
+
+def how_to_run(seed: int) -> str:
+    """Give the command that runs a seed again."""
+    return f"again, with what happened: scripts/simulate_faults --seeds {seed}..{seed}"
+
+
+def _seeds(text: str) -> range:
+    first, _, last = text.partition("..")
+    return range(int(first), int(last or first) + 1)
+
+
+def main() -> None:
+    """Run many seeds; exits with 1 if one found something."""
+    parser = argparse.ArgumentParser(description="Run a simulated cluster with many seeds of faults.")
+    parser.add_argument("--seeds", type=_seeds, default=range(100), metavar="A..B")
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--down-after", type=float, default=Plan().down_after_s, metavar="S")
+    given = parser.parse_args()
+    clock = SystemClock()
+    began_s, failed, counts = clock.monotonic_s(), 0, dict[str, int]()
+    for seed in given.seeds:
+        outcome = run_seed(seed, Plan(nodes=given.nodes, down_after_s=given.down_after))
+        for what, count in outcome.counts.items():
+            counts[what] = counts.get(what, 0) + count
+        if outcome.problems:
+            failed += 1
+            if len(given.seeds) == 1:
+                print(*outcome.lines[-SHOWN_LINES:], sep="\n")
+            print(describe(outcome), flush=True)
+    took_s = clock.monotonic_s() - began_s
+    print(" ".join(f"{what.replace(' ', '-')}={count}" for what, count in sorted(counts.items())))
+    print(f"{len(given.seeds)} seeds in {took_s:.1f} s, {len(given.seeds) / took_s:.1f} seeds/s, {failed} failed")
+    sys.exit(min(failed, 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A virtual loop that many processes share, each of which can be stopped at any moment, as SIGSTOP does.
+
+Whatever runs in a context belongs to the process that the context names. While a process is stopped, its callbacks
+and the timers that come due wait; what others do goes on. One that is never let go on has crashed: nothing of it ran
+after that moment, not a `finally` either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import deque
+from contextvars import Context, ContextVar, copy_context
+from typing import Any
+
+from sllm_actor.testing.virtual_loop import VirtualLoop
+
+PROCESS: ContextVar[str] = ContextVar("process", default="")
+
+
+def context_of(process: str) -> Context:
+    """Give a context whose callbacks and tasks belong to a process."""
+    context = copy_context()
+    context.run(PROCESS.set, process)
+    return context
+
+
+class ProcessLoop(VirtualLoop):
+    """Holds back what belongs to stopped processes. What names no process runs always."""
+
+    # The base class's own, which its type stubs do not name.
+    _ready: deque[asyncio.Handle]
+
+    def __init__(self, **limits: Any) -> None:
+        super().__init__(**limits)
+        self._held: dict[str, list[asyncio.Handle]] = {}
+
+    def stop_process(self, process: str) -> None:
+        """Let nothing of a process run from the next turn on."""
+        self._held.setdefault(process, [])
+
+    def continue_process(self, process: str) -> None:
+        """Let it go on: everything that came due meanwhile does so at once, in its order."""
+        self._ready.extend(self._held.pop(process, []))
+
+    def wind_up(self) -> None:
+        for process in list(self._held):
+            self.continue_process(process)
+        super().wind_up()
+
+    def _process_events(self, event_list: object) -> None:
+        """Take aside what must not run in this turn: the base class calls this before it looks at what is due."""
+        if not self._held:
+            return
+        ready, self._ready = self._ready, deque()
+        for handle in ready:
+            self._sort(handle, self._ready)
+        end_s, due = self.time() + self._clock_resolution, list[asyncio.TimerHandle]()
+        while self._scheduled and self._scheduled[0].when() < end_s:
+            timer = heapq.heappop(self._scheduled)
+            if timer.cancelled() or _process_of(timer) not in self._held:
+                due.append(timer)
+            else:
+                timer._scheduled = False  # type: ignore[attr-defined]  # As the base class does.
+                self._held[_process_of(timer)].append(timer)
+        for timer in due:
+            heapq.heappush(self._scheduled, timer)
+
+    def _sort(self, handle: asyncio.Handle, ready: deque[asyncio.Handle]) -> None:
+        self._held.get(_process_of(handle), ready).append(handle)
+
+
+def _process_of(handle: asyncio.Handle) -> str:
+    context: Context = handle._context  # type: ignore[attr-defined]  # The stubs do not name it.
+    return context.get(PROCESS, "")

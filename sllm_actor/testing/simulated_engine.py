@@ -1,0 +1,268 @@
+"""An engine process as its node sees it, on virtual time: the production client speaks to a simulated process.
+
+It takes time as an engine does: a prompt by its tokens, an answer step by step, all that run together in one step. Its
+tokens follow from model, prompt, seed and position alone, so that each one that is wrong, lost or repeated is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
+from typing import Any, cast
+
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from sllm_actor.domain import EngineLimits, FinishReason, RequestId, Span
+from sllm_actor.domain.tokens import unpack_uint32
+from sllm_actor.engine.client import Engine
+from sllm_actor.errors import ActorDied
+from sllm_actor.messages.engine import (
+    AttachWeights,
+    CancelGeneration,
+    EngineHello,
+    EngineReady,
+    ExtendParked,
+    MapWeights,
+    Park,
+    Parked,
+    Prefilled,
+    PrepareModel,
+    ShutDown,
+)
+from sllm_actor.messages.generation import Finished, Generate, Tokens
+from sllm_actor.runtime.channel import Channel
+from sllm_actor.runtime.forking import Child
+from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.testing.virtual_loop import VirtualLoop
+
+VOCABULARY_TOKENS = 50_000
+# Of an answer of at most so many tokens, one in so many ends by itself at each position.
+ENDS_ONE_IN = 40
+
+
+class Speed(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a process takes: to be forked, to attach, for a token of a prompt, for a step and each row of it."""
+
+    fork_s: float = 0.02
+    attach_s: float = 0.1
+    prefill_s_per_token: float = 0.000_5
+    step_s: float = 0.02
+    row_s: float = 0.002
+
+
+def answer_of(path: str, prompt: bytes, seed: int, max_tokens: int) -> tuple[tuple[int, ...], FinishReason]:
+    """Give the one right answer of the model in the folder `path`."""
+    tokens: list[int] = []
+    for position in range(max_tokens):
+        drawn = xxh3_64_intdigest(f"{path} {seed} {position} ".encode() + prompt)
+        tokens.append(drawn % VOCABULARY_TOKENS)
+        if (drawn >> 32) % ENDS_ONE_IN == 0 and position + 1 < max_tokens:
+            return tuple(tokens), FinishReason.STOP
+    return tuple(tokens), FinishReason.LENGTH
+
+
+class _Row:
+    """One request: its whole answer, and how far it is."""
+
+    def __init__(self, request: Generate, path: str) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.answer, self.reason = answer_of(path, request.prompt, sampling.seed, sampling.max_tokens)
+        self.generated = tuple(unpack_uint32(request.generated))
+        self.position = len(self.generated)
+        self.prompt_tokens = len(request.prompt) // 4
+
+
+class EngineProcess:
+    """The child process and the channel to it, both as `Engine` uses them. Runs in the context that it is made in.
+
+    `problem` is told what no engine may be asked for. What it says to its node comes in the `node`'s context.
+    """
+
+    def __init__(self, node: Context, pid: int, speed: Speed, problem: Callable[[str], None]) -> None:
+        self.pid = pid
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.answer: Callable[[Any], None] = lambda _: None
+        self.path = ""
+        self.slots = 0
+        self.rows: dict[RequestId, _Row] = {}
+        # What is held for requests that are to come here: prompt and tokens, packed.
+        self.parked: dict[RequestId, tuple[bytes, bytes]] = {}
+        self._node = node
+        self._own = copy_context()
+        self._speed = speed
+        self._problem = problem
+        self._waiting: deque[_Row] = deque()
+        self._woken = asyncio.Event()
+        self._scope = TaskScope("engine")
+        self._mapped = False
+        self._scope.spawn(self._live(), f"process-{self.pid}")
+
+    # As `Child` and as `Channel`.
+
+    @property
+    def ended(self) -> bool:
+        return self.exited.done()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._exit(-signal.SIGKILL)
+
+    def send_now(self, message: object) -> None:
+        """Hear a message, in order."""
+        if self.ended:
+            raise ActorDied("the process at the other end has left")
+        asyncio.get_running_loop().call_soon(self._hear, message, context=self._own)
+
+    def _exit(self, status: int) -> None:
+        if not self.exited.done():
+            for task in self._scope.tasks():
+                task.cancel()
+            self.rows.clear()
+            self._waiting.clear()
+            self.exited.set_result(status)
+
+    def _say(self, message: Any) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver, message, context=self._node)
+
+    def _deliver(self, message: Any) -> None:
+        self.answer(message)
+
+    def _hear(self, message: Any) -> None:
+        if self.ended:
+            return
+        if isinstance(message, PrepareModel):
+            self._expect(not self.path, "is prepared twice")
+            self.path = message.path
+        elif isinstance(message, MapWeights):
+            self._expect(self.path != "" and not self._mapped, "maps weights out of turn")
+            self._mapped = True
+        elif isinstance(message, AttachWeights):
+            self._expect(self._mapped and not self.slots, "attaches out of turn")
+            self._scope.spawn(self._attach(message.limits), "attach")
+        elif isinstance(message, Generate):
+            self._begin(message)
+        elif isinstance(message, CancelGeneration):
+            self.parked.pop(message.request_id, None)
+            row = self.rows.pop(message.request_id, None)
+            if row is not None and row in self._waiting:
+                self._waiting.remove(row)
+        elif isinstance(message, Park):
+            self.parked[message.request_id] = (message.prompt, message.generated)
+            self._scope.spawn(self._hold(message.request_id, len(message.prompt + message.generated) // 4), "park")
+        elif isinstance(message, ExtendParked):
+            self._extend(message)
+        elif isinstance(message, ShutDown):
+            self._exit(0)
+        else:
+            self._problem(f"an engine is told {type(message).__name__}")
+
+    def _expect(self, holds: bool, what: str) -> None:
+        if not holds:
+            self._problem(f"an engine {what}")
+
+    def _extend(self, message: ExtendParked) -> None:
+        held = self.parked.get(message.request_id)
+        if held is not None:
+            self.parked[message.request_id] = (held[0], held[1] + message.token_ids)
+            self._scope.spawn(self._hold(message.request_id, len(message.token_ids) // 4), "extend")
+
+    async def _hold(self, request_id: RequestId, tokens: int) -> None:
+        await asyncio.sleep(self._speed.prefill_s_per_token * tokens)
+        if request_id in self.parked:
+            known_tokens = sum(map(len, self.parked[request_id])) // 4
+            self._say(Parked(request_id=request_id, known_tokens=known_tokens))
+
+    async def _attach(self, limits: EngineLimits) -> None:
+        await asyncio.sleep(self._speed.attach_s)
+        self.slots = limits.slots
+        self._say(EngineReady(spans=(), late_imports=()))
+
+    def _begin(self, request: Generate) -> None:
+        self._expect(self.slots > 0, "generates before it is attached")
+        self._expect(request.request_id not in self.rows, f"has {request.request_id} already")
+        row = _Row(request, self.path)
+        self._expect(len(self.rows) < self.slots, f"of {self.slots} slots has {len(self.rows) + 1} requests")
+        right = row.answer[: row.position]
+        self._expect(
+            row.generated == right, f"is to go on behind {row.position} wrong tokens: {_first(row.generated, right)}"
+        )
+        if request.parked:
+            prompt, generated = self.parked.pop(RequestId(request.parked), (request.prompt, b""))
+            self._expect(
+                prompt == request.prompt and request.generated.startswith(generated), "has parked another answer"
+            )
+        self.rows[request.request_id] = row
+        self._waiting.append(row)
+        self._woken.set()
+
+    async def _live(self) -> None:
+        await asyncio.sleep(self._speed.fork_s)
+        self._say(EngineHello())
+        running: list[_Row] = []
+        while True:
+            running = [row for row in running if self._runs(row)]
+            if not running and not self._waiting:
+                self._woken.clear()
+                await self._woken.wait()
+            while self._waiting and len(running) < self.slots:
+                row = self._waiting.popleft()
+                await self._prefill(row)
+                running.append(row)
+            await asyncio.sleep(self._speed.step_s + self._speed.row_s * len(running))
+            for row in running:
+                if self._runs(row):
+                    self._step(row)
+
+    def _runs(self, row: _Row) -> bool:
+        return self.rows.get(row.request.request_id) is row
+
+    async def _prefill(self, row: _Row) -> None:
+        begin_s = VirtualLoop.running().now_s
+        await asyncio.sleep(self._speed.prefill_s_per_token * (row.prompt_tokens + row.position))
+        if self._runs(row):
+            span = Span(name="prefill", begin_s=begin_s, end_s=VirtualLoop.running().now_s)
+            self._say(Prefilled(request_id=row.request.request_id, span=span))
+
+    def _step(self, row: _Row) -> None:
+        request_id = row.request.request_id
+        if row.position < len(row.answer):
+            self._say(Tokens(request_id=request_id, index=row.position, token_ids=(row.answer[row.position],)))
+            row.position += 1
+        if row.position >= len(row.answer):
+            del self.rows[request_id]
+            self._say(
+                Finished(
+                    request_id=request_id,
+                    reason=row.reason,
+                    prompt_tokens=row.prompt_tokens,
+                    generated_tokens=len(row.answer),
+                )
+            )
+
+
+class SimulatedEngine(Engine):
+    """The node's handle on a simulated process."""
+
+    def __init__(self, process: EngineProcess) -> None:
+        super().__init__(cast(Child, process))
+        self.process = process
+        self._channel = cast(Channel, process)
+        process.answer = self._take
+
+
+def fork(context: Context, pid: int, speed: Speed, problem: Callable[[str], None]) -> SimulatedEngine:
+    """Start a process that runs in a context of its own, for the node that calls this."""
+    node = copy_context()
+    return SimulatedEngine(context.run(EngineProcess, node, pid, speed, problem))
+
+
+def _first(given: Sequence[int], right: Sequence[int]) -> str:
+    for position, token in enumerate(given):
+        if position >= len(right) or right[position] != token:
+            return f"token {position} is {token}"
+    return "none of them"

@@ -1,0 +1,283 @@
+"""A node's tiers on virtual time: bytes take the time that a disk or a source needs for them, one load after the other.
+
+It stands where `Tiers` does and has what actors ask of that; there are no bytes. Each lease is counted, so that one
+that nobody ends is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.errors import CheckpointInvalid, NoCapacity
+from sllm_actor.loader.cards import Card
+from sllm_actor.loader.holder import LOAD, Holder
+from sllm_actor.loader.lease import HostLease, LoadReport, Resident
+from sllm_actor.loader.loads import OnProgress
+from sllm_actor.loader.mapping import HostFile
+from sllm_actor.loader.mover import PathFacts, Paths
+from sllm_actor.loader.order import OnPlaced
+from sllm_actor.loader.tiers import Queues
+from sllm_actor.runtime import Clock
+
+# What has arrived is told so often within one load.
+PARTS = 4
+
+
+class SimulatedCard(Card):
+    """The description of a checkpoint whose bytes nobody looks at."""
+
+    def __init__(self, name: str, size_bytes: int) -> None:
+        self.checkpoint = Checkpoint(
+            path=folder_of(name),
+            files=(),
+            config={},
+            size_bytes=size_bytes,
+            fingerprint=f"fingerprint of {name}",
+            dtype="float16",
+            architectures=("OPTForCausalLM",),
+            identity=name,
+        )
+
+    @property
+    def key(self) -> str:
+        return self.checkpoint.identity
+
+    @property
+    def url(self) -> str:
+        return f"simulated://{self.checkpoint.identity}"
+
+    @property
+    def model_id(self) -> str:
+        return self.checkpoint.identity
+
+    async def is_whole(self) -> bool:
+        return True
+
+
+def folder_of(name: str) -> Path:
+    """Give where a model's card lies, on every node."""
+    return Path("/models") / name
+
+
+class Way:
+    """One disk or one network: a load at a time."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self.turn = asyncio.Lock()
+        self.moved_bytes = 0
+        self.busy_s = 0.0
+
+    def facts(self) -> PathFacts:
+        """Tell what has gone this way."""
+        return PathFacts(self.moved_bytes, self.busy_s)
+
+
+class _Held:
+    """A checkpoint in host memory."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.holders: list[Holder] = []
+        self.last_used_s = 0.0
+
+
+class SimulatedPool:
+    """Stands where the `Loader` does: host memory of one node, in bytes."""
+
+    def __init__(self, pool_bytes: int, ssd: Way, clock: Clock) -> None:
+        self.pool_bytes = pool_bytes
+        self.held: dict[str, _Held] = {}
+        self._ssd = ssd
+        self._clock = clock
+        self._reserved_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        used_bytes = sum(held.checkpoint.size_bytes for held in self.held.values())
+        return self.pool_bytes - used_bytes - self._reserved_bytes
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is leased and nothing is on its way."""
+        return not self._reserved_bytes and not any(held.holders for held in self.held.values())
+
+    def paths(self) -> Paths:
+        none = PathFacts(0, 0.0)
+        return Paths(page_cache=none, ssd=self._ssd.facts(), device=none)
+
+    def residents(self) -> list[Resident]:
+        return [
+            Resident(
+                fingerprint=held.checkpoint.fingerprint,
+                path=str(held.checkpoint.path),
+                size_bytes=held.checkpoint.size_bytes,
+                holders=tuple(held.holders),
+                pinned=False,
+                last_used_s=held.last_used_s,
+            )
+            for held in self.held.values()
+        ]
+
+    def lease(self, checkpoint: Checkpoint, report: LoadReport) -> HostLease:
+        """Lease what is here."""
+        held, holder = self.held[checkpoint.identity], Holder(LOAD, self._clock.monotonic_s())
+        held.holders.append(holder)
+
+        def give_back() -> None:
+            held.holders.remove(holder)
+            held.last_used_s = self._clock.monotonic_s()
+
+        return HostLease((), report, give_back, holder)
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make room, of what nobody has leased the longest unused first.
+
+        Raises:
+            NoCapacity: there is not enough.
+        """
+        idle = sorted((one for one in self.held.values() if not one.holders), key=lambda one: one.last_used_s)
+        while self.free_bytes < size_bytes and idle:
+            del self.held[idle.pop(0).checkpoint.identity]
+        if self.free_bytes < size_bytes:
+            raise NoCapacity(f"{size_bytes} bytes of host memory are not free", retry_after_s=1.0)
+        self._reserved_bytes += size_bytes
+
+    def give_up(self, size_bytes: int) -> None:
+        """Give reserved room back."""
+        self._reserved_bytes -= size_bytes
+
+    def hold(self, checkpoint: Checkpoint) -> None:
+        """Have reserved room be a checkpoint's."""
+        self._reserved_bytes -= checkpoint.size_bytes
+        self.held[checkpoint.identity] = _Held(checkpoint)
+
+
+class _Ssd:
+    """What the registry asks of the SSD tier."""
+
+    def __init__(self) -> None:
+        self.given_up: tuple[()] = ()
+        self.quota_bytes = 0
+        self.stored: set[str] = set()
+
+    def entries(self) -> tuple[()]:
+        return ()
+
+
+class SimulatedTiers:
+    """The tiers of one node; `stored` names the models whose bytes its SSD has."""
+
+    def __init__(
+        self,
+        cards: Iterable[SimulatedCard],
+        stored: Iterable[str],
+        clock: Clock,
+        *,
+        pool_bytes: int,
+        ssd_bytes_per_s: float,
+        remote_bytes_per_s: float,
+    ) -> None:
+        self._cards = {card.key: card for card in cards}
+        self._clock = clock
+        self._local = Way(ssd_bytes_per_s)
+        self._remote = Way(remote_bytes_per_s)
+        self._loading: dict[str, asyncio.Lock] = {}
+        self._on_stored: Callable[[], None] = lambda: None
+        self.loader = SimulatedPool(pool_bytes, self._local, clock)
+        self.ssd = _Ssd()
+        self.ssd.stored.update(stored)
+
+    async def recover(self) -> None:
+        """Nothing is left of a process that was killed."""
+
+    async def keep_cards(self, is_wanted: Callable[[str], bool]) -> None:
+        """Cards take no room."""
+
+    async def card(self, key: str) -> Card:
+        if key not in self._cards:
+            raise CheckpointInvalid(f"there is no card {key}")
+        return self._cards[key]
+
+    def card_folder(self, key: str) -> Path:
+        return folder_of(key)
+
+    def is_on_ssd(self, card: Card) -> bool:
+        return card.model_id in self.ssd.stored
+
+    def comes_from_afar(self, wanted: Card) -> bool:
+        return not self.is_on_ssd(wanted) and wanted.model_id not in self.loader.held
+
+    def disk_queue_s(self, wanted: Card) -> float:
+        return 0.0
+
+    def arriving(self, card: Card) -> tuple[int, int] | None:
+        return None
+
+    def when_stored(self, tell: Callable[[], None]) -> None:
+        self._on_stored = tell
+
+    def remote_path(self) -> PathFacts:
+        return self._remote.facts()
+
+    def queues(self) -> Queues:
+        return Queues(0.0, {})
+
+    async def lease(
+        self,
+        wanted: Card,
+        *,
+        on_placed: OnPlaced | None = None,
+        on_progress: OnProgress | None = None,
+        **_: Any,
+    ) -> HostLease:
+        """Have a checkpoint in host memory; who wants it while it comes waits for the same bytes.
+
+        Raises:
+            NoCapacity: there is no room for it.
+        """
+        checkpoint = wanted.checkpoint
+        async with self._loading.setdefault(wanted.key, asyncio.Lock()):
+            begin_s, size_bytes = self._clock.monotonic_s(), checkpoint.size_bytes
+            from_afar, resident = self.comes_from_afar(wanted), wanted.key in self.loader.held
+            if not resident:
+                self.loader.reserve(size_bytes)
+                try:
+                    _tell_placed(wanted, on_placed)
+                    await self._move(self._remote if from_afar else self._local, size_bytes, on_progress)
+                except BaseException:
+                    self.loader.give_up(size_bytes)
+                    raise
+                self.loader.hold(checkpoint)
+            else:
+                _tell_placed(wanted, on_placed)
+            report = LoadReport(
+                pool_bytes=size_bytes if resident else 0,
+                ssd_bytes=0 if resident or from_afar else size_bytes,
+                remote_bytes=size_bytes if from_afar else 0,
+                total_bytes=size_bytes,
+                duration_s=self._clock.monotonic_s() - begin_s,
+            )
+            if from_afar:
+                self.ssd.stored.add(wanted.model_id)
+                self._on_stored()
+            return self.loader.lease(checkpoint, report)
+
+    async def _move(self, way: Way, size_bytes: int, on_progress: OnProgress | None) -> None:
+        async with way.turn:
+            for part in range(1, PARTS + 1):
+                duration_s = size_bytes / PARTS / way.bytes_per_s
+                await self._clock.sleep(duration_s)
+                way.moved_bytes += size_bytes // PARTS
+                way.busy_s += duration_s
+                if on_progress is not None:
+                    on_progress(part * size_bytes // PARTS, size_bytes)
+
+
+def _tell_placed(wanted: Card, on_placed: OnPlaced | None) -> None:
+    if on_placed is not None:
+        on_placed((HostFile("model.safetensors", wanted.checkpoint.size_bytes),))
