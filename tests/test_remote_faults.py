@@ -417,6 +417,23 @@ async def test_asking_a_node_that_was_declared_down_but_answers_fails_at_once() 
 
 
 @on_both_loops
+async def test_an_incarnation_that_somebody_vouches_for_is_let_in_again() -> None:
+    """Two nodes whose link was cut for long have declared each other down, and neither has ended."""
+    async with node("a", SOON_DOWN) as a, node("b", SOON_DOWN) as b:
+        await b.spawn(Everyman(), "man")
+        ref = a.ref("man", str(b.address))
+        assert await ask(ref) == "x"
+        for one, other in ((a, b), (b, a)):
+            one._remotes.peer(other.address).declare_down()
+        cut(a)
+        assert isinstance(await ask(ref), NodeUnreachable | NodeDown)
+        for one, other in ((a, b), (b, a)):
+            one.vouch_with(lambda name, uid, known=other.address: (name, uid) == (known.node, known.uid))
+        await until(lambda: a._remotes.peer(b.address).link is None)
+        assert await ask(ref) == "x"
+
+
+@on_both_loops
 async def test_a_close_in_the_middle_of_anything_ends_everything_with_typed_errors() -> None:
     for closes_first in ("a", "b"):
         async with pair() as both:

@@ -16,6 +16,7 @@ from sllm_actor.actors.model_manager import ModelManager
 from sllm_actor.actors.slots import Slots
 from sllm_actor.testing.cluster_simulation import Outcome, SimulationFoundProblems, check_seed, run_seed
 from sllm_actor.testing.process_loop import ProcessLoop, context_of
+from sllm_actor.testing.simulated_cluster import Plan
 from sllm_actor.testing.virtual_loop import START_S, VirtualLoop, run_virtual
 
 SEEDS = 40
@@ -32,6 +33,11 @@ def test_promises_to_clients_hold_whatever_breaks(first: int) -> None:
 @pytest.mark.parametrize("seed", [84, 94, 225])
 def test_an_engine_that_dies_while_its_model_starts_costs_a_pause(seed: int) -> None:
     check_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [3, 11])
+def test_nodes_that_have_given_each_other_up_are_members_still_and_find_each_other_again(seed: int) -> None:
+    assert not run_seed(seed, Plan(down_after_s=1.5)).problems
 
 
 def test_a_seed_does_the_same_in_another_process_that_hashes_otherwise() -> None:

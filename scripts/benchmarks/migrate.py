@@ -26,7 +26,7 @@ from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 NODES = ("n1", "n2")
 MODEL = "opt"
 PROMPTS_TOKENS, TINY_PROMPTS_TOKENS = (64, 256, 1024), (16,)
-BEFORE_TOKENS, ANSWER_TOKENS = 48, 480
+BEFORE_TOKENS, ANSWER_TOKENS = 48, 240
 VOCABULARY_TOKENS = 50_000
 # Of each token in each layer, keys and values: hidden size 768, 12 layers, two bytes each.
 KV_BYTES_PER_TOKEN = 2 * 12 * 768 * 2
@@ -104,6 +104,7 @@ async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: i
         anew: list[float] = []
         asked_s = loop.time()
         await times_of(session, gateway, body_of(fresh, 1), f"{request_id}-anew", anew, enough)
+    out.print(f"{request_id}: {told['rounds']} rounds, {end_s - begin_s:.2f} s, longest gap {max(around):.3f} s")
     return Move(statistics.median(undisturbed), max(around), told, end_s - begin_s, anew[0] - asked_s)
 
 

@@ -89,6 +89,7 @@ class Many:
             max_instances=config.max_instances,
         )
         self.membership = Membership(store, clock, member, on_change=lambda _: self._tell_members())
+        system.vouch_with(self._is_member)
         self._book = RouteBook(store, self.membership, clock, self.routes.publish)
 
     async def join(self) -> None:
@@ -116,6 +117,11 @@ class Many:
     def members(self) -> Mapping[NodeId, str]:
         """Give everybody's address, as far as is known here."""
         return {node: f"{node}@{joined.member.endpoint}" for node, joined in self.membership.members.items()}
+
+    def _is_member(self, node: str, uid: int) -> bool:
+        """Tell whether that very process is a member: a link that was cut for long has not ended it."""
+        joined = self.membership.members.get(NodeId(node))
+        return joined is not None and joined.member.start == f"{uid:x}"
 
     def peers(self) -> list[str]:
         """List the other nodes as sources name them."""

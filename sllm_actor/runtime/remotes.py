@@ -52,6 +52,8 @@ class Remotes:
         # A peer lives as long as a reference, a link, a dial or a timer needs it.
         self._peers: weakref.WeakValueDictionary[str, Peer] = weakref.WeakValueDictionary()
         self._down: dict[str, int] = {}
+        # Whether who knows better says that an incarnation lives.
+        self.vouched: Callable[[str, int], bool] = lambda _node, _uid: False
         system.deadlines.watch(lambda now_s: min([peer.sweep(now_s) for peer in self._peers.values()], default=inf))
         self._owners: dict[Link, Peer | None] = {}
         self._listener: Listener | None = None
@@ -87,8 +89,8 @@ class Remotes:
             del self._down[next(iter(self._down))]
 
     def is_down(self, node: str, uid: int) -> bool:
-        """Tell whether this incarnation was declared down."""
-        return self._down.get(node) == uid
+        """Tell whether this incarnation was declared down, and nobody vouches for it."""
+        return self._down.get(node) == uid and not self.vouched(node, uid)
 
     # References in messages: node, endpoint, uid, name.
 
@@ -203,6 +205,7 @@ class Remotes:
         if self.closing or peer.link is not None:
             link.close(LinkDuplicate(f"{hello.node} is connected already"))
             return
+        self._down.pop(hello.node, None)
         self._owners[link] = peer
         link.hear = peer.hearing.hear
         peer.opened(link, hello)

@@ -76,6 +76,10 @@ class ActorSystem:
         self.create_future = asyncio.get_running_loop().create_future
         return self.create_future()
 
+    def vouch_with(self, vouched: Callable[[str, int], bool]) -> None:
+        """Have somebody say which incarnations (node, uid) live: they are let in again after a time without a link."""
+        self._remotes.vouched = vouched
+
     def fresh_context(self) -> contextvars.Context:
         """Give the context of a handler, free of whoever happened to wake it."""
         return self._context.copy()
