@@ -293,9 +293,11 @@ def test_a_slot_that_stays_busy_gives_503_with_retry_after(start_node: StartNode
 def test_requests_for_one_cold_model_share_one_start(shared: NodeProcess) -> None:
     with ThreadPoolExecutor(8) as threads:
         shared.deploy("builtin:demo", "cold")
+        before = shared.call("GET", "/admin/runtime")["starts"]["placements"]
         answers = list(threads.map(lambda _: shared.chat("cold", "What is 5 + 6?"), range(8)))
         assert answers == ["5 + 6 = 11"] * 8
-        assert [instance["instance_id"] for instance in instances(shared)] == ["cold-1"]
+        assert [instance["model"] for instance in instances(shared)] == ["cold"]
+        assert shared.call("GET", "/admin/runtime")["starts"]["placements"] == before + 1
 
 
 def test_waiting_requests_are_bounded(start_node: StartNode) -> None:

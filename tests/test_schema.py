@@ -292,7 +292,7 @@ def test_admin_bodies_are_checked_too() -> None:
             parse(json.dumps(DEPLOY | {field: value}).encode(), DeployRequest)
         assert caught.value.param == field
     with pytest.raises(InvalidRequest) as caught:
-        parse(b"{}", MigrationRequest)
+        parse(b'{"to": 5}', MigrationRequest)
     assert caught.value.param == "to"
 
 
