@@ -1,7 +1,7 @@
 """What a client sees of its answer's move between two loaded nodes: the longest gap between its tokens, in usual gaps.
 
-OPT-125M's shape, prompts of 64 to 1,024 tokens, one stream at a time, greedy, on real nodes that share this machine.
-Beside each move stands what it would cost to stop and to compute prompt and tokens anew at the destination: the time
+OPT-125M's shape in fp32, prompts of 64 to 1,024 tokens, one stream at a time, greedy, on real nodes that share this
+machine. Beside each move stands what it would cost to stop and to compute prompt and tokens anew at the destination: the time
 to the first token of a request for just those, whose prefix nobody has.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from benchmarks import coldstart
+from benchmarks import weights
 from benchmarks.report import Report
 from sllm_actor.cli.show import out
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
@@ -28,10 +28,10 @@ MODEL = "opt"
 PROMPTS_TOKENS, TINY_PROMPTS_TOKENS = (64, 256, 1024), (16,)
 BEFORE_TOKENS, ANSWER_TOKENS = 48, 240
 VOCABULARY_TOKENS = 50_000
-# Of each token in each layer, keys and values: hidden size 768, 12 layers, two bytes each.
-KV_BYTES_PER_TOKEN = 2 * 12 * 768 * 2
+# Of each token in each layer, keys and values: hidden size 768, 12 layers, four bytes each.
+KV_BYTES_PER_TOKEN = 2 * 12 * 768 * 4
 KNOBS = (
-    "host_pool_bytes=512MiB", "engine_threads=1", "listen=tcp://127.0.0.1:0", "max_instances=1", "warm_engines=1",
+    "host_pool_bytes=1GiB", "engine_threads=1", "listen=tcp://127.0.0.1:0", "max_instances=1", "warm_engines=1",
 )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: i
 def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
     """Move answers to prompts of every length."""
     draw = random.Random(1)
-    folder = coldstart.opt_125m(work_dir)
+    folder = weights.checkpoint(work_dir, "opt-125m", "fp32", False)
     with (
         tempfile.TemporaryDirectory() as data,
         running_cluster(Path(data), Path(".servers"), NODES, KNOBS) as cluster,

@@ -53,7 +53,7 @@ def run(report: Report, repeats: int, work_dir: Path, only: Sequence[str], tiny:
     four_bits.load()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for shape in only or SHAPES:
-        folders = {kind: _folder(work_dir, shape, kind, tiny) for kind in KINDS}
+        folders = {kind: checkpoint(work_dir, shape, kind, tiny) for kind in KINDS}
         models = {kind: _attach(folder) for kind, folder in folders.items()}
         peers = {kind: AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for kind, folder in folders.items()}
         times: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
@@ -75,7 +75,7 @@ def run(report: Report, repeats: int, work_dir: Path, only: Sequence[str], tiny:
         _write(report, shape, folders, times)
 
 
-def _folder(work_dir: Path, shape: str, kind: str, tiny: bool) -> Path:
+def checkpoint(work_dir: Path, shape: str, kind: str, tiny: bool) -> Path:
     """Make a checkpoint, laid out by `convert`, with OPT's tokenizer; keeps what is there."""
     folder = work_dir / f"weights-{'tiny-' if tiny else ''}{shape}-{kind}"
     if (folder / "sllm.json").exists():
