@@ -427,8 +427,9 @@ async def test_an_incarnation_that_somebody_vouches_for_is_let_in_again() -> Non
             one._remotes.peer(other.address).declare_down()
         cut(a)
         assert isinstance(await ask(ref), NodeUnreachable | NodeDown)
-        for one, other in ((a, b), (b, a)):
-            one.vouch_with(lambda name, uid, known=other.address: (name, uid) == (known.node, known.uid))
+        living = {(one.address.node, one.address.uid) for one in (a, b)}
+        for one in (a, b):
+            one.vouch_with(lambda name, uid: (name, uid) in living)
         await until(lambda: a._remotes.peer(b.address).link is None)
         assert await ask(ref) == "x"
 

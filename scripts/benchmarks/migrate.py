@@ -1,8 +1,8 @@
 """What a client sees of its answer's move between two loaded nodes: the longest gap between its tokens, in usual gaps.
 
 OPT-125M's shape in fp32, prompts of 64 to 1,024 tokens, one stream at a time, greedy, on real nodes that share this
-machine. Beside each move stands what it would cost to stop and to compute prompt and tokens anew at the destination: the time
-to the first token of a request for just those, whose prefix nobody has.
+machine. Beside each move stands what it would cost to stop and to compute prompt and tokens anew at the destination:
+the time to the first token of a request for just those, whose prefix nobody has.
 """
 
 from __future__ import annotations
