@@ -106,7 +106,7 @@ class MigrationCoordinator(Actor):
             raise NodeUnreachable(f"{node} has left the cluster")
         return self.context.system.ref(actor, address)
 
-    async def _move(self, at: RequestLocation, to: NodeId | str) -> HandedOver:
+    async def _move(self, at: RequestLocation, to: str) -> HandedOver:
         """Move one request, as `policy.migration` says: find it a destination, and another one where that is lost."""
         if not {self._own, *self._members()} - {at.node}:
             raise MigrationFailed(f"there is no other node for request {at.request_id}")
@@ -135,7 +135,7 @@ class MigrationCoordinator(Actor):
                     refused.append(destination.node)
                     destination = None
 
-    async def _destination(self, at: RequestLocation, to: NodeId | str, refused: Sequence[NodeId]) -> InstanceStarted:
+    async def _destination(self, at: RequestLocation, to: str, refused: Sequence[NodeId]) -> InstanceStarted:
         instance, _ = await self._starting.start(
             self.context.system,
             at.request_id,
@@ -143,7 +143,7 @@ class MigrationCoordinator(Actor):
             "" if at.model == at.served else at.model,
             lambda: (at.priority, (at.instance_id,)),
             not_on=(at.node, *refused),
-            only_on=NodeId(to) if to else None,
+            only_on=to,
         )
         return instance
 

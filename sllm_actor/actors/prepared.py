@@ -82,7 +82,10 @@ class PreparedRequests:
         if not self._slots.take_now():
             raise NoCapacity("no slot is free for a request that would come from elsewhere", retry_after_s=1.0)
         one = self._prepared[message.migration_id] = PreparedRequest()
+        self._begin(message.migration_id, message.request)
         one.task = scope.spawn(self._hold(message, one), f"prepared-{message.migration_id}", on_failure=lambda _: None)
+        # And not in the task itself: one that is ended at once never runs.
+        one.task.add_done_callback(lambda _: self._over(message.migration_id))
         try:
             while True:
                 reached = await one.reached.get()
@@ -94,7 +97,6 @@ class PreparedRequests:
                 one.end()
 
     async def _hold(self, message: Prepare, one: PreparedRequest) -> None:
-        self._begin(message.migration_id, message.request)
         try:
             async with self._held(message.request) as (request, _):
                 with self._engine.park(request) as one.parking:
@@ -102,10 +104,11 @@ class PreparedRequests:
                         one.reached.put_nowait(await one.parking.reached())
         except SllmError as error:
             one.reached.put_nowait(error)
-        finally:
-            self._slots.give()
-            if self._prepared.pop(message.migration_id, None) is not None:
-                self._end(message.migration_id)
+
+    def _over(self, migration_id: str) -> None:
+        self._slots.give()
+        if self._prepared.pop(migration_id, None) is not None:
+            self._end(migration_id)
 
     def extend(self, message: ExtendPrepared, scope: TaskScope) -> None:
         """Hold more tokens of one that is prepared; the last of them make it wait for its Router alone.

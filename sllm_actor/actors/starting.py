@@ -71,7 +71,7 @@ class Starting:
         urgency: Urgency,
         *,
         not_on: Sequence[NodeId] = (),
-        only_on: NodeId | None = None,
+        only_on: str = "",
     ) -> tuple[InstanceStarted, tuple[Span, ...]]:
         """Have an instance of the model `served`, with an adapter's bytes beside its own where one is named; also one
         that runs already, or that others wait for. What it has taken is in the spans.
@@ -81,7 +81,7 @@ class Starting:
         """
         begin_s = self._clock.monotonic_s()
         question = await self._question(request_id, served, adapter)
-        question = msgspec.structs.replace(question, not_on=tuple(not_on), only_on=only_on or "")
+        question = msgspec.structs.replace(question, not_on=tuple(not_on), only_on=only_on)
         wish = StartInstance(placement_id="", model=served, adapter=ModelName(adapter))
         for attempt in range(1, MAX_ATTEMPTS + 1):
             placement = await self._place(question, *urgency())
