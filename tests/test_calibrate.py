@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from loaders import descriptors, mapped_pools, threads
+from loaders import held, settled
 
 from sllm_actor.errors import CheckpointChanged, ConfigInvalid, WriteFailed
 from sllm_actor.loader import calibration
@@ -54,11 +54,11 @@ def finding(folder: Path, *arguments: str) -> dict[str, str]:
 @pytest.fixture
 def leaves_nothing(tmp_path: Path) -> Iterator[None]:
     def state() -> tuple[object, ...]:
-        return descriptors(), threads(), mapped_pools(), sorted(path.name for path in tmp_path.iterdir())
+        return held(), sorted(path.name for path in tmp_path.iterdir())
 
     before = state()
     yield
-    assert state() == before
+    assert settled(state, before) == before
 
 
 @pytest.fixture

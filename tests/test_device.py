@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_cuda import NATIVE, FakeCuda, build_fake, compile_native, fake_cuda, fake_cuda_library
+from loaders import settled
 
 from sllm_actor.engine.device_view import DeviceView, tensor_on
 from sllm_actor.errors import (
@@ -71,10 +72,13 @@ def device_threads() -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = own_descriptors(), device_threads()
+    def held() -> tuple[list[str], int]:
+        return own_descriptors(), device_threads()
+
+    before = held()
     yield
     if request.node.get_closest_marker("gpu") is None:  # The real driver keeps some for as long as the process lives.
-        assert (own_descriptors(), device_threads()) == before
+        assert settled(held, before) == before
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ from loaders import (
     bytes_of,
     checkpoint_of,
     descriptors,
+    held,
     kept_in_page_cache,
-    mapped_pools,
     on_disk,
     opened,
-    threads,
     until,
 )
 from loaders import mover as mover
@@ -337,10 +336,10 @@ async def test_closing_in_the_middle_of_a_load_ends_it_and_those_who_wait(tmp_pa
 
 async def test_opening_that_is_cancelled_gives_the_pool_back() -> None:
     await asyncio.to_thread(gc.collect)
-    before = descriptors(), mapped_pools(), threads()
+    before = held()
     scope = TaskScope("test")
     options: dict[str, Any] = {"pool_bytes": 64 * MIB, "chunk_bytes": MIB, "clock": SystemClock()}
     scope.spawn(Loader.open(**options), "open")
     await asyncio.sleep(0)
     await scope.close()
-    await until(lambda: (descriptors(), mapped_pools(), threads()) == before)
+    await until(lambda: held() == before)
