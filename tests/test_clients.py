@@ -45,7 +45,7 @@ def test_curl_shows_a_stream_as_it_comes_and_an_error_as_its_status(node: NodePr
         ]  # fmt: skip
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
-    lines = [line for line in curl("-d", json.dumps(BODY | {"stream": True})).splitlines() if line]
+    lines = [line for line in curl("-d", json.dumps(BODY | {"stream": True})).splitlines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"
     text = "".join(json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in lines[:-1])
     assert text == "47 + 35 = 82"

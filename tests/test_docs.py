@@ -63,6 +63,14 @@ def test_the_readmes_client_runs_as_it_is_printed(node: NodeProcess) -> None:
     assert run_python(program.replace("http://127.0.0.1:8400", node.url)) == ", ".join(map(str, range(87, 121)))
 
 
+def test_the_client_that_goes_on_with_streams_runs_as_it_is_printed(node: NodeProcess) -> None:
+    (program,) = code_blocks(ROOT / "docs/streams.md", "python")
+    assert program.count('"127.0.0.1:8400"') == 2
+    # The first of its gateways is not there.
+    program = program.replace("127.0.0.1:8400", "127.0.0.1:1", 1).replace("127.0.0.1:8400", node.url[len("http://") :])
+    assert run_python(program) == ", ".join(map(str, range(1, 10)))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_the_documents_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

@@ -115,6 +115,22 @@ def test_tokens_in_a_minute_are_counted(guarded: NodeProcess, key_file: Path) ->
     assert "5 tokens" in refused.json()["error"]["message"]
 
 
+def test_a_stream_is_gone_on_with_by_its_own_key_alone_within_that_ones_bounds(
+    guarded: NodeProcess, key_file: Path
+) -> None:
+    heidi, ivan = (header(guarded, key_file, name, "--requests-per-minute", "2") for name in ("heidi", "ivan"))
+    streamed = ask(guarded, heidi, stream=True)
+    path = f"/v1/streams/{streamed.headers['X-Stream-Id']}"
+    assert error_of(guarded.request("GET", path, headers=ivan)) == (404, "not_found_error", "stream_not_found")
+    assert guarded.request("GET", path).status == 401
+    again = guarded.request("GET", path, headers=heidi).body
+    assert [line for line in again.splitlines() if line.startswith(b"data: ")] == [
+        line for line in streamed.body.splitlines() if line.startswith(b"data: ")
+    ]
+    limited = guarded.request("GET", path, headers=heidi)
+    assert error_of(limited) == (429, "rate_limit_error", "rate_limit_exceeded")
+
+
 def test_requests_at_once_are_bounded(guarded: NodeProcess, key_file: Path) -> None:
     erin = header(guarded, key_file, "erin", "--concurrent-requests", "1")
     long = {"model": "demo", "messages": [{"role": "user", "content": "Count from 1 to 999."}]}

@@ -156,6 +156,7 @@ def test_of_many_actors_the_fullest_are_shown() -> None:
             "estimate_errors": {"bounds": (0.1, 1.0), "tiers": {"ssd": {"counts": [1, 2, 1], "sum": 4.5}}},
         },
         "migrations": {"outcomes": {"moved": 3, "aborted": 1}, "rounds": 7, "tokens": 900, "bytes": 3600},
+        "streams": {"live": 4, "left": 1, "resumed": 2, "failures": 0, "lag_s": 0.25},
         "connections": {"counts": {"open": 1}, "closed": {}},
     }
     samples = parsed(render(Metrics().registry, seen).decode())
@@ -166,4 +167,5 @@ def test_of_many_actors_the_fullest_are_shown() -> None:
     assert value(samples, "actor_mailbox_depth", actor="a999") == 999
     assert (value(samples, "num_requests_waiting", model_name="m"), value(samples, "loop_lag_faults_total")) == (2, 2)
     assert value(samples, "num_requests_running", model_name="m") == 3
+    assert (value(samples, "kept_streams", state="left"), value(samples, "stream_log_lag_seconds")) == (1, 0.25)
     assert value(samples, "load_seconds_sum", tier="ssd") == 1.5

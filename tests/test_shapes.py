@@ -30,7 +30,9 @@ def wish(top_logprobs: int | None = 2, prompt_tokens: int = 3) -> Wish:
 
 
 def test_a_chats_tokens_have_their_bytes_and_the_likeliest_beside_them() -> None:
-    shown = ChatShape(wish(), 0).whole([WholeChoice(0, "é", "stop", ENTRIES)], {})["choices"][0]["logprobs"]
+    shown = ChatShape(wish(), 0, RequestId("r")).whole([WholeChoice(0, "é", "stop", ENTRIES)], {})["choices"][0][
+        "logprobs"
+    ]
     first, second, third = shown["content"]
     assert shown["refusal"] is None
     assert first == {
@@ -51,7 +53,7 @@ def completion(entries: list[Entry], shape: CompletionShape) -> Any:
 
 
 def test_a_completions_tokens_are_columns_and_offsets_go_on_from_chunk_to_chunk() -> None:
-    shape = CompletionShape(wish(), 0, [""])
+    shape = CompletionShape(wish(), 0, RequestId("r"), [""])
     assert completion(ENTRIES[:1], shape) == {
         "tokens": ["é"],
         "token_logprobs": [-0.5],
@@ -67,7 +69,7 @@ def test_a_completions_tokens_are_columns_and_offsets_go_on_from_chunk_to_chunk(
 
 def test_where_none_are_asked_for_they_are_null() -> None:
     silent = wish(top_logprobs=None)
-    for shape in (ChatShape(silent, 0), CompletionShape(silent, 0, [""])):
+    for shape in (ChatShape(silent, 0, RequestId("r")), CompletionShape(silent, 0, RequestId("r"), [""])):
         chunk = shape.chunk(0, "x", ())
         assert chunk is not None
         assert chunk["choices"][0]["logprobs"] is None

@@ -12,6 +12,8 @@ import resource
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import uvloop
@@ -25,9 +27,11 @@ from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
 from sllm_actor.frontend.gateway import Gateway, Limits
 from sllm_actor.frontend.server import HttpServer, bind
+from sllm_actor.frontend.stream_log import StreamLimits, StreamLog
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.text import Encoded
+from sllm_actor.metadata import SqliteStore
 from sllm_actor.node.node import knobs_of
 from sllm_actor.runtime import Actor, ActorSystem, SystemClock, handles
 from sllm_actor.runtime.lag import LoopLag
@@ -86,10 +90,17 @@ async def ours(tasks: TaskScope, stack: AsyncExitStack) -> str:
     config, clock, system = Config(port=0), SystemClock(), ActorSystem()
     stack.push_async_callback(system.close)
     router, manager = await system.spawn(Router(), "router"), await system.spawn(Manager(), "manager")
+    # As a lone node has it: each stream is on the disk before its first event.
+    store = await SqliteStore.open(Path(stack.enter_context(TemporaryDirectory())) / "metadata.db", clock)
+    stack.push_async_callback(store.close)
+    streams = StreamLog(store, clock, knobs_of(StreamLimits, config), shared=False)
+    await streams.open()
+    stack.push_async_callback(streams.close)
     gateway = Gateway(
         router=router, manager=manager, coordinator=manager, nodes=manager, text=cast(Any, Text()),
         grammars=cast(Any, None), clock=clock,
         limits=knobs_of(Limits, config), observe=dict, tasks=tasks, access=Access("", clock), telemetry=None,
+        streams=streams,
     )  # fmt: skip
     server = HttpServer(gateway, knobs_of(ConnectionLimits, config))
     stack.push_async_callback(server.close)

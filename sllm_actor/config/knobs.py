@@ -254,6 +254,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     grammar_cache_bytes: Annotated[
         int, Meta(ge=64 * KIB, le=64 * GIB, title="bytes", description="memory of compiled forms")
     ] = 64 * MIB
+    stream_log_lag_s: Annotated[
+        float, Meta(ge=0.01, le=60, title="s", description="longest wait of a stream's tokens to be written down")
+    ] = 0.5
+    stream_kept_s: Annotated[
+        float, Meta(ge=0, le=43200, title="s", description="how long a client may come back to a stream; 0: never")
+    ] = 120.0
+    stream_log_bytes: Annotated[
+        int, Meta(ge=KIB, le=900 * KIB, title="bytes", description="what is written down of one stream at most")
+    ] = 256 * KIB
+    max_kept_streams: Annotated[
+        int, Meta(ge=1, le=100_000, title="streams", description="streams that clients may come back to")
+    ] = 4096
     drain_timeout_s: Annotated[
         float,
         Meta(ge=0, le=86400, title="s", description="time given to running answers when the node stops"),

@@ -30,9 +30,11 @@
     │   └── KeyInvalid                 no API key, or none that is known
     ├── NotFound
     │   ├── ModelNotFound · NodeNotFound · RequestNotFound
+    │   ├── StreamNotFound             no stream that can be gone on with, or not by this key
     ├── Conflict                     true of the world now; another state would allow it
     │   ├── ModelExists · DataFolderInUse · AddressInUse · AlreadyThere
     │   ├── NodeIdInUse                another living node has this id
+    │   ├── StreamTaken                somebody else has gone on with it
     │   ├── MigrationFailed            a request that can't be moved now, and goes on where it is
     │   │   └── DestinationFailed        since the place that it was to go on at could not
     │   ├── TargetExists · TargetBusy  something is there, and is not to be replaced; another process writes it
@@ -220,8 +222,16 @@ class RequestNotFound(NotFound):
     code = "request_not_found"
 
 
+class StreamNotFound(NotFound):
+    code = "stream_not_found"
+
+
 class Conflict(SllmError):
     code = "conflict"
+
+
+class StreamTaken(Conflict):
+    code = "stream_taken"
 
 
 class ModelExists(Conflict):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from sllm_actor.domain import FinishReason, Model, RequestId, Sampling, Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import InvalidRequest
+from sllm_actor.frontend.choice_log import ChoiceLog
 from sllm_actor.frontend.text import TextService
 from sllm_actor.frontend.turns import Turns
 from sllm_actor.frontend.written import Entry, Writer
@@ -35,7 +36,10 @@ class Wish(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some text of an answer; the last piece alone has a `finish`. Token counts are totals so far."""
+    """Some text of an answer; the last piece alone has a `finish`. Token counts are totals so far.
+
+    One that is told `again` is made of tokens that were generated for an earlier request.
+    """
 
     text: str
     finish: FinishReason | None
@@ -43,6 +47,7 @@ class Piece(NamedTuple):
     generated_tokens: int
     cached_tokens: int = 0
     entries: tuple[Entry, ...] = ()
+    again: bool = False
 
 
 class Choice(NamedTuple):
@@ -76,14 +81,21 @@ def max_tokens(model: Model, prompt_tokens: int, asked: int | None) -> int:
 
 
 async def answer(
-    wish: Wish, number: int, router: ActorRef, text: TextService, turns: Turns
+    wish: Wish, number: int, router: ActorRef, text: TextService, turns: Turns, log: ChoiceLog
 ) -> AsyncGenerator[Choice, None]:
     """Generate the choice of that number, piece by piece, ending with the piece that has a `finish`.
+
+    What is in the log is told again, and gone on with; what comes is noted there.
 
     Raises:
         SllmError: whatever went wrong, by its type.
     """
     writer = Writer(text, wish.model.texts, wish.prompt, wish.stops, wish.marker)
+    async with aclosing(_again(wish, number, writer, turns, log)) as pieces:
+        async for choice in pieces:
+            yield choice
+            if choice.piece.finish is not None:
+                return
     request = Generate(
         request_id=wish.request_id,
         model=wish.model.name,
@@ -95,6 +107,7 @@ async def answer(
         keep_alive_s=wish.keep_alive_s,
         grammar=wish.grammar,
         base=wish.model.base,
+        generated=pack_uint32(log.tokens),
     )
     prompt_tokens = len(wish.prompt)
     backlog, share = Backlog(), turns.first
@@ -104,21 +117,40 @@ async def answer(
                 await share.take()
             share = turns.next
             if isinstance(item, Finished):
-                shown = await writer.end()
-                reason = FinishReason.STOP if writer.stopped else item.reason
-                counts = prompt_tokens, item.generated_tokens, item.cached_tokens
-                yield Choice(number, Piece(shown.text, reason, *counts, shown.entries))
+                log.finish(item)
+                yield Choice(number, await _last(writer, item, prompt_tokens))
                 return
             if isinstance(item, PromptLogprobs):
                 entries = await writer.of_prompt(wish.prompt, item.index, item.logprobs)
                 yield Choice(number, Piece("", None, prompt_tokens, 0, 0, entries), bool(backlog))
                 continue
             assert isinstance(item, Tokens)
-            shown = await writer.push(item.token_ids, item.logprobs)
-            if writer.stopped:
-                piece = Piece(shown.text, FinishReason.STOP, prompt_tokens, writer.tokens, 0, shown.entries)
-                yield Choice(number, piece)
-                return
-            if shown.text:
-                piece = Piece(shown.text, None, prompt_tokens, writer.tokens, 0, shown.entries)
-                yield Choice(number, piece, bool(backlog))
+            # Each by itself, however they came together, so that an answer's pieces are the same each time.
+            for at, token_id in enumerate(item.token_ids):
+                log.take(token_id)
+                shown = await writer.push((token_id,), item.logprobs[at : at + 1])
+                finish = FinishReason.STOP if writer.stopped else None
+                if shown.text or finish is not None:
+                    piece = Piece(shown.text, finish, prompt_tokens, writer.tokens, 0, shown.entries)
+                    yield Choice(number, piece, bool(backlog) and finish is None)
+                if finish is not None:
+                    return
+
+
+async def _again(wish: Wish, number: int, writer: Writer, turns: Turns, log: ChoiceLog) -> AsyncGenerator[Choice, None]:
+    """Write what is known already, token by token as it was written before."""
+    prompt_tokens = len(wish.prompt)
+    for token_id in list(log.tokens):
+        await turns.next.take()
+        shown = await writer.push((token_id,), ())
+        finish = FinishReason.STOP if writer.stopped else None
+        if shown.text or finish is not None:
+            yield Choice(number, Piece(shown.text, finish, prompt_tokens, writer.tokens, again=True))
+    if log.end is not None and not writer.stopped:
+        yield Choice(number, (await _last(writer, log.end, prompt_tokens))._replace(again=True))
+
+
+async def _last(writer: Writer, end: Finished, prompt_tokens: int) -> Piece:
+    shown = await writer.end()
+    reason = FinishReason.STOP if writer.stopped else end.reason
+    return Piece(shown.text, reason, prompt_tokens, end.generated_tokens, end.cached_tokens, shown.entries)

@@ -100,7 +100,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     visit = VISIT.get()
     key = visit.key = gateway.access.admit(request.headers.get("Authorization", ""), request.path)
-    if key is None or request.method != "POST" or not request.path.startswith("/v1/"):
+    if key is None or not _generates(request):
         return await handler(request)
     limits = gateway.access.limits
     visit.limits = limits.enter(key, gateway.clock.monotonic_s())
@@ -108,6 +108,13 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     finally:
         limits.leave(key, visit.prompt_tokens + visit.generated_tokens, gateway.clock.monotonic_s())
+
+
+def _generates(request: web.Request) -> bool:
+    """Tell whether a request's tokens are counted: one for an answer, or for the rest of one."""
+    if request.method == "POST":
+        return request.path.startswith("/v1/")
+    return request.path.startswith("/v1/streams/")
 
 
 def build_app(gateway: Gateway, log: logging.Logger) -> web.Application:

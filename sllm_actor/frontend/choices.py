@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from sllm_actor.frontend.answer import Choice, Wish, answer
+from sllm_actor.frontend.choice_log import ChoiceLog
 from sllm_actor.frontend.text import TextService
 from sllm_actor.frontend.turns import Turns
 from sllm_actor.runtime import ActorRef
@@ -17,19 +18,23 @@ from sllm_actor.runtime.tasks import TaskScope
 MAX_WAITING_PIECES = 64
 
 
-def choices(wishes: Sequence[Wish], router: ActorRef, text: TextService, turns: Turns) -> AsyncGenerator[Choice, None]:
+def choices(
+    wishes: Sequence[Wish], router: ActorRef, text: TextService, turns: Turns, logs: Sequence[ChoiceLog]
+) -> AsyncGenerator[Choice, None]:
     """Generate all of them at once, each ending with the piece that has a `finish`. Closing it cancels them.
+
+    Each has its log, and goes on behind what is in it.
 
     Raises:
         SllmError: whatever went wrong with one of them; the others are cancelled.
     """
     if len(wishes) == 1:
-        return answer(wishes[0], 0, router, text, turns)
-    return _merged(wishes, router, text, turns)
+        return answer(wishes[0], 0, router, text, turns, logs[0])
+    return _merged(wishes, router, text, turns, logs)
 
 
 async def _merged(
-    wishes: Sequence[Wish], router: ActorRef, text: TextService, turns: Turns
+    wishes: Sequence[Wish], router: ActorRef, text: TextService, turns: Turns, logs: Sequence[ChoiceLog]
 ) -> AsyncGenerator[Choice, None]:
     waiting: deque[Choice | BaseException] = deque()
     room = asyncio.Semaphore(MAX_WAITING_PIECES)
@@ -40,7 +45,7 @@ async def _merged(
         arrived.set()
 
     async def run(index: int, wish: Wish) -> None:
-        async with aclosing(answer(wish, index, router, text, turns)) as pieces:
+        async with aclosing(answer(wish, index, router, text, turns, logs[index])) as pieces:
             async for choice in pieces:
                 await room.acquire()
                 put(choice)

@@ -23,6 +23,7 @@ from sllm_actor.frontend.metrics import Metrics
 from sllm_actor.frontend.progress import Progress
 from sllm_actor.frontend.schema import parse
 from sllm_actor.frontend.sse import EventStream
+from sllm_actor.frontend.stream_log import StreamLog
 from sllm_actor.frontend.telemetry import Telemetry
 from sllm_actor.frontend.text import TextService
 from sllm_actor.frontend.turns import Turns
@@ -72,6 +73,7 @@ class Gateway:
         tasks: TaskScope,
         access: Access,
         telemetry: Telemetry | None,
+        streams: StreamLog,
     ) -> None:
         self.router = router
         self.manager = manager
@@ -87,6 +89,7 @@ class Gateway:
         self.tasks = tasks
         self.access = access
         self.telemetry = telemetry
+        self.streams = streams
         self.progress = Progress(manager, clock, limits.ask_timeout_s)
         self.turns = Turns()
         self.ready = False
@@ -149,12 +152,12 @@ class Gateway:
         VISIT.get().check(model)
         return model
 
-    def events(self, request: web.Request, model: Model) -> EventStream:
+    def events(self, request: web.Request, model: Model, headers: dict[str, str]) -> EventStream:
         """Begin the events of an answer of `model`."""
         since_s = self.clock.monotonic_s()
         return EventStream(
             request,
-            {"X-Request-Id": request[REQUEST_ID], **VISIT.get().limits},
+            {"X-Request-Id": request[REQUEST_ID], **headers, **VISIT.get().limits},
             lambda: self.progress.of(model, since_s),
             self.tasks,
             self.clock,
@@ -189,7 +192,7 @@ class Gateway:
         assert connections is not None
         shown = {"counts": connections.counts(), "closed": dict(connections.closed)}
         in_progress = dict.fromkeys(self.metrics.models(), 0) | self._answering
-        return {**self.observe(), "in_progress": in_progress, "connections": shown}
+        return {**self.observe(), "in_progress": in_progress, "connections": shown, "streams": self.streams.observe()}
 
     @asynccontextmanager
     async def until_stop(self) -> AsyncGenerator[None, None]:

@@ -40,6 +40,7 @@ def render(registry: CollectorRegistry, seen: Mapping[str, Any]) -> bytes:
 def _families(seen: Mapping[str, Any]) -> Iterator[Metric]:
     yield from _starts(seen["starts"])
     yield from _migrations(seen["migrations"])
+    yield from _streams(seen["streams"])
     waiting = GaugeMetricFamily(
         "sllm:num_requests_waiting", "Requests that wait for a start or a slot.", labels=["model_name"]
     )
@@ -65,6 +66,18 @@ def _migrations(seen: Mapping[str, Any]) -> Iterator[Metric]:
     yield _counter("migration_rounds", "Times that a destination caught up, and the last time.", seen["rounds"])
     yield _counter("migration_tokens", "Tokens of moved requests, prompts included.", seen["tokens"])
     yield _counter("migration_bytes", "What was sent of them: tokens, and no keys and values.", seen["bytes"])
+
+
+def _streams(seen: Mapping[str, Any]) -> Iterator[Metric]:
+    states = {state: seen[state] for state in ("live", "left")}
+    yield _by(
+        "kept_streams", "Streams that can be gone on with: live ones, and those that were left.", "state", states, GAUGE
+    )
+    yield _counter("streams_resumed", "Streams that a client went on with here.", seen["resumed"])
+    yield _counter(
+        "stream_log_failures", "Times that the metadata store took nothing of the streams.", seen["failures"]
+    )
+    yield _gauge("stream_log_lag_seconds", "The age of the oldest token that is not written down yet.", seen["lag_s"])
 
 
 def _starts(starts: Mapping[str, Any]) -> Iterator[Metric]:

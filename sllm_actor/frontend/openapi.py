@@ -123,6 +123,12 @@ HEADERS: list[dict[str, Any]] = [
         "description": "Taken over where it is 1 to 128 of `A-Za-z0-9._:-`; the answer has the id in any case.",
     },
 ]
+LAST_EVENT_ID: dict[str, Any] = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "schema": {"type": "string", "maxLength": 2048},
+    "description": "The id of the last event that the client has; without it the stream begins anew.",
+}
 # (method, path): summary, body, status of a success, answer (none where `TEXTS` has its kind), statuses of errors
 _NONE: tuple[int, ...] = ()
 _ASKING = (400, 401, 403, 404, 408, 409, 413, 429, 500, 502, 503, 504)
@@ -132,6 +138,9 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
     ("post", "/v1/chat/completions"): ("Answer a chat.", ChatRequest, 200, _ref("ChatCompletion"), _ASKING),
     ("post", "/v1/completions"): ("Go on with a text.", CompletionRequest, 200, _ref("Completion"), _ASKING),
     ("post", "/v1/embeddings"): ("Give vectors of texts.", EmbeddingRequest, 200, _ref("Embeddings"), _ASKING),
+    ("get", "/v1/streams/{stream_id}"): (
+        "Give the rest of a stream.", None, 200, None, (400, 401, 403, 404, 409, 429, 500, 503, 504),
+    ),
     ("get", "/v1/models"): (
         "List the models.", None, 200, _object(object={"const": "list"}, data=_list(_ref("ModelCard"))), _ADMIN,
     ),
@@ -184,7 +193,12 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
         (*_ADMIN, 408, 409, 413),
     ),
 }  # fmt: skip
-TEXTS = {"/metrics": "text/plain", "/openapi.yaml": "application/yaml", "/admin/pull": "application/x-ndjson"}
+TEXTS = {
+    "/metrics": "text/plain",
+    "/openapi.yaml": "application/yaml",
+    "/admin/pull": "application/x-ndjson",
+    "/v1/streams/{stream_id}": "text/event-stream",
+}
 STREAMS = frozenset({"/v1/chat/completions", "/v1/completions"})
 OPEN = frozenset({"/health", "/ready", "/version"})
 
@@ -230,10 +244,12 @@ def _operation(method: str, path: str) -> dict[str, Any]:
         responses[str(code)] = {"description": ERRORS[code], "content": {"application/json": {"schema": failed}}}
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        for name in ("name", "request_id")
+        for name in ("name", "request_id", "stream_id")
         if f"{{{name}}}" in path
     ]
     operation: dict[str, Any] = {"summary": summary, "operationId": _name(method, path), "responses": responses}
+    if "stream_id" in path:
+        parameters += [LAST_EVENT_ID, HEADERS[0]]
     if path in STREAMS or path == "/v1/embeddings":
         parameters += HEADERS
     if parameters:

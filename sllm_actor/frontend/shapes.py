@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sllm_actor.domain import RequestId
 from sllm_actor.frontend.answer import Wish
 from sllm_actor.frontend.written import Entry
 
@@ -24,9 +25,9 @@ class WholeChoice(NamedTuple):
 class ChatShape:
     """Chat completions on the wire."""
 
-    def __init__(self, wish: Wish, created_wall_s: float) -> None:
+    def __init__(self, wish: Wish, created_wall_s: float, answer_id: RequestId) -> None:
         self._base = {
-            "id": f"chatcmpl-{wish.request_id}",
+            "id": f"chatcmpl-{answer_id}",
             "created": int(created_wall_s),
             "model": wish.model.name,
         }
@@ -74,9 +75,9 @@ class ChatShape:
 class CompletionShape:
     """Completions on the wire. `echoes` has the prompt's text for each choice, empty where it is not asked for."""
 
-    def __init__(self, wish: Wish, created_wall_s: float, echoes: Sequence[str]) -> None:
+    def __init__(self, wish: Wish, created_wall_s: float, answer_id: RequestId, echoes: Sequence[str]) -> None:
         self._base = {
-            "id": f"cmpl-{wish.request_id}",
+            "id": f"cmpl-{answer_id}",
             "object": "text_completion",
             "created": int(created_wall_s),
             "model": wish.model.name,

@@ -101,9 +101,10 @@ class EventStream:
             self._comment.cancel()
             await asyncio.wait([self._comment])
 
-    def hold(self, content: Any) -> None:
-        """Take an event, to be sent with the next ones."""
-        data = b"data: " + msgspec.json.encode(content) + b"\n\n"
+    def hold(self, content: Any, event_id: bytes = b"") -> None:
+        """Take an event, to be sent with the next ones; an `event_id` says behind which one a client goes on."""
+        end = b"\nid: " + event_id + b"\n\n" if event_id else b"\n\n"
+        data = b"data: " + msgspec.json.encode(content) + end
         self._held.append(data)
         self._held_bytes += len(data)
 

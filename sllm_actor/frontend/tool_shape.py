@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
-from sllm_actor.domain import FinishReason
+from sllm_actor.domain import FinishReason, RequestId
 from sllm_actor.frontend.answer import Wish
 from sllm_actor.frontend.shapes import ChatShape, WholeChoice
 from sllm_actor.frontend.tool_formats import ToolFormat
@@ -21,7 +22,10 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 class _Reader:
     """One choice's parser. Where calls may not be `parallel`, those behind the first are left out."""
 
-    def __init__(self, form: ToolFormat, names: Collection[str], *, parallel: bool) -> None:
+    def __init__(
+        self, form: ToolFormat, names: Collection[str], call_id: Callable[[int], str], *, parallel: bool
+    ) -> None:
+        self._call_id = call_id
         self.parser = ToolParser(form, names)
         self._parallel = parallel
         self._told = 0
@@ -38,7 +42,7 @@ class _Reader:
             if isinstance(event, CallBegins):
                 self._leaves_out = bool(self._told) and not self._parallel
                 if not self._leaves_out:
-                    calls.append(_new_call(self._told, event.name))
+                    calls.append(_new_call(self._told, self._call_id(self._told), event.name))
                     self._told += 1
             elif not self._leaves_out:
                 if not calls or calls[-1]["index"] != self._told - 1:
@@ -52,8 +56,13 @@ class _Reader:
         return "tool_calls" if self._told and reason == FinishReason.STOP else reason
 
 
-def _new_call(index: int, name: str) -> dict[str, Any]:
-    call_id = "".join(secrets.choice(_ALPHABET) for _ in range(ID_CHARACTERS))
+def call_id(stream_id: str, choice: int, call: int) -> str:
+    """Name a call: as none of another stream is named, and the same whenever this one is told again."""
+    number = int.from_bytes(hashlib.sha256(f"{stream_id} {choice} {call}".encode()).digest())
+    return "".join(_ALPHABET[number // len(_ALPHABET) ** place % len(_ALPHABET)] for place in range(ID_CHARACTERS))
+
+
+def _new_call(index: int, call_id: str, name: str) -> dict[str, Any]:
     return {"index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
 
 
@@ -61,10 +70,21 @@ class ToolShape(ChatShape):
     """Chat completions on the wire, with calls told apart from content."""
 
     def __init__(
-        self, wish: Wish, created_wall_s: float, form: ToolFormat, names: Collection[str], *, n: int, parallel: bool
+        self,
+        wish: Wish,
+        created_wall_s: float,
+        answer_id: RequestId,
+        stream_id: str,
+        form: ToolFormat,
+        names: Collection[str],
+        *,
+        n: int,
+        parallel: bool,
     ) -> None:
-        super().__init__(wish, created_wall_s)
-        self._readers = [_Reader(form, names, parallel=parallel) for _ in range(n)]
+        super().__init__(wish, created_wall_s, answer_id)
+        self._readers = [
+            _Reader(form, names, partial(call_id, stream_id, choice), parallel=parallel) for choice in range(n)
+        ]
 
     def first_chunk(self, index: int) -> dict[str, Any] | None:
         return self._chunk(index, {"role": "assistant", "content": None}, None)

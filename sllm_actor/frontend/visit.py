@@ -5,6 +5,7 @@ It has names, numbers and codes: nothing of what was asked or answered.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -70,11 +71,16 @@ class Visit:
         """Give who is to be told of each piece of an answer as it comes: how many tokens that brings, and when."""
         self.prompt_tokens = counts.prompt_tokens
         before: dict[int, tuple[float, int]] = {}
+        # Of each choice, what an earlier request has generated: that one has counted it.
+        earlier: Counter[int] = Counter()
 
         def note(choice: Choice) -> None:
             number, piece, _ = choice
             now_s = self._clock.monotonic_s()
-            if not self.first_token_s:
+            if piece.again:
+                earlier[number] = piece.generated_tokens
+                before[number] = now_s, piece.generated_tokens
+            elif not self.first_token_s:
                 self.first_token_s = now_s
                 times.first(now_s - self.begin_s)
             last_s, generated = before.get(number, (now_s, piece.generated_tokens))
@@ -83,7 +89,7 @@ class Visit:
             before[number] = now_s, piece.generated_tokens
             self.last_token_s = now_s
             counts.take(choice)
-            self.generated_tokens = counts.generated_tokens
+            self.generated_tokens = counts.generated_tokens - earlier.total()
             if piece.finish is not None:
                 self.finish = piece.finish
 

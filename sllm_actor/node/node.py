@@ -29,6 +29,7 @@ from sllm_actor.frontend.gateway import Gateway
 from sllm_actor.frontend.gateway import Limits as GatewayLimits
 from sllm_actor.frontend.grammars import GrammarService
 from sllm_actor.frontend.server import HttpServer, bind
+from sllm_actor.frontend.stream_log import StreamLimits, StreamLog
 from sllm_actor.frontend.telemetry import Telemetry, open_telemetry
 from sllm_actor.frontend.text import TextService
 from sllm_actor.loader.tiers import Tiers
@@ -56,7 +57,7 @@ log = logging.getLogger(__name__)
 PRELOADED_TOKENIZERS = 64
 
 
-Knobs = TypeVar("Knobs", GatewayLimits, ConnectionLimits)
+Knobs = TypeVar("Knobs", GatewayLimits, ConnectionLimits, StreamLimits)
 
 
 def knobs_of(kind: type[Knobs], config: Config) -> Knobs:
@@ -253,7 +254,15 @@ class Node:
             tasks=tasks,
             access=self._access,
             telemetry=await self._open_telemetry(actors.router),
+            streams=await self._open_streams(),
         )
+
+    async def _open_streams(self) -> StreamLog:
+        cluster = self._cluster
+        streams = StreamLog(cluster.store, self.clock, knobs_of(StreamLimits, self.config), shared=cluster.shared)
+        await streams.open()
+        self._stack.push_async_callback(streams.close)
+        return streams
 
     async def _open_telemetry(self, router: ActorRef) -> Telemetry | None:
         config = self.config
