@@ -12,13 +12,14 @@ from loaders import CHUNK, checkpoint_of, opened
 
 from sllm_actor.actors import registry
 from sllm_actor.actors.instance_starter import InstanceStarter
-from sllm_actor.actors.model_manager import Limits, ModelManager
+from sllm_actor.actors.model_manager import ModelManager
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.config import Config
 from sllm_actor.domain import EngineLimits, Model, ModelName, NodeId
 from sllm_actor.errors import Conflict, EngineDied
 from sllm_actor.loader.cards import Cards
@@ -27,10 +28,21 @@ from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.instances import StartInstance
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.metadata.store import Fact, Listing, Outcome
+from sllm_actor.node.making import manager_limits_of
 from sllm_actor.runtime import ActorSystem
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.sources.source import Source
+
+LIMITS = manager_limits_of(
+    Config(
+        max_instances=1,
+        max_requests_per_instance=1,
+        max_adapters_per_instance=1,
+        drain_timeout_s=1.0,
+        engine_stop_timeout_s=1.0,
+    )
+)
 
 
 def model_of(checkpoint: Checkpoint) -> Model:
@@ -176,7 +188,7 @@ async def test_a_model_registered_anew_while_it_starts_is_not_given_its_old_weig
             tiers,
             cast(Any, asked),
             SystemClock(),
-            Limits(1, 1, 1.0, 1.0, 1),
+            LIMITS,
             WaitingRoom(SystemClock(), max_in_all=1, max_per_model=1),
             StartCounts(),
         )

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 from conftest import SMALL
+from test_heartbeats import model
 
-from sllm_actor.domain import RequestId
+from sllm_actor.domain import RequestId, Span
 from sllm_actor.errors import ConfigInvalid, RateLimited
+from sllm_actor.frontend.embeddings import question_of
 from sllm_actor.frontend.key_limits import KeyLimits
 from sllm_actor.frontend.keys import Key, digest_of, new_key, read_keys, written
-from sllm_actor.frontend.visit import Visit
+from sllm_actor.frontend.schema import EmbeddingRequest
+from sllm_actor.frontend.visit import VISIT, Visit
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.testing.node_process import CLI, NodeProcess, Reply, running_node
 
@@ -148,6 +151,20 @@ def test_a_key_with_a_least_priority_does_not_get_ahead_of_it(guarded: NodeProce
     assert visit.priority(-7) == -7, "without a key all are equal"
     visit.key = humble
     assert [visit.priority(asked) for asked in (-7, 0, 5, 9)] == [5, 5, 5, 9]
+
+
+def test_nor_do_its_texts_that_are_to_be_embedded() -> None:
+    visit = Visit(RequestId("r"), "POST", "/v1/embeddings", SystemClock())
+    body = EmbeddingRequest(model="m", input="text", priority=-7)
+    text = Span(name="text", begin_s=0.0, end_s=0.0)
+    token = VISIT.set(visit)
+    try:
+        for floor, priority in ((None, -7), (5, 5)):
+            visit.key = Key(name="a", sha256=HASH, min_priority=floor)
+            asked = question_of(RequestId("r"), model(), [[1]], body, 0.0, text)
+            assert asked.priority == priority
+    finally:
+        VISIT.reset(token)
 
 
 def test_a_revoked_key_is_refused_soon_and_a_broken_file_changes_nothing(

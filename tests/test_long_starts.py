@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from houses import house
 from houses import origin as origin
-from test_instance_faults import OneModel, model_of
+from test_instance_faults import LIMITS, OneModel, model_of
 from test_scheduler import HandClock, ask, generate, question, report, scheduler
 from test_scheduler import clock as clock
 from test_scheduler import system as system
@@ -19,7 +19,7 @@ from test_supervision import now_s, virtual_system, virtually
 from test_tier_races import holding
 
 from sllm_actor.actors import Router
-from sllm_actor.actors.model_manager import Limits, ModelManager
+from sllm_actor.actors.model_manager import ModelManager
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
@@ -256,7 +256,7 @@ async def test_the_scheduler_hears_of_a_copy_as_soon_as_the_ssd_has_it(origin: P
             node.tiers,
             cast(Any, None),
             SystemClock(),
-            Limits(1, 1, 1.0, 1.0, 1),
+            LIMITS,
             ROOM,
             StartCounts(),
         )

@@ -10,12 +10,14 @@ from typing import Any, cast
 import pytest
 from test_supervision import virtual_system, virtually
 
-from sllm_actor.actors.prepared import MigrationLimits, PreparedRequests
+from sllm_actor.actors.prepared import PreparedRequests
 from sllm_actor.actors.slots import Slots
+from sllm_actor.config import Config
 from sllm_actor.domain import ModelName, RequestId, Sampling
 from sllm_actor.errors import MigrationFailed
 from sllm_actor.messages.generation import Generate
 from sllm_actor.messages.migration import ExtendPrepared, Prepare
+from sllm_actor.node.making import manager_limits_of
 from sllm_actor.runtime.tasks import TaskScope
 
 SAMPLING = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0)
@@ -47,7 +49,7 @@ async def leave_after(turns: int) -> None:
 
     made, slots, scope = virtual_system(), Slots(1), TaskScope("test")
     requests = PreparedRequests(
-        cast(Any, SlowEngine()), slots, made.clock, held, MigrationLimits(),
+        cast(Any, SlowEngine()), slots, made.clock, held, manager_limits_of(Config()).migration,
         lambda name, _: visitors.append(name), visitors.remove,
     )  # fmt: skip
     request = Generate(request_id=RequestId("r"), model=ModelName("m"), prompt=b"", sampling=SAMPLING)

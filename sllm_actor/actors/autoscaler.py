@@ -43,8 +43,9 @@ class Autoscaler:
     def missing(self, view: ClusterView, starting: Collection[ModelName]) -> Iterator[PlaceModel]:
         """Give a question for each model of which one more instance should run, and none of it is being started."""
         now_s = self._clock.monotonic_s()
+        self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
         for model in self.scaled():
-            if model.name in starting or self._rests.get(model.name, 0.0) > now_s:
+            if model.name in starting or model.name in self._rests:
                 continue
             running = self._running(view, model, now_s)
             if len(running) < self._want(model, running):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from sllm_actor.actors.engine_in_time import EngineInTime
+from sllm_actor.actors.preparing import prepare_of
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import EngineLimits, Model, Span
 from sllm_actor.engine.client import Engine
@@ -19,7 +20,6 @@ from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.memory import available_bytes
 from sllm_actor.loader.order import OnPlaced
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, Tiers
-from sllm_actor.messages.engine import PrepareModel
 from sllm_actor.runtime.clock import Clock
 
 
@@ -68,15 +68,7 @@ class InstanceStarter:
         """
         begin_s = self._clock.monotonic_s()
         checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
-        prepare = PrepareModel(
-            path=model.path,
-            dtype=model.dtype,
-            eos_token_ids=model.eos_token_ids,
-            context_tokens=model.context_tokens,
-            aliases=checkpoint.aliases,
-            generates=model.generates,
-            embedding=model.embedding,
-        )
+        prepare = prepare_of(model, checkpoint)
         seat = EngineInTime(self._engines, prepare, self._clock, self.chunk_bytes)
         lease: HostLease | None = None
         try:

@@ -75,7 +75,7 @@ class Limits(NamedTuple):
     drain_timeout_s: float
     engine_stop_timeout_s: float
     max_adapters_per_instance: int
-    migration: MigrationLimits = MigrationLimits()
+    migration: MigrationLimits
 
 
 class ModelManager(Actor):

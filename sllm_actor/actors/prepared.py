@@ -24,11 +24,11 @@ Held = Callable[[Generate], AbstractAsyncContextManager[tuple[Generate, object]]
 class MigrationLimits(NamedTuple):
     """The knobs of a migration; most names are those of `Config`."""
 
-    max_rounds: int = 8
-    threshold_tokens: int = 4
-    round_timeout_s: float = 60.0
-    hand_over_timeout_s: float = 5.0
-    take_over_timeout_s: float = 10.0
+    max_rounds: int
+    threshold_tokens: int
+    round_timeout_s: float
+    hand_over_timeout_s: float
+    take_over_timeout_s: float
 
 
 class PreparedRequest:

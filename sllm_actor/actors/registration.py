@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import msgspec
 
+from sllm_actor.actors.preparing import prepare_of
 from sllm_actor.checkpoint.adapter import LoraConfig
 from sllm_actor.checkpoint.embedding_config import embedding_of, names_width
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
-from sllm_actor.checkpoint.model_config import ModelConfig, read_model_config
+from sllm_actor.checkpoint.model_config import read_model_config
 from sllm_actor.checkpoint.sentence_layout import read_sentence_layout
 from sllm_actor.domain import Model, Scaling
 from sllm_actor.engine.architectures import ENCODERS, MODULES, choose
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AdapterInvalid, InvalidRequest, ModelTooLarge, TokenizerInvalid
 from sllm_actor.loader.cards import Card
-from sllm_actor.messages.engine import PrepareModel
 from sllm_actor.messages.models import RegisterModel
 from sllm_actor.sources.folder import resolve
 from sllm_actor.sources.open import is_local
@@ -91,13 +91,6 @@ class Examiner:
         encodes = architecture in ENCODERS
         embedding = embedding_of(checkpoint.config, facts, layout, encodes=encodes) if embeds else None
         host_bytes = self._host_bytes(checkpoint)
-        await self._try_model(checkpoint, facts, generates)
-        tokenizer = await self._inspect_tokenizer(str(checkpoint.path))
-        if tokenizer.vocabulary_tokens > facts.vocabulary_tokens:
-            raise TokenizerInvalid(
-                f"the tokenizer has {tokenizer.vocabulary_tokens} tokens, the model an embedding for "
-                f"{facts.vocabulary_tokens}"
-            )
         model = Model(
             name=message.name,
             path=str(checkpoint.path),
@@ -117,14 +110,21 @@ class Examiner:
             default_min_p=facts.default_min_p,
             default_repetition_penalty=facts.default_repetition_penalty,
             default_max_tokens=facts.default_max_tokens,
-            chat=tokenizer.chat and generates,
+            chat=False,  # Until the tokenizer has said so.
             keep_alive_s=self._keep_alive_s if message.keep_alive_s is None else message.keep_alive_s,
             registered_wall_s=now_wall_s,
             scaling=message.scaling,
             generates=generates,
             embedding=embedding,
         )
-        return model, wanted
+        await self._try_model(model, checkpoint)
+        tokenizer = await self._inspect_tokenizer(str(checkpoint.path))
+        if tokenizer.vocabulary_tokens > facts.vocabulary_tokens:
+            raise TokenizerInvalid(
+                f"the tokenizer has {tokenizer.vocabulary_tokens} tokens, the model an embedding for "
+                f"{facts.vocabulary_tokens}"
+            )
+        return msgspec.structs.replace(model, chat=tokenizer.chat and generates), wanted
 
     async def _examine_adapter(
         self, message: RegisterModel, wanted: Checkpoint | Card, base: Model, now_wall_s: float
@@ -183,20 +183,11 @@ class Examiner:
             )
         return chunks * self._chunk_bytes
 
-    async def _try_model(self, checkpoint: Checkpoint, facts: ModelConfig, generates: bool) -> None:
+    async def _try_model(self, model: Model, checkpoint: Checkpoint) -> None:
         """Let a warm engine build the model and compare it with the files' headers; no weight is read."""
         engine = await self._engines.take()
         try:
-            engine.prepare(
-                PrepareModel(
-                    path=str(checkpoint.path),
-                    dtype=checkpoint.dtype,
-                    eos_token_ids=facts.eos_token_ids,
-                    context_tokens=facts.context_tokens,
-                    aliases=checkpoint.aliases,
-                    generates=generates,
-                )
-            )
+            engine.prepare(prepare_of(model, checkpoint))
             await engine.check()
         finally:
             await engine.leave(self._stop_timeout_s)
@@ -205,15 +196,7 @@ class Examiner:
         """Let a warm engine build the base and compare the adapter with it; no weight is read."""
         engine = await self._engines.take()
         try:
-            engine.prepare(
-                PrepareModel(
-                    path=base.path,
-                    dtype=base.dtype,
-                    eos_token_ids=base.eos_token_ids,
-                    context_tokens=base.context_tokens,
-                    aliases={},
-                )
-            )
+            engine.prepare(prepare_of(base))
             # A pattern of module names may run for ever; the engine is ended with it.
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 await engine.check_adapter(str(checkpoint.path))

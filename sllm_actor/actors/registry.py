@@ -55,7 +55,7 @@ class Registry:
 
     def __init__(self, store: Store, examiner: Examiner, tiers: Tiers, clock: Clock, *, shared: bool = False) -> None:
         self._store = store
-        self._stored = SharedModels(store)
+        self._stored = SharedModels(store, followed=shared)
         self._shared = shared
         self._examiner = examiner
         self._tiers = tiers

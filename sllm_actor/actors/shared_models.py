@@ -21,13 +21,15 @@ MODELS = "models/"
 class SharedModels:
     """Owns what this node knows of them, each by the revision of its last change.
 
-    Nobody writes over what it has not seen.
+    Nobody writes over what it has not seen. `followed` says whether views come after the first one.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, followed: bool) -> None:
         self._store = store
+        self._followed = followed
         self._changed: dict[ModelName, int] = {}
-        self._here: set[ModelName] = set()
+        # Removed by this node: what a view of before still has must not come back.
+        self._removed: dict[ModelName, int] = {}
 
     async def load(self) -> View:
         """Read all of them."""
@@ -39,26 +41,23 @@ class SharedModels:
         found: dict[ModelName, Model | None] = {}
         named = {ModelName(key.removeprefix(MODELS)): fact for key, fact in view.facts.items()}
         for name, fact in named.items():
-            if fact.changed <= self._changed.get(name, 0):
+            if fact.changed <= max(self._changed.get(name, 0), self._removed.get(name, 0)):
                 continue
             model = _model(fact)
             if model is not None:
                 found[name] = model
                 self._note(name, fact.changed)
-        for name in self._here - named.keys():
+        for name in self._changed.keys() - named.keys():
             if self._changed[name] <= view.revision:
                 found[name] = None
-                self._drop(name, view.revision)
+                del self._changed[name]
+        # Views come in the order of their revisions: from here on none has what was removed before.
+        self._removed = {name: revision for name, revision in self._removed.items() if revision > view.revision}
         return found
 
     def _note(self, name: ModelName, revision: int) -> None:
         self._changed[name] = revision
-        self._here.add(name)
-
-    def _drop(self, name: ModelName, revision: int) -> None:
-        # What a view of before still has must not come back.
-        self._changed[name] = revision
-        self._here.discard(name)
+        self._removed.pop(name, None)
 
     async def put(self, model: Model) -> None:
         """Store a registration.
@@ -79,14 +78,16 @@ class SharedModels:
 
     async def _commit(self, name: ModelName, operations: list[Operation]) -> None:
         key = MODELS + name
-        condition: Condition = Unchanged(key, self._changed[name]) if name in self._here else Absent(key)
+        condition: Condition = Unchanged(key, self._changed[name]) if name in self._changed else Absent(key)
         outcome: Outcome = await self._store.commit([condition], operations)
         if not outcome.done:
             raise Conflict(f"{name} has been changed by another node just now", param="name")
         if isinstance(operations[0], Put):
             self._note(name, outcome.revision)
         else:
-            self._drop(name, outcome.revision)
+            self._changed.pop(name, None)
+            if self._followed:
+                self._removed[name] = outcome.revision
 
 
 def based_on(models: Mapping[ModelName, Model], model: Model) -> Model | None:

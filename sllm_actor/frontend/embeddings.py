@@ -18,6 +18,7 @@ from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import InvalidRequest
 from sllm_actor.frontend.schema import MAX_TEXT_TOKENS, EmbeddingRequest, keep_alive_s
 from sllm_actor.frontend.text import TextService
+from sllm_actor.frontend.visit import VISIT
 from sllm_actor.frontend.wishes import check_vocabulary
 from sllm_actor.messages.embedding import Embed, Embedded
 
@@ -113,7 +114,7 @@ def question_of(
         dimensions=body.dimensions or 0,
         arrived_s=arrived_s,
         spans=(text_span,),
-        priority=body.priority,
+        priority=VISIT.get().priority(body.priority),
         keep_alive_s=keep_alive_s(body.keep_alive),
     )
 

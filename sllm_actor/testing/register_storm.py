@@ -20,8 +20,7 @@ from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.checkpoint.manifest import MANIFEST_NAME
-from sllm_actor.checkpoint.model_config import ModelConfig
-from sllm_actor.domain import ModelName, TierChoice
+from sllm_actor.domain import Model, ModelName, TierChoice
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import Conflict, ModelNotFound, NoCapacity, SourceMissing
 from sllm_actor.loader import keeping
@@ -65,7 +64,7 @@ class KnownSource:
 class _UnbuiltExaminer(Examiner):
     """Tries everything but whether an engine can build the model."""
 
-    async def _try_model(self, checkpoint: Checkpoint, facts: ModelConfig, generates: bool) -> None:
+    async def _try_model(self, model: Model, checkpoint: Checkpoint) -> None:
         return
 
 
