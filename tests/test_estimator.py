@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.instances import Answered
 from sllm_actor.policy.answer_times import AnswerTimes, learned_answer
-from sllm_actor.policy.estimator import FIRST_LEAVE_S, HOST, SOURCE, SSD, Estimator
+from sllm_actor.policy.estimator import FIRST_LEAVE_S, HOST, SOURCE, SSD, Estimator, beside
+from sllm_actor.policy.learned import packed, unpacked
 from sllm_actor.policy.line_fit import Line, learned
 
 A = NodeId("a")
@@ -63,11 +68,11 @@ def test_one_start_teaches_its_node_and_more_teach_the_model() -> None:
     assert (estimator.starts(A, HOST, "x"), estimator.starts(A, HOST, "another")) == (1, 0)
 
 
-def test_a_start_is_expected_to_take_what_those_beside_as_many_engines_took_or_nearly_as_many() -> None:
+def test_a_start_is_expected_to_take_what_those_beside_as_many_others_took_or_nearly_as_many() -> None:
     estimator = Estimator()
-    for constant_s, at_work in ((0.1, 0), (0.4, 2), (0.4, 3), (0.9, 100)):
-        estimator.learn_start(A, HOST, "x", 100, constant_s, at_work)
-    expected = [estimator.constant_s(A, HOST, "x", 100, 0.0, at_work) for at_work in (0, 1, 2, 3, 7, 8)]
+    for constant_s, others in ((0.1, 0), (0.4, 2), (0.4, 3), (0.9, 12)):
+        estimator.learn_start(A, HOST, "x", 100, constant_s, others)
+    expected = [estimator.constant_s(A, HOST, "x", 100, 0.0, others) for others in (0, 1, 2, 3, 7, 8)]
     assert expected == [0.1, 0.4, 0.4, 0.4, 0.9, 0.9]
     assert estimator.starts(A, HOST, "x") == 4
 
@@ -96,12 +101,11 @@ def test_how_long_a_node_takes_to_give_up_an_instance_is_learned() -> None:
     for _ in range(30):
         estimator.learn_leave(A, 2.0)
     assert estimator.leave_s(A) == pytest.approx(2.0)
-    estimator.forget(A)
-    assert estimator.leave_s(A) == FIRST_LEAVE_S
+    assert estimator.leave_s(NodeId("b")) == FIRST_LEAVE_S
 
 
 def test_no_more_checkpoints_are_remembered_than_may_be() -> None:
-    estimator = Estimator(max_remembered=2)
+    estimator = Estimator(max_checkpoints=2)
     for name in ("x", "y", "z"):
         estimator.learn_start(A, HOST, name, 100, 1.0)
     assert [estimator.starts(A, HOST, name) for name in ("x", "y", "z")] == [0, 1, 1]
@@ -116,3 +120,100 @@ def test_answers_teach_what_a_resume_and_a_token_take() -> None:
     assert times.token_s == pytest.approx(0.05)
     nothing = Answered(computed_tokens=0, prefill_s=0.0, tokens=1, decode_s=0.0)
     assert learned_answer(times, nothing) == times
+
+
+@pytest.mark.parametrize(("at_work", "threads", "others"), [(0, 0.4, 0), (2, 0.0, 2), (1, 8.6, 10)])
+def test_a_start_has_beside_it_what_wants_the_cores_and_who_is_at_work(
+    at_work: int, threads: float, others: int
+) -> None:
+    assert beside(at_work, threads) == others
+
+
+@given(
+    starts=st.lists(
+        st.tuples(st.integers(0, 100), st.floats(0.01, 100.0)),
+        min_size=1,
+        max_size=60,
+    ),
+    others=st.integers(0, 100),
+)
+def test_what_is_expected_is_within_what_was_seen(starts: list[tuple[int, float]], others: int) -> None:
+    estimator = Estimator()
+    for beside_it, constant_s in starts:
+        estimator.learn_start(A, HOST, "x", 100, constant_s, beside_it)
+    seen = [constant_s for _, constant_s in starts]
+    assert min(seen) <= estimator.constant_s(A, HOST, "x", 100, 0.0, others) <= max(seen)
+
+
+def test_of_too_many_nodes_the_one_that_was_not_heard_of_for_longest_is_forgotten() -> None:
+    estimator = Estimator(max_nodes=2)
+    for name in ("a", "b", "a", "c"):
+        estimator.learn_start(NodeId(name), HOST, "x", 100, 1.0)
+    assert [estimator.starts(NodeId(name), HOST, "x") for name in ("a", "b", "c")] == [2, 0, 1]
+    assert estimator.changed == {"a", "b", "c"}
+    assert estimator.of_node(NodeId("b")) is None
+
+
+STARTS = st.lists(
+    st.tuples(
+        st.sampled_from((HOST, SSD, SOURCE)),
+        st.sampled_from(("x", "y", "z")),
+        st.floats(-10.0, 100.0),
+        st.integers(0, 40),
+    ),
+    max_size=40,
+)
+
+
+@given(starts=STARTS, left_s=st.none() | st.floats(0.0, 10.0))
+def test_what_is_kept_is_all_that_was_learned(starts: list[tuple[str, str, float, int]], left_s: float | None) -> None:
+    before, after = Estimator(), Estimator()
+    for tier, name, constant_s, others in starts:
+        before.learn_start(A, tier, name, 100 + ord(name), constant_s, others)
+    if left_s is not None:
+        before.learn_leave(A, left_s)
+    kept = before.of_node(A)
+    assert (kept is None) == (not starts and left_s is None)
+    if kept is None:
+        return
+    read = unpacked(packed(kept))
+    assert read == kept
+    after.restore(A, read)
+    for tier in (HOST, SSD, SOURCE):
+        for name in ("x", "y", "z", "another"):
+            for others in (0, 1, 2, 4, 8, 16):
+                one, other = (it.constant_s(A, tier, name, 300, 5.0, others) for it in (before, after))
+                assert one == other
+    assert before.leave_s(A) == after.leave_s(A)
+
+
+def test_what_is_kept_is_bounded_and_does_not_replace_what_is_newer() -> None:
+    before, after = Estimator(), Estimator()
+    for number in range(200):
+        for others in (0, 1, 2, 4, 8, 16) * 5:
+            before.learn_start(A, HOST, f"{number:064x}", 100, 1.0 / 3, others)
+    kept = before.of_node(A)
+    assert kept is not None
+    assert len(packed(kept)) < 25_000
+    after.learn_start(A, HOST, "x", 100, 0.5)
+    after.restore(A, kept)
+    assert after.starts(A, HOST, f"{199:064x}") == 0
+    full = Estimator(max_nodes=0)
+    full.restore(A, kept)
+    assert full.starts(A, HOST, f"{199:064x}") == 0
+
+
+NOTHING: dict[str, Any] = {"version": 1, "leave_s": None, "lines": {}, "starts": []}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"version": 2}, {"leave_s": float("nan")}, {"starts": [["ssd", "x", [[float("inf")]]]]}, {"starts": 7},
+        {"starts": [["ssd", "x", []]] * 65}, {"lines": {"ssd": [1]}},
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_not(wrong: dict[str, Any]) -> None:
+    assert unpacked(msgspec.msgpack.encode(NOTHING)) is not None
+    assert unpacked(msgspec.msgpack.encode(NOTHING | wrong)) is None
+    assert unpacked(b"\xc1") is None

@@ -54,6 +54,20 @@ class Seen(NamedTuple):
     error: str
 
 
+class Started(NamedTuple):
+    """A start: what was expected of it, of that each term, what it took, and how many it had beside it."""
+
+    expected_s: float
+    terms_s: dict[str, float]
+    took_s: float
+    beside: int
+
+    @property
+    def error(self) -> float:
+        """How far the one is from the other, in parts of the latter."""
+        return abs(self.expected_s - self.took_s) / self.took_s
+
+
 def shares(trace: Path | None) -> list[float]:
     """Give the part of all requests that each model has."""
     if trace is None:
@@ -114,16 +128,38 @@ def timelines(cluster: NodeCluster, seen: Sequence[Seen]) -> list[dict[str, Any]
     return [one for one in found if one["request_id"] in asked]
 
 
-def estimate_errors(cluster: NodeCluster, cold: Sequence[dict[str, Any]]) -> list[float]:
-    """Compare what was expected of each start with what it took, in the order of the starts."""
-    errors = []
+def starts(cluster: NodeCluster, cold: Sequence[dict[str, Any]]) -> list[Started]:
+    """Give what was expected of each start and what it took, in their order."""
+    found = []
     node = cluster.nodes[cluster.leader(NODES[0])]
     for one in sorted(cold, key=lambda one: float(one["arrived_s"])):
         reply = node.request("GET", f"/admin/explain/{one['start_of']}")
         decision = reply.json()["decision"] if reply.status == 200 and one["start_of"] == one["request_id"] else None
         if decision is not None and decision["outcome"] == "started":
-            errors.append(abs(decision["predicted_s"] - decision["observed_s"]) / decision["observed_s"])
-    return errors
+            terms = decision["chosen"]["terms"]
+            (engine,) = (term for term in terms if term["name"] == "engine")
+            seconds = {term["name"]: term["seconds"] for term in terms}
+            beside = int(engine["inputs"]["beside"])
+            found.append(Started(decision["predicted_s"], seconds, decision["observed_s"], beside))
+    return found
+
+
+def show(report: Report, policy: str, learned: Sequence[Started]) -> None:
+    """Say where estimates are wrong: by how many a start had beside it, each part's median."""
+    levels = sorted({one.beside.bit_length() for one in learned})
+    for level in levels:
+        of_level = [one for one in learned if one.beside.bit_length() == level]
+        least, most = (1 << level) >> 1, (1 << level) - 1
+        parts = {
+            f"{name}_s": round(statistics.median(one.terms_s.get(name, 0.0) for one in of_level), 4)
+            for name in ("queue", "bytes", "engine", "leave")
+        }
+        report.row(
+            policy=policy, beside=f"{least}-{most}", starts=len(of_level), **parts,
+            expected_s=round(statistics.median(one.expected_s for one in of_level), 4),
+            took_s=round(statistics.median(one.took_s for one in of_level), 4),
+            error=round(statistics.median(one.error for one in of_level), 3),
+        )  # fmt: skip
 
 
 def run(report: Report, seconds: float, trace: Path | None, only: Sequence[str] = ()) -> None:
@@ -136,13 +172,14 @@ def run(report: Report, seconds: float, trace: Path | None, only: Sequence[str] 
     chosen = [policy for policy in POLICIES if policy in (only or POLICIES)]
     for policy in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            cold_s, errors = _policy(report, policy, wanted, Path(folder))
+            cold_s, started = _policy(report, policy, wanted, Path(folder))
             medians[policy] = statistics.median(cold_s), _part(cold_s, 0.99)
             out.print(
-                f"{policy}: {len(errors)} starts were estimated, the first {WARM_UP_STARTS} of them to learn from"
+                f"{policy}: {len(started)} starts were estimated, the first {WARM_UP_STARTS} of them to learn from"
             )
-            if policy == "startup_time" and len(errors) > WARM_UP_STARTS:
-                learned = errors[WARM_UP_STARTS:]
+            show(report, policy, started[WARM_UP_STARTS:] or started)
+            if policy == "startup_time" and len(started) > WARM_UP_STARTS:
+                learned = [one.error for one in started[WARM_UP_STARTS:]]
                 report.ratio("estimate_error.median", [statistics.median(learned)])
                 report.ratio("estimate_error.p95", [_part(learned, 0.95)])
     if POLICIES[0] not in chosen:
@@ -152,7 +189,7 @@ def run(report: Report, seconds: float, trace: Path | None, only: Sequence[str] 
             report.ratio(f"{name}.{policy}_over_startup_time", [other / ours])
 
 
-def _policy(report: Report, policy: str, wanted: Sequence[Arrival], folder: Path) -> tuple[list[float], list[float]]:
+def _policy(report: Report, policy: str, wanted: Sequence[Arrival], folder: Path) -> tuple[list[float], list[Started]]:
     models = folder / "models"
     for model in range(MODELS):  # Copies, so that each has bytes of its own in every tier.
         shutil.copytree(BUILTIN["demo"], models / f"m{model}")
@@ -175,7 +212,7 @@ def _policy(report: Report, policy: str, wanted: Sequence[Arrival], folder: Path
             cold_p50_s=round(statistics.median(took_s["cold"]), 3), cold_p99_s=round(_part(took_s["cold"], 0.99), 3),
             warm_p50_s=round(statistics.median(took_s["warm"]), 3), warm_p99_s=round(_part(took_s["warm"], 0.99), 3),
         )  # fmt: skip
-        return took_s["cold"], estimate_errors(cluster, cold)
+        return took_s["cold"], starts(cluster, cold)
 
 
 def _part(values: Sequence[float], part: float) -> float:

@@ -27,8 +27,8 @@ class Granted(NamedTuple):
     # Of it, what the queue and the bytes were to take.
     moving_s: float
     granted_s: float
-    # How many engines were at work on the node then.
-    at_work: int = 0
+    # How many it had beside it on the machine.
+    beside: int = 0
 
 
 def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
@@ -46,7 +46,7 @@ def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
         predicted_s=start.estimate_s,
         moving_s=start.estimate_s - engine.seconds,
         granted_s=now_s,
-        at_work=int(engine.inputs["at_work"]),
+        beside=int(engine.inputs["beside"]),
     )
 
 

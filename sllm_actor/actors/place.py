@@ -31,6 +31,8 @@ class Place:
         self.withdrawn = withdrawn
         # Set by the operator: nothing is started here.
         self.cordoned = False
+        # How many threads of the machine run or wait for a core; nobody has looked yet.
+        self.core_threads: Callable[[], float] = lambda: 0.0
         self._epoch = epoch
         self._leader_epoch = 0
         epoch_now = epoch()

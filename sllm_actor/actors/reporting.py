@@ -19,6 +19,9 @@ from sllm_actor.runtime import Clock
 ENDED_KEPT = 64
 # While a start goes on, and where the Scheduler may be on another node.
 REPORT_EVERY_S = 1.0
+# Sooner where so many more, or fewer, threads want the cores than it knows of.
+LOOK_EVERY_S = 0.25
+TOLD_THREADS = 2.0
 
 
 class Reporting:
@@ -60,7 +63,12 @@ class Reporting:
     async def keep_telling(self) -> None:
         """Tell it again and again, since what is told may be lost on its way to another node."""
         while True:
-            await self._clock.sleep(REPORT_EVERY_S)
+            told_s, threads = self._clock.monotonic_s(), self._place.core_threads()
+            while (
+                self._clock.monotonic_s() < told_s + REPORT_EVERY_S
+                and abs(self._place.core_threads() - threads) < TOLD_THREADS
+            ):
+                await self._clock.sleep(LOOK_EVERY_S)
             self.tell()
 
     def tell(self) -> None:
@@ -96,6 +104,7 @@ class Reporting:
                 epoch=epoch,
                 cordoned=self._place.cordoned,
                 told_s=now_s,
+                core_threads=self._place.core_threads(),
             )
         )
 

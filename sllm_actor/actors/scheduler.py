@@ -12,6 +12,7 @@ import msgspec
 
 from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, Granted, adopted, granted
+from sllm_actor.actors.estimate_book import EstimateBook
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import NodeId
 from sllm_actor.errors import ModelTooLarge, NoCapacity, QueueFull, SllmError
@@ -86,6 +87,7 @@ class Scheduler(Actor):
         epoch: int = 0,
         members: Mapping[NodeId, int] | None = None,
         autoscaler: Autoscaler | None = None,
+        book: EstimateBook | None = None,
     ) -> None:
         self._clock = clock
         self._limits = limits
@@ -104,12 +106,19 @@ class Scheduler(Actor):
         self._begun: set[str] = set()
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
+        self._book = book
 
     async def started(self) -> None:
         if self._autoscaler is not None:
             self.context.tasks.spawn(self._keep_scaling(self._autoscaler), "scale")
+        if self._book is not None:
+            self.context.tasks.spawn(self._book.keep(self._estimator), "estimates")
         if self._awaited:
             self.context.tasks.spawn(self._decide_anyway(), "gather")
+
+    async def stopped(self) -> None:
+        if self._book is not None:
+            await self._book.write(self._estimator)
 
     async def _decide_anyway(self) -> None:
         """Wait no longer for those who have not reported."""
@@ -192,7 +201,6 @@ class Scheduler(Actor):
                 self._ended(placement_id, "failed", now_s)
             self._view.forget(node)
             self._turns.forget(node)
-            self._estimator.forget(node)
         self._members = dict(message.epochs)
         self._newest_epoch = max(self._newest_epoch, *self._members.values(), 0)
         self._awaited &= self._members.keys()
@@ -210,7 +218,7 @@ class Scheduler(Actor):
             return
         self._counts.estimated(start.tier, start.predicted_s, observed_s)
         self._estimator.learn_start(
-            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s, start.at_work
+            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s, start.beside
         )
 
     @handles(ListNodes)

@@ -125,6 +125,7 @@ class NodeReport:
     ones. `disk_queues_s` says, by fingerprint, for which of these their disk is busy, and how long; `remote_queue_s` is
     for what comes from elsewhere. Other nodes find this one at `address`; it is a member of the cluster in `epoch`, and
     while it is `cordoned` nothing is started there. `told_s` is when this was told, by the node's own clock.
+    Of all processes on its machine so many `core_threads` run or wait for a core, of late.
     """
 
     node: NodeId
@@ -146,6 +147,7 @@ class NodeReport:
     epoch: int = 0
     cordoned: bool = False
     told_s: float = 0.0
+    core_threads: float = 0.0
 
 
 @message("placement.report_now")

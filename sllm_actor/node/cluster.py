@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from random import SystemRandom
@@ -20,11 +20,12 @@ from sllm_actor.config import Config
 from sllm_actor.config.private_files import read_private_file
 from sllm_actor.domain import NodeId
 from sllm_actor.domain.member import Member
-from sllm_actor.errors import ConfigInvalid, SllmError
+from sllm_actor.errors import ConfigInvalid, Fenced, SllmError
 from sllm_actor.messages.placement import MembersChanged
-from sllm_actor.metadata import EtcdAddress, EtcdStore, SqliteStore, Store
+from sllm_actor.metadata import EtcdAddress, EtcdStore, Outcome, SqliteStore, Store
 from sllm_actor.metadata.election import Seat, observe
 from sllm_actor.metadata.etcd_address import client_tls, parse_endpoints
+from sllm_actor.metadata.store import Condition, Operation
 from sllm_actor.runtime import ActorSystem, Clock
 from sllm_actor.runtime.tasks import TaskScope
 
@@ -56,6 +57,9 @@ class Alone(NamedTuple):
 
     def members(self) -> Mapping[NodeId, str]:
         return {self.place.node: ""}
+
+    async def commit(self, conditions: Sequence[Condition], operations: Sequence[Operation]) -> Outcome:
+        return await self.store.commit(conditions, operations)
 
     async def lead(self, system: ActorSystem, make: MakeScheduler) -> None:
         self.way.lead_to(await system.spawn(make(0, {}), "scheduler"))
@@ -134,6 +138,12 @@ class Many:
         self._make = make
         value = str(system.address).encode()
         self._leadership = Leadership(self.store, self.membership, ELECTION, value, self._clock, self._on_seat)
+
+    async def commit(self, conditions: Sequence[Condition], operations: Sequence[Operation]) -> Outcome:
+        """Commit as the leader, as `Leadership.commit` does."""
+        if self._leadership is None:
+            raise Fenced("this node does not lead")
+        return await self._leadership.commit(conditions, operations)
 
     async def step_down(self) -> None:
         """Let somebody else lead, and be no member: nothing more is sent here, and what is here can be finished."""

@@ -44,6 +44,7 @@ from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.node.storage import open_storage
 from sllm_actor.node.wiring import Parts, spawn_actors
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, SystemClock
+from sllm_actor.runtime.cores import CoreDemand
 from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.runtime.lag import LoopLag
 from sllm_actor.runtime.network import Endpoint
@@ -85,6 +86,7 @@ class Node:
             clock=self.clock,
         )
         self.lag = LoopLag(self.clock, config.loop_lag_fault_s)
+        self._cores = CoreDemand(self.clock)
         self.url = ""
         self._starts = StartCounts()
         self._migrations = MigrationCounts()
@@ -145,6 +147,7 @@ class Node:
         tasks = TaskScope("node")
         stack.push_async_callback(tasks.close)
         tasks.spawn(self.lag.watch(), "lag")
+        tasks.spawn(self._cores.watch(), "cores")
 
         forks = ForkServer(
             "sllm_actor.node.children",
@@ -159,6 +162,7 @@ class Node:
         # The imports of the fork server take seconds; the pool is faulted in beside them.
         importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
         cluster = self._cluster = await open_cluster(config, folder.path, node_id, self.system, self.clock, stack)
+        cluster.place.core_threads = lambda: self._cores.threads
         self._storage = await open_storage(config, folder.path, self.clock, stack, self.system, cluster.peers)
         tiers = self._storage.tiers
 

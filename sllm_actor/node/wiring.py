@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sllm_actor.actors import MigrationCoordinator, ModelManager, Router, Scheduler
 from sllm_actor.actors.autoscaler import Autoscaler
+from sllm_actor.actors.estimate_book import EstimateBook
 from sllm_actor.actors.migration_coordinator import ROUTER
 from sllm_actor.actors.migration_counts import MigrationCounts
 from sllm_actor.actors.node_keeper import COORDINATOR, NODE_KEEPER, NodeKeeper
@@ -107,7 +108,8 @@ def _scheduler(parts: Parts, epoch: int, members: Mapping[NodeId, int]) -> Sched
         decision_history=config.decision_history,
         switch_hold_s=config.switch_hold_s,
     )
-    return Scheduler(parts.clock, limits, parts.starts, epoch, members, autoscaler)
+    book = EstimateBook(parts.cluster.store, parts.cluster.commit, parts.clock)
+    return Scheduler(parts.clock, limits, parts.starts, epoch, members, autoscaler, book)
 
 
 async def _spawn_operators(parts: Parts, manager: ActorRef) -> ActorRef:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
+from sllm_actor.policy.estimator import beside
 
 
 class Grant(NamedTuple):
@@ -37,8 +38,8 @@ class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
     __slots__ = (
-        "at_work", "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes", "report",
-        "staying",
+        "at_work", "beside", "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes",
+        "report", "staying",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +66,7 @@ class NodeView:
         self.busy = tuple(one for one in staying if one.active)
         # Engines that compute or come up: who starts beside them shares the node's cores.
         self.at_work = len(self.busy) + starting
+        self.beside = beside(self.at_work, report.core_threads)
         idle = [one for one in staying if not one.active and not one.kept and one.instance_id not in held]
         self.idle = tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
         self.idle_room = _room_of(idle)

@@ -70,7 +70,7 @@ def startup_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: W
     """Estimate a start on a node that has room."""
     move_s = way.move_s
     constant_s = estimator.constant_s(
-        node.report.node, way.tier, question.fingerprint, question.size_bytes, move_s, node.at_work
+        node.report.node, way.tier, question.fingerprint, question.size_bytes, move_s, node.beside
     )
     return way.queue_s + move_s + constant_s
 
@@ -79,7 +79,7 @@ def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> t
     """Give the parts of that estimate, with what they were made of."""
     way, name = way_up(node, question), node.report.node
     constant_s = estimator.constant_s(
-        name, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.at_work
+        name, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.beside
     )
     starts = estimator.starts(name, way.tier, question.fingerprint)
     bytes_in: dict[str, float] = {"size_bytes": way.size_bytes}
@@ -88,7 +88,11 @@ def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> t
     return (
         Term(name="queue", seconds=way.queue_s, inputs={}),
         Term(name="bytes", seconds=way.move_s, inputs=bytes_in),
-        Term(name="engine", seconds=constant_s, inputs={"starts_seen": starts, "at_work": node.at_work}),
+        Term(
+            name="engine",
+            seconds=constant_s,
+            inputs={"starts_seen": starts, "at_work": node.at_work, "beside": node.beside},
+        ),
     )
 
 

@@ -128,7 +128,7 @@ class Simulation:
         for name in list(cluster.nodes):
             await cluster.leave(name)
         left = (await cluster.truth.list("")).facts
-        if any(not fact.key.startswith("models/") for fact in left):
+        if any(not fact.key.startswith(("models/", "estimates/")) for fact in left):
             witness.problem(f"the store keeps {[fact.key for fact in left]}")
         witness.over = True
         await cluster.bury()
