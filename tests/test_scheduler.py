@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from sllm_actor.actors import Scheduler
@@ -104,6 +106,11 @@ def report(
     )
 
 
+def smaller(one: NodeReport) -> NodeReport:
+    smaller: NodeReport = msgspec.structs.replace(cast(Any, one), host_pool_bytes=10 * MIB)
+    return smaller
+
+
 def question(model: str = "new", timeout_s: float = 30.0, host_bytes: int = MIB, priority: int = 0) -> PlaceModel:
     return PlaceModel(
         request_id=RequestId(f"for-{model}"),
@@ -178,14 +185,23 @@ async def test_a_model_too_large_for_those_heard_of_waits_for_the_members_that_h
     system: ActorSystem,
 ) -> None:
     scheduler(system).tell(MembersChanged(epochs={NodeId("node-1"): 3, NodeId("node-2"): 5}))
-    scheduler(system).tell(report(slots=0, epoch=3))
-    waiting = asyncio.ensure_future(ask(system, question()))
+    scheduler(system).tell(smaller(report(epoch=3)))
+    waiting = asyncio.ensure_future(ask(system, question(host_bytes=90 * MIB)))
     await all_wait(system)
     scheduler(system).tell(report(name="node-2", epoch=5))
     assert (await waiting).node == "node-2"
-    scheduler(system).tell(report(name="node-2", slots=0, epoch=5))
+    scheduler(system).tell(smaller(report(name="node-2", epoch=5)))
     with pytest.raises(ModelTooLarge):
-        await ask(system, question())
+        await ask(system, question(host_bytes=90 * MIB))
+
+
+async def test_where_there_is_no_worker_a_model_waits_for_one(system: ActorSystem) -> None:
+    scheduler(system).tell(report(slots=0))
+    waiting = asyncio.ensure_future(ask(system, question()))
+    await all_wait(system)
+    assert not waiting.done()
+    scheduler(system).tell(report(name="node-2"))
+    assert (await waiting).node == "node-2"
 
 
 async def test_what_a_node_told_before_it_left_does_not_bring_it_back(system: ActorSystem) -> None:

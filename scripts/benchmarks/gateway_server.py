@@ -22,6 +22,7 @@ from aiohttp import web
 from sllm_actor import Config
 from sllm_actor.cli.collecting import look_for_cycles
 from sllm_actor.domain import FinishReason, Model, ModelName
+from sllm_actor.domain.roles import Role
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
@@ -101,6 +102,7 @@ async def ours(tasks: TaskScope, stack: AsyncExitStack) -> str:
         grammars=cast(Any, None), clock=clock,
         limits=knobs_of(Limits, config), observe=dict, tasks=tasks, access=Access("", clock), telemetry=None,
         streams=streams,
+        roles=frozenset(Role),
     )  # fmt: skip
     server = HttpServer(gateway, knobs_of(ConnectionLimits, config))
     stack.push_async_callback(server.close)

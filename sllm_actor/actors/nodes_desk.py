@@ -10,6 +10,7 @@ from typing import Any
 from sllm_actor.actors.node_keeper import NODE_KEEPER
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.domain import NodeId
+from sllm_actor.domain.roles import Roles
 from sllm_actor.errors import NodeNotFound, NoLeader, SllmError
 from sllm_actor.messages.instances import InstanceStatus, ListInstances, StopInstances
 from sllm_actor.messages.operations import Cordon, CordonNode, Drain, DrainNode, NodeShown, ShowNodes
@@ -28,6 +29,7 @@ class NodesDesk(Actor):
         self,
         own: NodeId,
         members: Callable[[], Mapping[NodeId, str]],
+        roles: Callable[[], Mapping[NodeId, Roles]],
         way: SchedulerWay,
         *,
         ask_timeout_s: float,
@@ -35,6 +37,7 @@ class NodesDesk(Actor):
     ) -> None:
         self._own = own
         self._members = members
+        self._roles = roles
         self._way = way
         self._ask_timeout_s = ask_timeout_s
         self._stop_timeout_s = stop_timeout_s
@@ -52,7 +55,11 @@ class NodesDesk(Actor):
         else:
             leader = self._way.ref.address.node if self._way.ref is not None else ""
         nodes = sorted(members.keys() | reports.keys())
-        return tuple(_shown(node, members.get(node, ""), node == leader, reports.get(node)) for node in nodes)
+        roles = self._roles()
+        return tuple(
+            _shown(node, members.get(node, ""), roles.get(node, frozenset()), node == leader, reports.get(node))
+            for node in nodes
+        )
 
     @handles(Cordon, concurrent=True)
     async def cordon(self, message: Cordon) -> None:
@@ -100,11 +107,12 @@ class NodesDesk(Actor):
         return answers
 
 
-def _shown(node: NodeId, address: str, leads: bool, report: NodeReport | None) -> NodeShown:
+def _shown(node: NodeId, address: str, roles: Roles, leads: bool, report: NodeReport | None) -> NodeShown:
+    named = tuple(sorted(roles))
     if report is None:
         return NodeShown(
             node=node, address=address, leads=leads, cordoned=False, reported=False, epoch=0, instances=0, active=0,
-            slots=0, host_pool_bytes=0, checkpoints=0,
+            slots=0, host_pool_bytes=0, checkpoints=0, roles=named,
         )  # fmt: skip
     return NodeShown(
         node=node,
@@ -118,4 +126,5 @@ def _shown(node: NodeId, address: str, leads: bool, report: NodeReport | None) -
         slots=report.slots,
         host_pool_bytes=report.host_pool_bytes,
         checkpoints=len({*report.host_fingerprints, *report.ssd_fingerprints}),
+        roles=named,
     )

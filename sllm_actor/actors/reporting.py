@@ -76,7 +76,8 @@ class Reporting:
         epoch = self._place.epoch
         if epoch is None:
             return
-        residents = self._tiers.loader.residents()
+        # Where nothing is ever started, nothing is held for it either.
+        residents = self._tiers.loader.residents() if self._max_instances else []
         pinned = {resident.fingerprint for resident in residents if resident.pinned}
         now_s = self._clock.monotonic_s()
         self._way.tell(
@@ -84,7 +85,7 @@ class Reporting:
                 node=self._place.node,
                 manager=self._manager,
                 slots=self._max_instances,
-                host_pool_bytes=self._tiers.loader.pool_bytes,
+                host_pool_bytes=self._tiers.loader.pool_bytes if self._max_instances else 0,
                 instances=tuple(one.view(pinned, now_s) for one in self._instances.values()),
                 pinned_host_bytes={
                     model.fingerprint: model.host_bytes
@@ -94,7 +95,7 @@ class Reporting:
                 ended_placements=tuple(placement_id for placement_id, _ in self._ended),
                 starting=self._under_way(),
                 host_fingerprints=tuple(resident.fingerprint for resident in residents),
-                ssd_fingerprints=self._registry.fingerprints_on_disk(),
+                ssd_fingerprints=self._registry.fingerprints_on_disk() if self._max_instances else (),
                 ssd_bytes_per_s=self._ssd.bytes_per_s,
                 disk_queues_s=self._registry.disk_queues_s(),
                 remote_bytes_per_s=self._remote.bytes_per_s,

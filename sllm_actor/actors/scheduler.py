@@ -31,7 +31,7 @@ from sllm_actor.messages.placement import (
 )
 from sllm_actor.policy.cluster_view import ClusterView, Grant
 from sllm_actor.policy.estimator import Estimator
-from sllm_actor.policy.explaining import refused
+from sllm_actor.policy.explaining import refused, why_in_vain
 from sllm_actor.policy.offers import allows
 from sllm_actor.policy.placement import ABLE, Decision, Evict, Start, Wait, Waiter, decide, fits_nowhere, next_of
 from sllm_actor.policy.policies import Situation
@@ -244,8 +244,9 @@ class Scheduler(Actor):
                 return await waiting.answer
         except TimeoutError:
             self._note_refusal(waiting)
+            why = why_in_vain(question, self._view)
             raise NoCapacity(
-                f"no node could start {question.model} within {question.timeout_s:g} s: {self._why(waiting)}",
+                f"no node could start {question.model} within {question.timeout_s:g} s: {why}",
                 retry_after_s=placement_s(question, [node.report for node in self._view.nodes.values()]),
             ) from None
         finally:
@@ -267,12 +268,6 @@ class Scheduler(Actor):
         """Look again when a wait for the best node has lasted long enough, whether that node reports or not."""
         await self._clock.sleep(wait_s)
         self._serve()
-
-    def _why(self, waiting: _Waiting) -> str:
-        question = waiting.question
-        if question.holders_only and not self._view.holders(question.fingerprint):
-            return "no node that could be asked has its folder"
-        return "all of them are busy"
 
     def _note_refusal(self, waiting: _Waiting) -> None:
         waited_s = self._clock.monotonic_s() - waiting.asked_s

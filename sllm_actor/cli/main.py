@@ -49,6 +49,9 @@ NodeName = Annotated[str | None, typer.Option("--node-id", help="This node's nam
 Metadata = Annotated[
     str | None, typer.Option("--metadata", help="etcd of the cluster to join: etcd://HOST:PORT,HOST:PORT,…")
 ]
+Roles = Annotated[
+    str | None, typer.Option("--roles", help="What the node is there for: gateway,controller,worker, or fewer of them.")
+]
 Source = Annotated[
     str, typer.Argument(help="A checkpoint folder, builtin:demo, or hf://, https://, s3:// or sllm:// and where it is.")
 ]
@@ -78,6 +81,7 @@ def configure(
     secret_file: str | None = None,
     node_id: str | None = None,
     metadata: str | None = None,
+    roles: str | None = None,
 ) -> Resolved:
     """Put flags, variables and file together."""
     flags: dict[str, Any] = {}
@@ -87,6 +91,7 @@ def configure(
     named = {
         "data_dir": data_dir, "host": host, "port": port, "api_key_file": key_file,
         "listen": listen, "cluster_secret_file": secret_file, "node_id": node_id, "metadata": metadata,
+        "roles": roles,
     }  # fmt: skip
     flags |= {name: value for name, value in named.items() if value is not None}
     return resolve(file, os.environ, flags)
@@ -96,7 +101,7 @@ def configure(
 def start(
     config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
     api_key_file: KeyFile = None, listen: Listen = None, cluster_secret_file: SecretFile = None,
-    node_id: NodeName = None, metadata: Metadata = None, set_: Set = None, as_json: Json = False,
+    node_id: NodeName = None, metadata: Metadata = None, roles: Roles = None, set_: Set = None, as_json: Json = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
 ) -> None:  # fmt: skip
     """Start a node and serve until SIGTERM or Ctrl-C; running answers are finished first.
@@ -110,7 +115,7 @@ def start(
     try:
         resolved = configure(
             config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
-            secret_file=cluster_secret_file, node_id=node_id, metadata=metadata,
+            secret_file=cluster_secret_file, node_id=node_id, metadata=metadata, roles=roles,
         )  # fmt: skip
         run(resolved.config, as_json=as_json, log_level=log_level)
     except SllmError as error:
@@ -130,7 +135,7 @@ def version(as_json: Json = False) -> None:
 def doctor(
     config: ConfigFile = None, data_dir: DataDir = None, host: Host = None, port: Port = None,
     api_key_file: KeyFile = None, listen: Listen = None, cluster_secret_file: SecretFile = None,
-    node_id: NodeName = None, metadata: Metadata = None, set_: Set = None, as_json: Json = False,
+    node_id: NodeName = None, metadata: Metadata = None, roles: Roles = None, set_: Set = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check this machine and print every knob with its value and where that came from."""
     from sllm_actor.cli.doctor import report
@@ -138,7 +143,7 @@ def doctor(
     try:
         resolved = configure(
             config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
-            secret_file=cluster_secret_file, node_id=node_id, metadata=metadata,
+            secret_file=cluster_secret_file, node_id=node_id, metadata=metadata, roles=roles,
         )  # fmt: skip
     except SllmError as error:
         fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)

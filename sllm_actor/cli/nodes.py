@@ -24,12 +24,13 @@ def status(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> 
         return
     rows = [
         (
-            node["node"], _state(node), f"{node['instances']}/{node['slots']}", str(node["active"]),
-            str(node["checkpoints"]), format_bytes(node["host_pool_bytes"]), node["address"].partition("@")[2],
+            node["node"], _state(node), ",".join(node["roles"]), f"{node['instances']}/{node['slots']}",
+            str(node["active"]), str(node["checkpoints"]),
+            format_bytes(node["host_pool_bytes"]), node["address"].partition("@")[2],
         )
         for node in answer["nodes"]
     ]  # fmt: skip
-    table(("NODE", "STATE", "INSTANCES", "REQUESTS", "CHECKPOINTS", "HOST POOL", "LISTENS AT"), rows)
+    table(("NODE", "STATE", "ROLES", "INSTANCES", "REQUESTS", "CHECKPOINTS", "HOST POOL", "LISTENS AT"), rows)
 
 
 def _state(node: Mapping[str, Any]) -> str:

@@ -41,6 +41,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = ""
 
     # Many nodes.
+    roles: Annotated[
+        Text,
+        Meta(
+            pattern=r"^(gateway|controller|worker)(,(gateway|controller|worker)){0,2}\Z",
+            title="roles",
+            description="what the node is there for, with commas between: gateway, controller, worker",
+        ),
+    ] = "gateway,controller,worker"
     metadata: Annotated[
         Text,
         Meta(
@@ -366,6 +374,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if self.metadata and not self.listen:
             raise ConfigInvalid("metadata: the other nodes find this one only where listen is set", param="metadata")
+        for role in ("controller", "worker"):
+            if not self.metadata and role not in self.roles.split(","):
+                raise ConfigInvalid(f"roles: a node that is alone is its own {role}; metadata is empty", param="roles")
         if self.advertise and not self.listen:
             raise ConfigInvalid("advertise: there is nothing to advertise where listen is empty", param="advertise")
 

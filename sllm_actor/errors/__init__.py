@@ -41,6 +41,7 @@
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
     │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining · RateLimited
     │   ├── NoLeader                   nobody places starts just now; what runs goes on
+    │   ├── RoleMissing                not what this node is there for; another one does it
     ├── DeliveryFailed               a message that brought no answer
     │   ├── NoSuchActor                not run: nobody of that name, or nobody who handles it
     │   ├── ActorDied · DeadlineExceeded · NodeUnreachable   may have run
@@ -96,6 +97,7 @@ from sllm_actor.errors.overload import NoLeader as NoLeader
 from sllm_actor.errors.overload import Overloaded as Overloaded
 from sllm_actor.errors.overload import QueueFull as QueueFull
 from sllm_actor.errors.overload import RateLimited as RateLimited
+from sllm_actor.errors.overload import RoleMissing as RoleMissing
 
 
 class InvalidInput(SllmError):

@@ -33,5 +33,9 @@ class RateLimited(Overloaded):
     code = "rate_limit_exceeded"
 
 
+class RoleMissing(Overloaded):
+    code = "role_missing"
+
+
 class NoLeader(Overloaded):
     code = "no_leader"

@@ -10,6 +10,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sllm_actor.domain import Model, NodeId, RequestId, Scaling, check_model_name, check_node_id
+from sllm_actor.domain.roles import Role
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_response, known_name
 from sllm_actor.frontend.http_errors import body_of
@@ -83,6 +84,8 @@ async def deploy(request: web.Request) -> web.Response:
 
 
 async def _register(gateway: Gateway, body: DeployRequest) -> Model:
+    # A model is tried by an engine before it is taken, and its tokenizer by a text process.
+    gateway.check_role(Role.GATEWAY, Role.WORKER)
     message = RegisterModel(
         name=check_model_name(body.name),
         source=body.source,

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from sllm_actor.domain.roles import Role
 from sllm_actor.errors import InvalidRequest, SllmError
 from sllm_actor.frontend import access_log, admin_api, http_errors, openai_api
 from sllm_actor.frontend.connections import Connection
@@ -100,6 +101,8 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     visit = VISIT.get()
     key = visit.key = gateway.access.admit(request.headers.get("Authorization", ""), request.path)
+    if request.path.startswith("/v1/"):
+        gateway.check_role(Role.GATEWAY)
     if key is None or not _generates(request):
         return await handler(request)
     limits = gateway.access.limits

@@ -15,7 +15,16 @@ from aiohttp import web
 
 from sllm_actor.domain import Model, ModelName, RequestId, check_model_name
 from sllm_actor.domain.names import is_request_id
-from sllm_actor.errors import Draining, InvalidName, InvalidRequest, ModelNotFound, Overloaded, RequestTimeout
+from sllm_actor.domain.roles import Role, Roles
+from sllm_actor.errors import (
+    Draining,
+    InvalidName,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    RequestTimeout,
+    RoleMissing,
+)
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import Connections
 from sllm_actor.frontend.grammars import GrammarService
@@ -74,6 +83,7 @@ class Gateway:
         access: Access,
         telemetry: Telemetry | None,
         streams: StreamLog,
+        roles: Roles,
     ) -> None:
         self.router = router
         self.manager = manager
@@ -90,6 +100,7 @@ class Gateway:
         self.access = access
         self.telemetry = telemetry
         self.streams = streams
+        self._roles = roles
         self.progress = Progress(manager, clock, limits.ask_timeout_s)
         self.turns = Turns()
         self.ready = False
@@ -107,6 +118,17 @@ class Gateway:
     def is_quiet(self) -> bool:
         """Whether nothing is being answered."""
         return self._quiet.is_set()
+
+    def check_role(self, *any_of: Role) -> None:
+        """Refuse what this node is not there for.
+
+        Raises:
+            RoleMissing: it has none of these roles.
+        """
+        if not self._roles.intersection(any_of):
+            raise RoleMissing(
+                f"this node has not the role {' or '.join(any_of)}, only {', '.join(sorted(self._roles))}: ask another"
+            )
 
     async def read(self, request: web.Request, kind: type[T]) -> T:
         """Read and check a JSON body, within the bounds of size and time.

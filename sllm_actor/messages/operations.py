@@ -26,6 +26,7 @@ class NodeShown:
     slots: int
     host_pool_bytes: int
     checkpoints: int
+    roles: tuple[str, ...]
 
 
 @message("operations.cordon")

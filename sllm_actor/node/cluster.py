@@ -20,6 +20,7 @@ from sllm_actor.config import Config
 from sllm_actor.config.private_files import read_private_file
 from sllm_actor.domain import NodeId
 from sllm_actor.domain.member import Member
+from sllm_actor.domain.roles import Role, Roles, roles_of
 from sllm_actor.errors import ConfigInvalid, Fenced, SllmError
 from sllm_actor.messages.placement import MembersChanged
 from sllm_actor.metadata import EtcdAddress, EtcdStore, Outcome, SqliteStore, Store
@@ -32,7 +33,6 @@ from sllm_actor.runtime.tasks import TaskScope
 log = logging.getLogger(__name__)
 
 ELECTION = "scheduler"
-ROLES = ("gateway", "controller", "worker")
 MAX_PASSWORD_BYTES = 4096
 # Without a leader for so many times of a lease: whoever was to follow has had its time.
 PATIENCE_LEASES = 3.0
@@ -57,6 +57,9 @@ class Alone(NamedTuple):
 
     def members(self) -> Mapping[NodeId, str]:
         return {self.place.node: ""}
+
+    def roles(self) -> Mapping[NodeId, Roles]:
+        return {self.place.node: frozenset(Role)}
 
     async def commit(self, conditions: Sequence[Condition], operations: Sequence[Operation]) -> Outcome:
         return await self.store.commit(conditions, operations)
@@ -83,15 +86,18 @@ class Many:
         self._make: MakeScheduler | None = None
         self._seat: Seat | None = None
         self._leadership: Leadership | None = None
+        self._roles = roles_of(config.roles)
+        works = Role.WORKER in self._roles
         member = Member(
             node=NodeId(config.node_id),
             endpoint=system.address.endpoint,
-            roles=ROLES,
+            roles=tuple(sorted(self._roles)),
             start=f"{system.address.uid:x}",
             ttl_s=config.lease_ttl_s,
-            host_pool_bytes=config.host_pool_bytes,
-            max_instances=config.max_instances,
+            host_pool_bytes=config.host_pool_bytes if works else 0,
+            max_instances=config.max_instances if works else 0,
         )
+        self._led = True
         self.membership = Membership(store, clock, member, on_change=lambda _: self._tell_members())
         system.vouch_with(self._is_member)
         self._book = RouteBook(store, self.membership, clock, self.routes.publish)
@@ -122,6 +128,14 @@ class Many:
         """Give everybody's address, as far as is known here."""
         return {node: f"{node}@{joined.member.endpoint}" for node, joined in self.membership.members.items()}
 
+    def roles(self) -> Mapping[NodeId, Roles]:
+        """Give everybody's roles; those that a later version may have are passed over."""
+        known = {role.value for role in Role}
+        return {
+            node: frozenset(Role(role) for role in joined.member.roles if role in known)
+            for node, joined in self.membership.members.items()
+        }
+
     def _is_member(self, node: str, uid: int) -> bool:
         """Tell whether that very process is a member: a link that was cut for long has not ended it."""
         joined = self.membership.members.get(NodeId(node))
@@ -134,7 +148,9 @@ class Many:
         return [f"{node}@{at.removeprefix('tcp://')}" for node, at in endpoints.items() if at.startswith("tcp://")]
 
     async def lead(self, system: ActorSystem, make: MakeScheduler) -> None:
-        """Be ready to lead from now on."""
+        """Be ready to lead from now on, where that is a role of this node."""
+        if Role.CONTROLLER not in self._roles:
+            return
         self._make = make
         value = str(system.address).encode()
         self._leadership = Leadership(self.store, self.membership, ELECTION, value, self._clock, self._on_seat)
@@ -176,8 +192,16 @@ class Many:
         return {node: joined.epoch for node, joined in self.membership.members.items()}
 
     def _tell_members(self) -> None:
+        self._look_for_controllers()
         if self._seat is not None and _scheduler_name(self._seat.epoch) in self._system.cells:
             self._system.ref(_scheduler_name(self._seat.epoch)).tell(MembersChanged(epochs=self._epochs()))
+
+    def _look_for_controllers(self) -> None:
+        """Say so once where nobody can lead."""
+        led = any(Role.CONTROLLER in joined.member.roles for joined in self.membership.members.values())
+        if self._led and not led:
+            log.error("no member of the cluster has the role controller: no model is started until one joins")
+        self._led = led
 
     async def _watch_leader(self) -> None:
         async with aclosing(observe(self.store, ELECTION, self._clock)) as leaders:

@@ -7,6 +7,7 @@ from sllm_actor.actors.model_manager import Limits
 from sllm_actor.actors.prepared import MigrationLimits
 from sllm_actor.config import Config
 from sllm_actor.domain import EngineLimits
+from sllm_actor.domain.roles import Role, roles_of
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.runtime import Clock
@@ -33,8 +34,9 @@ def make_starter(config: Config, clock: Clock, tiers: Tiers, engines: EnginePool
 
 def manager_limits_of(config: Config) -> Limits:
     """Give the ModelManager its knobs, and those of its workers."""
+    works = Role.WORKER in roles_of(config.roles)
     return Limits(
-        max_instances=config.max_instances,
+        max_instances=config.max_instances if works else 0,
         max_requests_per_instance=config.max_requests_per_instance,
         max_adapters_per_instance=config.max_adapters_per_instance,
         drain_timeout_s=config.drain_timeout_s,

@@ -20,6 +20,7 @@ from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.config import Config
 from sllm_actor.domain import check_node_id
+from sllm_actor.domain.roles import Role, roles_of
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import AddressInUse, ConfigInvalid, DeliveryFailed, InvalidName, SllmError
@@ -88,6 +89,7 @@ class Node:
         self.lag = LoopLag(self.clock, config.loop_lag_fault_s)
         self._cores = CoreDemand(self.clock)
         self.url = ""
+        self._roles = roles_of(config.roles)
         self._starts = StartCounts()
         self._migrations = MigrationCounts()
         self._stack = AsyncExitStack()
@@ -149,18 +151,10 @@ class Node:
         tasks.spawn(self.lag.watch(), "lag")
         tasks.spawn(self._cores.watch(), "cores")
 
-        forks = ForkServer(
-            "sllm_actor.node.children",
-            {
-                ENGINE_THREADS: str(config.engine_threads),
-                MAX_FRAME_BYTES: str(config.max_frame_bytes),
-                GRAMMAR_BYTES: str(min(config.grammar_bytes, config.max_frame_bytes // 2)),
-                GRAMMAR_MEMORY_BYTES: str(config.grammar_memory_bytes),
-            },
-        )
+        forks = self._fork_server()
         stack.push_async_callback(forks.stop)
         # The imports of the fork server take seconds; the pool is faulted in beside them.
-        importing = tasks.spawn(forks.start(), "forkserver", on_failure=lambda _: None)
+        importing = tasks.spawn(self._fork(forks), "forkserver", on_failure=lambda _: None)
         cluster = self._cluster = await open_cluster(config, folder.path, node_id, self.system, self.clock, stack)
         cluster.place.core_threads = lambda: self._cores.threads
         self._storage = await open_storage(config, folder.path, self.clock, stack, self.system, cluster.peers)
@@ -168,7 +162,7 @@ class Node:
 
         engines = EnginePool(
             lambda: Engine.fork(forks, tiers.loader.pool_fd, config.max_frame_bytes),
-            config.warm_engines,
+            config.warm_engines if Role.WORKER in self._roles else 0,
             config.engine_refill_delay_s,
             self.clock,
         )
@@ -196,11 +190,29 @@ class Node:
 
         await importing
         await engines.start()
-        await text.start()
-        await self._load_tokenizers(gateway, text)
+        if Role.GATEWAY in self._roles:
+            await text.start()
+            await self._load_tokenizers(gateway, text)
         gateway.ready = True
         self.lag.tell()
         log.info("node %s is ready at %s", node_id, self.url)
+
+    def _fork_server(self) -> ForkServer:
+        config = self.config
+        return ForkServer(
+            "sllm_actor.node.children",
+            {
+                ENGINE_THREADS: str(config.engine_threads),
+                MAX_FRAME_BYTES: str(config.max_frame_bytes),
+                GRAMMAR_BYTES: str(min(config.grammar_bytes, config.max_frame_bytes // 2)),
+                GRAMMAR_MEMORY_BYTES: str(config.grammar_memory_bytes),
+            },
+        )
+
+    async def _fork(self, forks: ForkServer) -> None:
+        """Begin to import, unless this node has nothing to fork."""
+        if self._roles & {Role.GATEWAY, Role.WORKER}:
+            await forks.start()
 
     async def _listen(self) -> None:
         config, knob = self.config, "advertise"
@@ -259,6 +271,7 @@ class Node:
             access=self._access,
             telemetry=await self._open_telemetry(actors.router),
             streams=await self._open_streams(),
+            roles=self._roles,
         )
 
     async def _open_streams(self) -> StreamLog:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sllm_actor.config import Config
+from sllm_actor.domain.roles import Role, roles_of
 from sllm_actor.errors import ConfigInvalid, SourceInvalid
 from sllm_actor.loader.cards import Cards
 from sllm_actor.loader.device_profile import DeviceProfile, read_profile
@@ -56,7 +57,8 @@ async def open_storage(
     best_threads = UNMEASURED_READING_THREADS if profile is None else profile.reading_threads
     gate = WriteGate(allowed_bytes_per_s(profile, config.background_write_percent), clock)
     loader = await Loader.open(
-        pool_bytes=config.host_pool_bytes,
+        # Without the role nothing is loaded here.
+        pool_bytes=config.host_pool_bytes if Role.WORKER in roles_of(config.roles) else config.chunk_bytes,
         clock=clock,
         chunk_bytes=config.chunk_bytes,
         reading_threads=config.reading_threads or best_threads,

@@ -122,6 +122,11 @@ async def _spawn_operators(parts: Parts, manager: ActorRef) -> ActorRef:
     )
     await parts.system.spawn(keeper, NODE_KEEPER)
     desk = NodesDesk(
-        cluster.place.node, cluster.members, cluster.way, ask_timeout_s=ask_timeout_s, stop_timeout_s=stop_timeout_s
+        cluster.place.node,
+        cluster.members,
+        cluster.roles,
+        cluster.way,
+        ask_timeout_s=ask_timeout_s,
+        stop_timeout_s=stop_timeout_s,
     )
     return await parts.system.spawn(desk, "nodes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sllm_actor.messages.explanation import Candidate, Explanation, Flip, Term
 from sllm_actor.messages.placement import PlaceModel
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import SSD
 from sllm_actor.policy.offers import INF, Action, Offer, leave_term, start_terms, way_up
 from sllm_actor.policy.policies import SHOWN, Choice, Situation
@@ -124,3 +125,12 @@ def refused(question: PlaceModel, policy: str, why: str, waited_s: float) -> Exp
         request_id=question.request_id, model=question.model, policy=policy, reason=why, candidates=(), more=0,
         chosen=None, runner_up=None, flip=None, waited_s=waited_s, outcome="waited in vain",
     )  # fmt: skip
+
+
+def why_in_vain(question: PlaceModel, view: ClusterView) -> str:
+    """Say why no node that could start the model had a place for it in time."""
+    if question.holders_only and not view.holders(question.fingerprint):
+        return "no node that could be asked has its folder"
+    if not any(node.report.slots for node in view.nodes.values()):
+        return "no node with the role worker is there"
+    return "all of them are busy"

@@ -82,14 +82,15 @@ def next_of(waiting: Sequence[Waiter], now_s: float) -> int:
 def fits_nowhere(question: PlaceModel, view: ClusterView) -> str:
     """Say why no node that has reported could start the model, whatever else left it; empty where one could."""
     print_, host_bytes = question.fingerprint, question.host_bytes
-    if not view.nodes or any(
-        host_bytes <= node.unpinned_bytes(print_) and question.slots <= node.report.slots
-        for node in view.nodes.values()
+    # One that has slots may come yet.
+    workers = [node for node in view.nodes.values() if node.report.slots]
+    if not workers or any(
+        host_bytes <= node.unpinned_bytes(print_) and question.slots <= node.report.slots for node in workers
     ):
         return ""
-    nodes = [node for node in view.nodes.values() if question.slots <= node.report.slots]
+    nodes = [node for node in workers if question.slots <= node.report.slots]
     if not nodes:
-        slots = max(node.report.slots for node in view.nodes.values())
+        slots = max(node.report.slots for node in workers)
         return f"{question.model} needs {question.slots} slots of one node, no node has more than {slots}"
     node = max(nodes, key=lambda node: (node.report.host_pool_bytes, node.unpinned_bytes(print_)))
     pool_bytes = node.report.host_pool_bytes
