@@ -70,10 +70,10 @@ def under_way(node: NodeProcess) -> int:
     return sum(int(one["generated_tokens"]) for one in newest if one["outcome"] == "running")
 
 
-def streamed(node: NodeProcess, model: str, prompt: str) -> tuple[str, Any]:
+def streamed(node: NodeProcess, model: str, prompt: str, **more: Any) -> tuple[str, Any]:
     """Ask for a stream; give its text and its error, if it ended by one."""
     connection = node.connect()
-    body = json.dumps(ask(model, prompt) | {"stream": True})
+    body = json.dumps(ask(model, prompt) | {"stream": True} | more)
     connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != 200:

@@ -141,3 +141,22 @@ def test_once_it_has_moved_either_node_may_die(
     left = cluster.kill({"source": "n2", "destination": "n3"}[killed])
     assert stream.result() == (wanted, None)
     eventually(lambda: living(left) == [])
+
+
+def test_a_rolling_restart_under_load_drops_nothing(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
+) -> None:
+    for name in NAMES:
+        whole(cluster)
+        others = [other for other in NAMES if other != name]
+        placed_on(cluster, "a", name)
+        streams = [pool.submit(streamed, cluster.nodes[other], "a", LONG) for other in others]
+        for other in others:
+            eventually(lambda other=other: under_way(cluster.nodes[other]) > 5)  # type: ignore[misc]
+        assert cluster.stop_node(name) == (0, [])
+        running = [not stream.done() for stream in streams]
+        # Who comes while it is away is answered, too.
+        streams.append(pool.submit(streamed, cluster.nodes[others[0]], "b", LONG))
+        cluster.start(name)
+        assert [stream.result() for stream in streams] == [(wanted, None)] * len(streams)
+        assert any(running)

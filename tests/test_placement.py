@@ -14,7 +14,7 @@ from sllm_actor.policy.bandwidth import SMALLEST_BYTES, WEIGHT, corrected
 from sllm_actor.policy.cluster_view import ClusterView, Grant
 from sllm_actor.policy.estimator import FIRST_LEAVE_S, Estimator
 from sllm_actor.policy.offers import Action
-from sllm_actor.policy.placement import ABLE, Decision, Evict, Start, Wait
+from sllm_actor.policy.placement import ABLE, QUIET, Decision, Evict, MakeRoom, Start, Wait
 from sllm_actor.policy.placement import decide as decide_in
 from sllm_actor.policy.placement import fits_nowhere as fits_nowhere_in
 from sllm_actor.policy.policies import Situation
@@ -158,7 +158,7 @@ def test_equal_nodes_are_chosen_by_name_whatever_their_order() -> None:
 
 def test_a_full_node_loses_to_a_slower_one_with_a_slot() -> None:
     full = node("a", in_host_memory=True, slots=1, instances=[instance("i", active=1)])
-    assert started_on(decide(question(), [full, node("b", queue_s=60.0)], [], NOBODY)) == "b"
+    assert started_on(decide(question(), [full, node("b", queue_s=60.0)], [], NOBODY, able=QUIET)) == "b"
 
 
 def test_memory_is_room_too() -> None:
@@ -298,6 +298,10 @@ def test_a_start_never_exceeds_slots_or_pool_and_a_victim_is_always_idle_and_of_
         assert len(report.instances) + sum(grant.slots for grant in here) + 1 <= report.slots
         assert held_bytes + sum(one.host_bytes for one in report.instances) <= report.host_pool_bytes
         assert decision.estimate_s >= 0
+    elif isinstance(decision, MakeRoom):
+        assert all(move.instance.active and move.to != report.node for move in decision.offer.moves)
+        assert {move.instance for move in decision.offer.moves} <= set(decision.offer.leaving) <= set(report.instances)
+        assert {one.instance_id for one in decision.offer.leaving}.isdisjoint(leaving)
     else:
         assert decision.victims
         assert set(decision.victims) <= set(report.instances)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,11 +14,12 @@ from test_placement import NOBODY, decide, grants, instance, node, nodes, questi
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.placement import NodeReport
+from sllm_actor.policy import moving
 from sllm_actor.policy.cluster_view import ClusterView, Grant, NodeView
-from sllm_actor.policy.estimator import HOST, SOURCE, SSD, Estimator
+from sllm_actor.policy.estimator import FIRST_LEAVE_S, HOST, SOURCE, SSD, Estimator
 from sllm_actor.policy.explaining import explain
 from sllm_actor.policy.offers import Action, Offer, offer_of, soonest
-from sllm_actor.policy.placement import ABLE, Evict, Start, Wait
+from sllm_actor.policy.placement import ABLE, QUIET, Evict, MakeRoom, Start, Wait
 from sllm_actor.policy.policies import POLICIES, SHOWN, Choice, Situation
 from sllm_actor.units import GIB
 
@@ -155,12 +158,18 @@ def test_preempt_ends_what_is_less_urgent_where_the_model_is_and_nothing_else() 
     offer = taken(choose("preempt", there(priority=5)))
     assert (offer.node, offer.action, [one.instance_id for one in offer.leaving]) == ("a", Action.PREEMPT, ["x"])
     assert taken(choose("preempt", there(priority=0))).node == "b"
-    # This version ends no answer for another one.
-    decision = decide(question(), there(priority=5), policy="preempt", able=ABLE)
+    decision = decide(question(), there(priority=5), policy="preempt")
+    assert isinstance(decision, MakeRoom) and decision.report.node == "a"
+    # For one for which what runs is left alone:
+    decision = decide(question(), there(priority=5), policy="preempt", able=QUIET)
     assert started_on(decision) == "b"
     assert isinstance(decision, Start)
     assert "to preempt x on a would have taken" in decision.explanation.reason
-    assert "this version can't do" in decision.explanation.reason
+    assert "which is not tried" in decision.explanation.reason
+    assert (
+        taken(choose("preempt", [node("a", slots=1, instances=[busy("x", priority=5, kept=True)]), there(0)[1]])).node
+        == "b"
+    )
 
 
 def test_an_inference_moves_where_that_is_sooner_than_all_else_and_it_has_somewhere_to_go() -> None:
@@ -171,16 +180,70 @@ def test_an_inference_moves_where_that_is_sooner_than_all_else_and_it_has_somewh
     offer = taken(choose("startup_time", [full, quick_for_it]))
     assert (offer.node, offer.action) == ("a", Action.MIGRATE)
     # 100 tokens of the prompt and 6 s / 20 ms of the answer.
-    assert offer.estimate_s == pytest.approx(0.001 * 400 + 0.05)
+    assert offer.estimate_s == pytest.approx(0.001 * 400 + 0.05 + FIRST_LEAVE_S)
+    assert [(one.instance.instance_id, one.to, one.tokens) for one in offer.moves] == [("x", "b", 400)]
     assert taken(choose("startup_time", [full, slow])).node == "b"
     assert choose("startup_time", [full]).taken is None
-    assert started_on(decide(question(), [full, quick_for_it])) == "b"
+    assert started_on(decide(question(), [full, quick_for_it], able=QUIET)) == "b"
+    assert isinstance(decide(question(), [full, quick_for_it]), MakeRoom)
+    kept = node("a", slots=1, in_host_memory=True, instances=[busy("x", kept=True)])
+    assert taken(choose("startup_time", [kept, quick_for_it])).node == "b"
+    elsewhere = question(not_on=(NodeId("a"),))
+    assert taken(choose("startup_time", [full, quick_for_it], asked=elsewhere)).node == "b"
+
+
+def test_an_inference_moves_to_where_its_model_runs_and_else_to_where_its_bytes_may_come_from() -> None:
+    moving = busy("x", resume_s_per_token=0.001)
+    full = node("a", slots=1, in_host_memory=True, instances=[moving])
+    same = busy("y", active=0, kept=True)
+    runs = node("b", slots=1, on_ssd=False, instances=[msgspec.structs.replace(same, model=moving.model)])
+    (move,) = taken(choose("startup_time", [full, runs])).moves
+    assert (str(move.to), move.load, move.load_s) == ("b", None, 0.0)
+    assert move.resume_s == pytest.approx(0.1)
+    folder = node("a", slots=1, in_host_memory=True, instances=[msgspec.structs.replace(moving, holders_only=True)])
+    without, with_it = node("b", on_ssd=False), node("c", on_ssd=False, host_fingerprints=("print-of-x",))
+    assert taken(choose("startup_time", [folder, without])).action is not Action.MIGRATE
+    (move,) = taken(choose("startup_time", [folder, without, with_it])).moves
+    assert move.to == "c"
+
+
+def test_two_that_move_go_to_nodes_of_their_own_and_none_moves_where_there_are_too_few() -> None:
+    asked = question(slots=2)
+    full = node("a", slots=2, in_host_memory=True, instances=[busy("x"), busy("y")])
+    there = [node(name, slots=1, on_ssd=False, host_fingerprints=("print-of-x", "print-of-y")) for name in "bc"]
+    assert sorted(move.to for move in taken(choose("startup_time", [full, *there], asked=asked)).moves) == ["b", "c"]
+    assert choose("startup_time", [full, there[0]], asked=asked).taken is None
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 2)), min_size=1, max_size=4), st.integers(1, 3))
+def test_what_moves_is_the_cheapest_of_all_choices(running: list[tuple[int, int]], slots: int) -> None:
+    here = [
+        busy(f"i{number}", prompt_tokens=tokens, slots=wide, resume_s_per_token=0.001)
+        for number, (tokens, wide) in enumerate(running)
+    ]
+    in_all = sum(one.slots for one in here)
+    full = node("a", slots=in_all, in_host_memory=True, instances=here, pool_bytes=64 * GIB)
+    prints = tuple(one.fingerprint for one in here)
+    others = [node(f"b{number}", slots=2, on_ssd=False, host_fingerprints=prints) for number in range(4)]
+    offer = moving_offer([full, *others], question(slots=min(slots, in_all)))
+    subsets = [chosen for size in range(1, 5) for chosen in itertools.combinations(here, size)]
+    enough = [chosen for chosen in subsets if sum(one.slots for one in chosen) >= min(slots, in_all)]
+    cheapest_s = min(sum(0.001 * one.prompt_tokens for one in chosen) for chosen in enough)
+    assert sum(move.seconds for move in offer.moves) == pytest.approx(cheapest_s)
+
+
+def moving_offer(reports: list[NodeReport], asked: Any) -> Offer:
+    view = view_of(reports)
+    offer = moving.migrate(view, Estimator(), asked, view.nodes[NodeId("a")], now_s=0.0)
+    assert offer is not None
+    return offer
 
 
 def test_a_model_of_several_devices_needs_as_many_slots_of_one_node() -> None:
     asked = question(slots=2)
     halves = [node("a", slots=2, instances=[busy("x")]), node("b", slots=2, instances=[busy("y")])]
-    assert isinstance(decide(asked, halves), Wait)
+    assert isinstance(decide(asked, halves, able=QUIET), Wait)
     assert started_on(decide(asked, [*halves, node("c", slots=2)])) == "c"
     narrow = [instance("p", idle_since_s=5.0), instance("q", idle_since_s=6.0)]
     for wide_since_s, leaving in ((1.0, ["wide"]), (9.0, ["p", "q"])):

@@ -14,9 +14,10 @@ from test_instance_faults import model_of
 from test_membership import House, in_a_house
 from test_supervision import now_s, virtual_system, virtually
 
+from sllm_actor.actors.going_on import MOST_URGENT
 from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.actors.route_book import ROUTES, RouteBook
-from sllm_actor.actors.router import Router
+from sllm_actor.actors.router import MAX_PREEMPTIONS, Router
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts
@@ -24,7 +25,7 @@ from sllm_actor.actors.starting import MAX_ATTEMPTS, Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
 from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
-from sllm_actor.errors import EngineDied, NodeUnreachable, NoLeader
+from sllm_actor.errors import EngineDied, NodeUnreachable, NoLeader, Preempted, SllmError
 from sllm_actor.messages.generation import Finished, Generate, GetTimeline, Tokens
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
 from sllm_actor.messages.models import GetModel
@@ -49,15 +50,18 @@ def request(name: str = "r", prompt: bytes = b"\1\0\0\0") -> Generate:
 class Worker(Actor):
     """Says the numbers behind those that are said, `lasts` of them, and dies of it, or up to nine."""
 
-    def __init__(self, lasts: int | None = None) -> None:
+    def __init__(self, lasts: int | None = None, dies_of: type[SllmError] = EngineDied) -> None:
         self._lasts = lasts
+        self._dies_of = dies_of
+        self.priorities: list[int] = []
 
     @handles(Generate)
     async def generate(self, request: Generate) -> AsyncIterator[Tokens | Finished]:
+        self.priorities.append(request.priority)
         begin = len(unpack_uint32(request.generated))
         for index in range(begin, 9):
             if self._lasts is not None and index >= begin + self._lasts:
-                raise EngineDied("it is gone")
+                raise self._dies_of("it is gone")
             yield Tokens(request_id=request.request_id, index=index, token_ids=(index,), epoch=request.epoch)
         yield Finished(request_id=request.request_id, reason=FinishReason.LENGTH, prompt_tokens=1, generated_tokens=9)
 
@@ -65,9 +69,11 @@ class Worker(Actor):
 class Everything(Actor):
     """A manager and a Scheduler in one, whose nodes can't be reached as long as there is one of `deaf`."""
 
-    def __init__(self, *deaf: str, runs: str = "") -> None:
+    def __init__(self, *deaf: str, runs: str = "", takes_s: float = 0.0) -> None:
         self._deaf = list(deaf)
-        self._runs = runs
+        self.runs = runs
+        self._takes_s = takes_s
+        self.hurried: list[HurryPlacement] = []
         self.asked: list[PlaceModel] = []
 
     @handles(GetModel)
@@ -75,14 +81,17 @@ class Everything(Actor):
         return MODEL
 
     @handles(HurryPlacement)
-    async def hurry(self, message: HurryPlacement) -> None: ...
+    async def hurry(self, message: HurryPlacement) -> None:
+        self.hurried.append(message)
 
-    @handles(PlaceModel)
+    @handles(PlaceModel, concurrent=True)
     async def place(self, message: PlaceModel) -> Placement | RunsAlready:
         self.asked.append(message)
-        if self._runs:
+        runs = self.runs
+        await asyncio.sleep(self._takes_s)
+        if runs:
             return RunsAlready(
-                model=message.model, instance_id=self._runs, node=NodeId("n"), worker=f"worker/{self._runs}", address=""
+                model=message.model, instance_id=runs, node=NodeId("n"), worker=f"worker/{runs}", address=""
             )
         node = self._deaf[0] if self._deaf else "n"
         return Placement(
@@ -148,6 +157,40 @@ async def test_a_request_under_which_one_instance_too_many_dies_fails_as_the_las
         routes.add(instance(f"w{k}"))
     with pytest.raises(EngineDied):
         await said(made)
+    await made.close()
+
+
+@virtually
+async def test_a_request_that_others_have_ended_goes_on_and_in_the_end_nobody_ends_it() -> None:
+    names = [f"w{k}" for k in range(MAX_ATTEMPTS + 2)]
+    workers = [Worker(1, dies_of=Preempted) for _ in names]
+    made, routes = await routed(Everything(), *zip(names, workers, strict=True), ("i1", last := Worker()))
+    for name in names:
+        routes.add(instance(name))
+    assert await said(made) == list(range(9))
+    priorities = sorted(priority for worker in workers for priority in worker.priorities)
+    assert priorities == [MOST_URGENT] * (len(names) - MAX_PREEMPTIONS) + [0] * MAX_PREEMPTIONS
+    assert last.priorities == [MOST_URGENT]
+    await made.close()
+
+
+@virtually
+async def test_who_joins_a_start_says_what_it_could_not_reach_and_is_not_given_that() -> None:
+    everything = Everything(runs="second", takes_s=1.0)
+    made, routes = await routed(everything, ("second", Worker(1)), ("third", Worker()))
+    first = asyncio.ensure_future(said(made, request("first")))
+    while not everything.asked:
+        await asyncio.sleep(0.01)
+    # One that comes meanwhile knows an instance, which fails it, and then joins the start that the first has begun.
+    routes.add(instance("second"))
+    joined = asyncio.ensure_future(said(made, request("joins")))
+    while not everything.hurried:
+        await asyncio.sleep(0.01)
+    assert everything.hurried == [HurryPlacement(request_id=RequestId("first"), priority=0, failed=("second",))]
+    await asyncio.sleep(0.5)
+    everything.runs = "third"
+    assert (await joined, await first) == (list(range(9)), list(range(9)))
+    assert everything.asked[-1].failed == ("second",)
     await made.close()
 
 

@@ -33,9 +33,7 @@ class Granted(NamedTuple):
 
 def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
     """Note what is expected of a start that begins now."""
-    chosen = start.explanation.chosen
-    assert chosen is not None
-    (engine,) = (term for term in chosen.terms if term.name == "engine")
+    (engine,) = (term for term in start.terms if term.name == "engine")
     return Granted(
         request_id=question.request_id,
         model=question.model,

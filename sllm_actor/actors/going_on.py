@@ -15,6 +15,8 @@ from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 
 Answered = PromptLogprobs | Tokens | Embedded | Finished
+# The lowest number that a request may have.
+MOST_URGENT = -(2**31)
 
 
 class Given:
@@ -52,3 +54,9 @@ def rest_of(
         cast(Any, request), generated=pack_uint32(token_ids), epoch=epoch, migration_id=migration_id
     )
     return gone_on
+
+
+def most_urgent(request: Generate | Embed) -> Generate | Embed:
+    """Give the request such a priority that no other one ends it."""
+    urgent: Generate | Embed = msgspec.structs.replace(cast(Any, request), priority=MOST_URGENT)
+    return urgent

@@ -17,10 +17,18 @@ from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import RequestId
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.streams import Item
-from sllm_actor.errors import Draining, RequestNotFound
+from sllm_actor.errors import Draining, Preempted, RequestNotFound
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.generation import Generate
-from sllm_actor.messages.instances import AdapterHeld, Answered, HoldAdapter, InstanceDied, InstanceExpired, Retire
+from sllm_actor.messages.instances import (
+    AdapterHeld,
+    Answered,
+    EndAnswers,
+    HoldAdapter,
+    InstanceDied,
+    InstanceExpired,
+    Retire,
+)
 from sllm_actor.messages.migration import (
     ExtendPrepared,
     HandedOver,
@@ -68,6 +76,7 @@ class InferenceWorker(Actor):
         self._idle = asyncio.Event()
         self._idle.set()
         self._retiring = False
+        self._preempted = False
         self._expiry: asyncio.Task[None] | None = None
 
     async def started(self) -> None:
@@ -131,6 +140,8 @@ class InferenceWorker(Actor):
     async def _compute(
         self, request: Generate | Embed, live: Live | None, prepared: PreparedRequest | None
     ) -> AsyncGenerator[AdapterHeld | Item, None]:
+        if self._preempted:
+            raise _preempted(self._instance_id)
         stream, parking = (live.stream if live else None), (prepared.parking if prepared else None)
         async with self._known_to_engine(request) as (known, held):
             if held is not None:
@@ -189,6 +200,14 @@ class InferenceWorker(Actor):
         await self._idle.wait()
         await self._engine.leave(self._stop_timeout_s)
 
+    @handles(EndAnswers)
+    async def end_answers(self, _: EndAnswers) -> None:
+        # What waits for a slot ends as soon as it has one.
+        self._retiring = self._preempted = True
+        for live in self._live.values():
+            live.stream.put(_preempted(self._instance_id))
+        self._prepared.give_up()
+
     def _tell_activity(self, answered: Answered | None = None) -> None:
         activity = self._running.activity(self._clock.monotonic_s(), self._keep_alive_s, answered)
         self._manager.tell(activity)
@@ -214,6 +233,10 @@ class InferenceWorker(Actor):
 
     async def stopped(self) -> None:
         self._engine.kill()
+
+
+def _preempted(instance_id: str) -> Preempted:
+    return Preempted(f"instance {instance_id} makes room for a more urgent request", retry_after_s=1.0)
 
 
 def _with_adapter(request: Any, key: str) -> Any:

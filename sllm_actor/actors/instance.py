@@ -83,6 +83,7 @@ class Instance:
             worker=self.worker.name,
             leaving=self.retired is not None,
             kept=self.kept,
+            holders_only=not self.model.card,
         )
 
     def route(self, place: Place) -> InstanceStarted:

@@ -10,12 +10,14 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from sllm_actor.actors.migration_counts import MigrationCounts
 from sllm_actor.actors.starting import Starting
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.errors import (
     AlreadyThere,
+    Conflict,
     DeliveryFailed,
     DestinationFailed,
     MigrationFailed,
@@ -24,16 +26,30 @@ from sllm_actor.errors import (
     RequestNotFound,
     SllmError,
 )
+from sllm_actor.messages.explanation import MovedAnswer
 from sllm_actor.messages.generation import LocateRequest, RequestLocation
-from sllm_actor.messages.instances import InstanceStarted
-from sllm_actor.messages.migration import HandedOver, ListLive, LiveRequest, MigrateOut, MigrateRequest, MoveAway
+from sllm_actor.messages.instances import InstanceStarted, StartInstance, StopInstances
+from sllm_actor.messages.migration import (
+    HandedOver,
+    InstanceMoved,
+    ListLive,
+    LiveRequest,
+    MigrateOut,
+    MigrateRequest,
+    MoveAway,
+    MoveInstance,
+)
 from sllm_actor.policy.migration import Command, Event, State, step
 from sllm_actor.runtime import Actor, ActorRef, handles
 
 log = logging.getLogger(__name__)
 
 ROUTER = "router"
+MANAGER = "model-manager"
 MAX_DESTINATIONS = 3
+# An instance that has new requests whenever the last ones have moved takes no more of them then.
+MAX_SWEEPS = 3
+SWEEP_EVERY_S = 0.1
 
 
 class MigrationCoordinator(Actor):
@@ -48,6 +64,7 @@ class MigrationCoordinator(Actor):
         *,
         ask_timeout_s: float,
         migration_timeout_s: float,
+        stop_timeout_s: float,
         max_migrations: int,
     ) -> None:
         self._own = own
@@ -56,7 +73,10 @@ class MigrationCoordinator(Actor):
         self._counts = counts
         self._ask_timeout_s = ask_timeout_s
         self._migration_timeout_s = migration_timeout_s
+        self._stop_timeout_s = stop_timeout_s
         self._room = asyncio.Semaphore(max_migrations)
+        # The instances of this node that are on their way elsewhere.
+        self._moving: set[str] = set()
         self._numbers = itertools.count(1)
 
     @handles(MigrateRequest, concurrent=True)
@@ -73,17 +93,72 @@ class MigrationCoordinator(Actor):
     @handles(MoveAway, concurrent=True)
     async def move_away(self, message: MoveAway) -> int:
         """Move what an instance of this node has; what can't be moved is left to end there."""
-        worker = self.context.system.ref(message.worker)
-        live: tuple[LiveRequest, ...] = await worker.ask(ListLive(), timeout_s=self._ask_timeout_s)
-        moves = await asyncio.gather(
-            *(self._move(_location(one, self._own, message), "") for one in live), return_exceptions=True
-        )
+        live = await self._live(message.worker)
+        at = [_location(one, self._own, message.worker, message.instance_id) for one in live]
+        moves = await asyncio.gather(*(self._move(one, "") for one in at), return_exceptions=True)
         for one, moved in zip(live, moves, strict=True):
             if isinstance(moved, SllmError):
                 log.warning("%s is not moved from %s: %s", one.request_id, message.worker, moved)
             elif isinstance(moved, BaseException):
                 raise moved
         return sum(isinstance(moved, HandedOver) for moved in moves)
+
+    @handles(MoveInstance, concurrent=True)
+    async def move_instance(self, message: MoveInstance) -> InstanceMoved:
+        """Let an instance go on elsewhere: first all its answers, and only then does it take no more of them."""
+        if message.instance_id in self._moving:
+            raise Conflict(f"instance {message.instance_id} is being moved already")
+        self._moving.add(message.instance_id)
+        try:
+            wish = StartInstance(placement_id="", model=message.model)
+            destination = await self._starting.use(self.context.system, message.to, wish)
+            moved = dict[RequestId, MovedAnswer]()
+            for _ in range(MAX_SWEEPS):
+                if not await self._sweep(message, destination, moved):
+                    break
+            stopping = self.context.tasks.spawn(self._stop(message), f"stop-{message.instance_id}")
+            while not stopping.done():
+                # Those that came in the last moment; what can't be moved is finished here.
+                with suppress(SllmError):
+                    await self._sweep(message, destination, moved)
+                await asyncio.wait([stopping], timeout=SWEEP_EVERY_S)
+            stopping.result()
+        finally:
+            self._moving.discard(message.instance_id)
+        return InstanceMoved(answers=tuple(moved.values()))
+
+    async def _stop(self, message: MoveInstance) -> None:
+        stop = StopInstances(model=message.model, instance_id=message.instance_id)
+        await self.context.system.ref(MANAGER).ask(stop, timeout_s=self._stop_timeout_s)
+
+    async def _sweep(
+        self, message: MoveInstance, destination: InstanceStarted, moved: dict[RequestId, MovedAnswer]
+    ) -> bool:
+        """Move what the instance has at this moment, and note it; tell whether there was anything.
+
+        Raises:
+            SllmError: one of them can't be moved, and has not ended either.
+        """
+        live = await self._live(message.worker)
+        at = [_location(one, self._own, message.worker, message.instance_id) for one in live]
+        moves = await asyncio.gather(*(self._move(one, "", destination) for one in at), return_exceptions=True)
+        failed: BaseException | None = None
+        for one, outcome in zip(live, moves, strict=True):
+            if isinstance(outcome, HandedOver):
+                moved[one.request_id] = MovedAnswer(
+                    request_id=one.request_id, model=one.model, node=outcome.node, tokens=outcome.tokens,
+                    rounds=outcome.rounds,
+                )  # fmt: skip
+            elif not _has_ended(outcome):
+                failed = failed or outcome
+        if failed is not None:
+            raise failed
+        return bool(live)
+
+    async def _live(self, worker: str) -> tuple[LiveRequest, ...]:
+        at = self.context.system.ref(worker)
+        live: tuple[LiveRequest, ...] = await at.ask(ListLive(), timeout_s=self._ask_timeout_s)
+        return live
 
     async def _locate(self, request_id: RequestId) -> RequestLocation:
         """Ask every node's Router, since any may have taken the request."""
@@ -106,12 +181,11 @@ class MigrationCoordinator(Actor):
             raise NodeUnreachable(f"{node} has left the cluster")
         return self.context.system.ref(actor, address)
 
-    async def _move(self, at: RequestLocation, to: str) -> HandedOver:
+    async def _move(self, at: RequestLocation, to: str, destination: InstanceStarted | None = None) -> HandedOver:
         """Move one request, as `policy.migration` says: find it a destination, and another one where that is lost."""
         if not {self._own, *self._members()} - {at.node}:
             raise MigrationFailed(f"there is no other node for request {at.request_id}")
-        state, refused = State.PLACING, list[NodeId]()
-        destination: InstanceStarted | None = None
+        state, refused = State.PLACING if destination is None else State.RESUMING, list[NodeId]()
         async with self._room:
             while True:
                 try:
@@ -170,12 +244,17 @@ def _event_of(error: SllmError, destination: InstanceStarted | None, last: bool)
     return Event.SOURCE_LOST if isinstance(error, DeliveryFailed) else Event.ENDED
 
 
-def _location(one: LiveRequest, node: NodeId, message: MoveAway) -> RequestLocation:
+def _has_ended(outcome: BaseException) -> bool:
+    """Tell whether a request is not to be moved any more: it has ended, or somebody else moves it."""
+    return isinstance(outcome, Conflict | RequestNotFound) and not isinstance(outcome, DestinationFailed)
+
+
+def _location(one: LiveRequest, node: NodeId, worker: str, instance_id: str) -> RequestLocation:
     return RequestLocation(
         request_id=one.request_id,
         node=node,
-        instance_id=message.instance_id,
-        worker=message.worker,
+        instance_id=instance_id,
+        worker=worker,
         model=one.model,
         served=one.served,
         priority=one.priority,

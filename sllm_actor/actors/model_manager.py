@@ -7,20 +7,20 @@ import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import NamedTuple
 
 from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.instance import WORKERS, Instance
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
+from sllm_actor.actors.manager_limits import Limits as Limits
 from sllm_actor.actors.place import Place
-from sllm_actor.actors.prepared import MigrationLimits
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.reporting import REPORT_EVERY_S, Reporting
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.standing import standing
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.tiers_view import tiers_view
+from sllm_actor.actors.under_way import UnderWay
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName
 from sllm_actor.errors import Conflict, DeliveryFailed, Draining, ModelNotFound, SllmError
@@ -31,6 +31,8 @@ from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.instances import (
     AdapterHeld,
+    EndAnswers,
+    EndStarts,
     HoldAdapter,
     InstanceActivity,
     InstanceDied,
@@ -67,17 +69,6 @@ from sllm_actor.runtime.progress import Step, followed
 log = logging.getLogger(__name__)
 
 
-class Limits(NamedTuple):
-    """The manager's knobs; the names are those of `Config`."""
-
-    max_instances: int
-    max_requests_per_instance: int
-    drain_timeout_s: float
-    engine_stop_timeout_s: float
-    max_adapters_per_instance: int
-    migration: MigrationLimits
-
-
 class ModelManager(Actor):
     """Owns the registrations, the instances of this node and their leases on host memory."""
 
@@ -102,7 +93,8 @@ class ModelManager(Actor):
         self._room = room
         self._counts = counts
         self._instances: dict[str, Instance] = {}
-        self._starting: dict[str, ModelName] = {}
+        self._under_way = UnderWay()
+        self._starting = self._under_way.models
         self._times = LearnedTimes()
         self._instance_ids = itertools.count(1)
         self._reporting = Reporting(place, way, registry, tiers, clock, limits.max_instances)
@@ -199,29 +191,35 @@ class ModelManager(Actor):
 
     async def _start(self, message: StartInstance, on_progress: OnProgress) -> InstanceStarted:
         self._place.check(message.epoch)
-        self._starting[message.placement_id] = message.model
-        self._report()
         failed = True
         try:
-            model = self._registry.find(message.model)
-            if message.adapter:
-                self._bring(self._registry.find(ModelName(message.adapter)))
-            started = await self._starter.start(model, await self._registry.wanted(model), on_progress)
-            self._counts.started(started.spans)
-            try:
-                installed = await self._install(model, started)
-                failed = False
-                return installed
-            except BaseException:
-                await self._discard(started)
-                raise
+            with self._under_way.going(message.placement_id, message.model):
+                self._report()
+                installed = await self._bring_up(message, on_progress)
+            failed = False
+            return installed
         except SllmError as error:
             self._counts.failed[error.code] += 1
             raise
         finally:
-            del self._starting[message.placement_id]
             self._reporting.ended(message.placement_id, failed=failed)
             self._report()
+
+    async def _bring_up(self, message: StartInstance, on_progress: OnProgress) -> InstanceStarted:
+        model = self._registry.find(message.model)
+        if message.adapter:
+            self._bring(self._registry.find(ModelName(message.adapter)))
+        started = await self._starter.start(model, await self._registry.wanted(model), on_progress)
+        self._counts.started(started.spans)
+        try:
+            return await self._install(model, started)
+        except BaseException:
+            await self._discard(started)
+            raise
+
+    @handles(EndStarts)
+    async def end_starts(self, _: EndStarts) -> int:
+        return self._under_way.end()
 
     def _bring(self, adapter: Model) -> None:
         """Have an adapter come to host memory beside its base. What this fails with, its request meets again."""
@@ -282,7 +280,7 @@ class ModelManager(Actor):
             and message.instance_id in ("", instance.instance_id)
             and not (message.only_idle and instance.active)
         ]
-        await asyncio.gather(*(self._retire(instance) for instance in chosen))
+        await asyncio.gather(*(self._retire(instance, preempt=message.preempt) for instance in chosen))
         await asyncio.gather(
             *(
                 instance.adapters.forget(message.model, self._limits.drain_timeout_s, only_idle=message.only_idle)
@@ -294,11 +292,13 @@ class ModelManager(Actor):
     async def _stop_all(self, name: ModelName) -> None:
         await self.stop_instances(StopInstances(model=name))
 
-    async def _retire(self, instance: Instance) -> None:
+    async def _retire(self, instance: Instance, *, preempt: bool = False) -> None:
         """Stop one instance, letting it finish its answers first; whoever asks again waits for the same end."""
         if instance.retired is None:
             task = self.context.tasks.spawn(self._retirement(instance), f"retire-{instance.instance_id}")
             instance.retired = task
+        if preempt:
+            instance.worker.tell(EndAnswers())
         await asyncio.shield(instance.retired)
 
     async def _retirement(self, instance: Instance) -> None:

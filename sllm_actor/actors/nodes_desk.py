@@ -13,7 +13,17 @@ from sllm_actor.domain import NodeId
 from sllm_actor.domain.roles import Roles
 from sllm_actor.errors import NodeNotFound, NoLeader, SllmError
 from sllm_actor.messages.instances import InstanceStatus, ListInstances, StopInstances
-from sllm_actor.messages.operations import Cordon, CordonNode, Drain, DrainNode, NodeShown, ShowNodes
+from sllm_actor.messages.operations import (
+    Cordon,
+    CordonNode,
+    Drain,
+    DrainNode,
+    NodeShown,
+    Notice,
+    NoticeNode,
+    NoticeTaken,
+    ShowNodes,
+)
 from sllm_actor.messages.placement import ListNodes, NodeReport
 from sllm_actor.runtime import Actor, ActorRef, handles
 
@@ -70,6 +80,12 @@ class NodesDesk(Actor):
     async def drain(self, message: Drain) -> int:
         stopped: int = await self._at(message.node, NODE_KEEPER).ask(DrainNode(), timeout_s=self._stop_timeout_s)
         return stopped
+
+    @handles(Notice, concurrent=True)
+    async def notice(self, message: Notice) -> NoticeTaken:
+        keeper, timeout_s = self._at(message.node, NODE_KEEPER), message.seconds + self._ask_timeout_s
+        taken: NoticeTaken = await keeper.ask(NoticeNode(seconds=message.seconds), timeout_s=timeout_s)
+        return taken
 
     @handles(ListInstances, concurrent=True)
     async def instances(self, message: ListInstances) -> tuple[InstanceStatus, ...]:

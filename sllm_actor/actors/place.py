@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sllm_actor.domain import NodeId
-from sllm_actor.errors import Fenced, LeaseLost
+from sllm_actor.errors import Draining, Fenced, LeaseLost
 from sllm_actor.messages.instances import InstanceStarted
 
 
@@ -55,9 +55,12 @@ class Place:
         Raises:
             LeaseLost: this node is no member, and must not begin anything.
             Fenced: a later leader has been heard.
+            Draining: nothing is to be started here.
         """
         if self.epoch is None:
             raise LeaseLost(f"{self.node} is no member of the cluster just now")
         if leader_epoch < self._leader_epoch:
             raise Fenced(f"the leader of epoch {leader_epoch} has a successor")
         self._leader_epoch = leader_epoch
+        if self.cordoned:
+            raise Draining(f"{self.node} is cordoned", retry_after_s=1.0)

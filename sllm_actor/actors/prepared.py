@@ -11,7 +11,7 @@ from sllm_actor.actors.slots import Slots
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine.client import Engine
 from sllm_actor.engine.streams import Parking
-from sllm_actor.errors import MigrationFailed, NoCapacity, SllmError
+from sllm_actor.errors import Draining, MigrationFailed, NoCapacity, SllmError
 from sllm_actor.messages.generation import Generate
 from sllm_actor.messages.migration import ExtendPrepared, Prepare, Prepared
 from sllm_actor.runtime import Clock
@@ -128,6 +128,13 @@ class PreparedRequests:
         await self._clock.sleep(self._limits.take_over_timeout_s)
         if not one.taken:
             one.end()
+
+    def give_up(self) -> None:
+        """End all that is not handed over yet: it goes on where it is."""
+        for one in list(self._prepared.values()):
+            if not one.handed_over:
+                one.reached.put_nowait(Draining("the instance is being stopped", retry_after_s=1.0))
+                one.end()
 
     def take(self, migration_id: str) -> PreparedRequest | None:
         """Give a request what was prepared for it, slot and all; whoever takes it ends it."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
-from sllm_actor.actors.going_on import Answered, Given, rest_of
+from sllm_actor.actors.going_on import Answered, Given, most_urgent, rest_of
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
@@ -20,6 +20,8 @@ from sllm_actor.errors import (
     Conflict,
     Draining,
     EngineDied,
+    NoCapacity,
+    Preempted,
     RequestNotFound,
     SllmError,
 )
@@ -45,6 +47,9 @@ from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
 
+# One that was ended so often for more urgent ones is so no more.
+MAX_PREEMPTIONS = 2
+
 
 class _Start:
     """A start under way, the request it was begun for, how many wait for it, and the lowest priority of them so far."""
@@ -56,6 +61,13 @@ class _Start:
         self.waiters = 0
         self.ended: SllmError = Draining("the node is stopping")
         self.task: asyncio.Task[tuple[InstanceStarted, tuple[Span, ...]]]
+
+    def joined_by(self, request: Generate | Embed, failed: tuple[str, ...]) -> bool:
+        """Let another request wait, too; tell whether that changes what is asked for."""
+        before = self.priority, self.failed
+        self.priority = min(self.priority, request.priority)
+        self.failed = tuple(dict.fromkeys((*self.failed, *failed)))
+        return before != (self.priority, self.failed)
 
 
 class Router(Actor):
@@ -117,10 +129,17 @@ class Router(Actor):
         Each that has it has an epoch of its own: nothing counts but the tokens of the current one.
         """
         failed: tuple[str, ...] = ()
-        given, attempt = Given(), 1
+        given, attempt, preempted = Given(), 1, 0
         moved: Migrated | None = None
         while True:
-            instance = _reached(moved) if moved else await self._instance(request, record, failed)
+            try:
+                instance = _reached(moved) if moved else await self._instance(request, record, failed)
+            except NoCapacity:
+                # It had a place: it waits on for another one.
+                if not preempted or attempt == MAX_ATTEMPTS:
+                    raise
+                attempt += 1
+                continue
             self._log.route(record, instance)
             rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
             moving, moved = moved, None
@@ -140,9 +159,14 @@ class Router(Actor):
                     raise
                 self._routes.remove(instance.model, instance.instance_id)
                 failed = (*failed, instance.instance_id)
-                if attempt == MAX_ATTEMPTS:
+                if isinstance(gone, Preempted):
+                    preempted += 1
+                    self._counts.preempted += 1
+                    request = request if preempted < MAX_PREEMPTIONS else most_urgent(request)
+                elif attempt == MAX_ATTEMPTS:
                     raise
-                attempt += 1
+                else:
+                    attempt += 1
                 if record.begun:
                     self._counts.recovered += 1
                     log.warning(
@@ -180,7 +204,12 @@ class Router(Actor):
             return running
         record.cold = True
         with self._room.place(request.model):
-            instance, spans = await self._share(request, record, failed)
+            for _ in range(MAX_ATTEMPTS):
+                instance, spans = await self._share(request, record, failed)
+                # Another request may have begun the start, and been given what this one could not reach.
+                if instance.instance_id not in failed:
+                    break
+                self._routes.remove(instance.model, instance.instance_id)
         record.spans.extend(spans)
         return instance
 
@@ -196,9 +225,9 @@ class Router(Actor):
             start.task = self.context.tasks.spawn(work, f"start-{served}", on_failure=lambda _: None)
             begun = start
             start.task.add_done_callback(lambda _: self._over(served, begun))
-        if request.priority < start.priority:
-            start.priority = request.priority
-            self._scheduler.tell(HurryPlacement(request_id=start.request.request_id, priority=start.priority))
+        if start.joined_by(request, failed):
+            request_id, priority = start.request.request_id, start.priority
+            self._scheduler.tell(HurryPlacement(request_id=request_id, priority=priority, failed=start.failed))
         record.start_of = start.request.request_id
         start.waiters += 1
         try:

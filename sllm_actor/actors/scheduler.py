@@ -6,18 +6,20 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import msgspec
 
 from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, Granted, adopted, granted
 from sllm_actor.actors.estimate_book import EstimateBook
+from sllm_actor.actors.making_room import MakingRoom
+from sllm_actor.actors.rooms import Rooms, Waiting, runs_already
+from sllm_actor.actors.scheduler_limits import Limits as Limits
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import NodeId
-from sllm_actor.errors import ModelTooLarge, NoCapacity, QueueFull, SllmError
+from sllm_actor.errors import ModelTooLarge, NoCapacity, QueueFull
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
-from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import (
     HurryPlacement,
     InstanceView,
@@ -33,7 +35,19 @@ from sllm_actor.policy.cluster_view import ClusterView, Grant
 from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.explaining import refused, why_in_vain
 from sllm_actor.policy.offers import allows
-from sllm_actor.policy.placement import ABLE, Decision, Evict, Start, Wait, Waiter, decide, fits_nowhere, next_of
+from sllm_actor.policy.placement import (
+    ABLE,
+    QUIET,
+    Decision,
+    Evict,
+    MakeRoom,
+    Start,
+    Wait,
+    Waiter,
+    decide,
+    fits_nowhere,
+    next_of,
+)
 from sllm_actor.policy.policies import Situation
 from sllm_actor.policy.retrying import Pace, placement_s
 from sllm_actor.policy.taking_turns import TakingTurns
@@ -47,30 +61,6 @@ BEGIN_WITHIN_S = 10.0
 TOLD_WITHIN_S = 2.0
 # A new leader waits so long for what the other members report before it decides.
 GATHER_S = 1.0
-
-
-class Limits(NamedTuple):
-    """The Scheduler's knobs; most names are those of `Config`."""
-
-    lease_s: float
-    evict_timeout_s: float
-    max_waiting: int
-    placement_policy: str = "startup_time"
-    locality_wait_s: float = 10.0
-    decision_history: int = 10_000
-    switch_hold_s: float = 2.0
-
-
-class _Waiting:
-    """A question, since when it waits, and whose instances were given up for it."""
-
-    def __init__(self, question: PlaceModel, asked_s: float) -> None:
-        self.question = question
-        self.asked_s = asked_s
-        self.answer: asyncio.Future[Placement | RunsAlready] = asyncio.get_running_loop().create_future()
-        self.given_up: tuple[str, ...] = ()
-        self.why = ""
-        self.recheck: asyncio.Task[None] | None = None
 
 
 class Scheduler(Actor):
@@ -96,7 +86,9 @@ class Scheduler(Actor):
         self._estimator = Estimator()
         self._decisions = DecisionLog(limits.decision_history)
         self._granted: dict[str, Granted] = {}
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[Waiting] = []
+        # One that came after another of its epoch, which is 0 for a lone node's, has names of its own.
+        self._life = str(epoch) if epoch else f"{round(clock.monotonic_s() * 1e6):x}"
         self._placements = itertools.count(1)
         self._pace = Pace()
         self._epoch = epoch
@@ -107,8 +99,16 @@ class Scheduler(Actor):
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
         self._book = book
+        self._making = MakingRoom(
+            self._view, self._estimator, clock, counts, evict_timeout_s=limits.evict_timeout_s,
+            move_timeout_s=limits.move_timeout_s,
+        )  # fmt: skip
 
     async def started(self) -> None:
+        self._rooms = Rooms(
+            self.context, self._view, self._clock, self._making, self._turns, self._decisions,
+            decide=self._decide, grant=self._grant, serve=self._serve, life=self._life,
+        )  # fmt: skip
         if self._autoscaler is not None:
             self.context.tasks.spawn(self._keep_scaling(self._autoscaler), "scale")
         if self._book is not None:
@@ -142,7 +142,7 @@ class Scheduler(Actor):
         for question in autoscaler.missing(self._view, {start.model for start in self._granted.values()}):
             # On a node that has none of it; where there is none, beside another.
             for asked in (question, msgspec.structs.replace(cast(Any, question), not_on=())):
-                wish = _Waiting(asked, now_s)
+                wish = Waiting(asked, now_s, QUIET)
                 decision = self._decide(wish, now_s)
                 if isinstance(decision, Start):
                     placement = self._grant(wish, decision, now_s)
@@ -234,7 +234,7 @@ class Scheduler(Actor):
         now_s = self._clock.monotonic_s()
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=self._pace.next_s(now_s))
-        waiting = _Waiting(question, now_s)
+        waiting = Waiting(question, now_s, QUIET if question.not_on or question.only_on else ABLE)
         self._waiting.append(waiting)
         self._serve()
         if self._limits.placement_policy == "locality_wait" and not waiting.answer.done() and waiting.recheck is None:
@@ -254,14 +254,17 @@ class Scheduler(Actor):
                 self._waiting.remove(waiting)
             if waiting.recheck is not None:
                 waiting.recheck.cancel()
+            self._rooms.leave(waiting)
             self._pace.note(self._clock.monotonic_s())
 
     @handles(HurryPlacement)
     async def hurry(self, message: HurryPlacement) -> None:
         for waiting in self._waiting:
             if waiting.question.request_id == message.request_id:
-                priority = min(waiting.question.priority, message.priority)
-                waiting.question = msgspec.structs.replace(cast(Any, waiting.question), priority=priority)
+                question = waiting.question
+                failed = tuple(dict.fromkeys((*question.failed, *message.failed)))
+                priority = min(question.priority, message.priority)
+                waiting.question = msgspec.structs.replace(cast(Any, question), priority=priority, failed=failed)
         self._serve()
 
     async def _serve_later(self, wait_s: float) -> None:
@@ -269,7 +272,7 @@ class Scheduler(Actor):
         await self._clock.sleep(wait_s)
         self._serve()
 
-    def _note_refusal(self, waiting: _Waiting) -> None:
+    def _note_refusal(self, waiting: Waiting) -> None:
         waited_s = self._clock.monotonic_s() - waiting.asked_s
         why = waiting.why or "others waited before it"
         self._decisions.note(refused(waiting.question, self._limits.placement_policy, why, waited_s))
@@ -282,12 +285,15 @@ class Scheduler(Actor):
         now_s = self._clock.monotonic_s()
         for placement_id in self._view.expired(now_s):
             self._ended(placement_id, "expired", now_s)
-        asking = list(self._waiting)
+        asking = self._without_a_place(now_s)
         while asking:
             waiting = asking.pop(next_of([Waiter(one.question, one.asked_s) for one in asking], now_s))
-            if self._is_answered(waiting, now_s):
+            if self._is_answered(waiting, now_s):  # One before it has asked for the same.
                 continue
             decision = self._decide(waiting, now_s)
+            if isinstance(decision, MakeRoom):
+                self._rooms.make(waiting, decision, now_s)
+                continue
             if isinstance(decision, Wait):
                 waiting.why = decision.reason
                 if decision.holds_up:
@@ -298,21 +304,23 @@ class Scheduler(Actor):
                 return
             self._answer(waiting, self._grant(waiting, decision, now_s))
 
-    def _is_answered(self, waiting: _Waiting, now_s: float) -> bool:
+    def _without_a_place(self, now_s: float) -> list[Waiting]:
+        """Answer those who wait for nothing that others want; give the rest."""
+        rest = []
+        for waiting in list(self._waiting):
+            in_room = self._rooms.start_in(waiting, now_s)
+            if in_room is not None:
+                self._answer(waiting, self._grant(waiting, in_room, now_s))
+            elif not self._is_answered(waiting, now_s) and waiting.room is None:
+                rest.append(waiting)
+        return rest
+
+    def _is_answered(self, waiting: Waiting, now_s: float) -> bool:
         """Spare a start where an instance runs, or is starting, that somebody else has asked for."""
         question = waiting.question
         for report, instance in self._view.running(question.model):
             if instance.instance_id not in question.failed and allows(question, report.node):
-                self._answer(
-                    waiting,
-                    RunsAlready(
-                        model=instance.model,
-                        instance_id=instance.instance_id,
-                        node=report.node,
-                        worker=instance.worker,
-                        address=report.address,
-                    ),
-                )
+                self._answer(waiting, runs_already(report, instance))
                 return True
         if any(
             start.model == question.model and (key in self._begun or now_s < start.granted_s + TOLD_WITHIN_S)
@@ -322,14 +330,18 @@ class Scheduler(Actor):
             if waiting.recheck is None:
                 waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
             return True
+        others = [one for one in self._waiting if one is not waiting and one.question.model == question.model]
+        if any(one.room is not None for one in others):
+            waiting.why = f"room is being made for {question.model} already"
+            return True
         return False
 
-    def _answer(self, waiting: _Waiting, answer: Placement | RunsAlready) -> None:
+    def _answer(self, waiting: Waiting, answer: Placement | RunsAlready) -> None:
         self._waiting.remove(waiting)
         if not waiting.answer.done():
             waiting.answer.set_result(answer)
 
-    def _decide(self, waiting: _Waiting, now_s: float) -> Decision:
+    def _decide(self, waiting: Waiting, now_s: float) -> Decision:
         situation = Situation(
             view=self._view,
             estimator=self._estimator,
@@ -337,7 +349,7 @@ class Scheduler(Actor):
             now_s=now_s,
             waited_s=now_s - waiting.asked_s,
             locality_wait_s=self._limits.locality_wait_s,
-            able=ABLE,
+            able=waiting.able,
         )
         return decide(situation, self._limits.placement_policy, waiting.given_up)
 
@@ -352,10 +364,9 @@ class Scheduler(Actor):
                 if not waiting.answer.done():
                     waiting.answer.set_exception(ModelTooLarge(reason, param="model"))
 
-    def _grant(self, waiting: _Waiting, start: Start, now_s: float) -> Placement:
+    def _grant(self, waiting: Waiting, start: Start, now_s: float) -> Placement:
         question = waiting.question
-        number = next(self._placements)
-        placement_id = f"placement-{self._epoch}-{number}" if self._epoch else f"placement-{number}"
+        placement_id = f"placement-{self._life}-{next(self._placements)}"
         lease_s = min(self._limits.lease_s, BEGIN_WITHIN_S)
         grant = Grant(start.report.node, question.host_bytes, now_s + lease_s, question.slots)
         self._view.grant(placement_id, grant)
@@ -370,9 +381,10 @@ class Scheduler(Actor):
             reason=start.explanation.reason,
             address=start.report.address,
             epoch=self._epoch,
+            made_room_s=start.explanation.made_room_s,
         )
 
-    def _give_up(self, waiting: _Waiting, decision: Evict) -> None:
+    def _give_up(self, waiting: Waiting, decision: Evict) -> None:
         self._view.give_up(decision.report.node, [victim.instance_id for victim in decision.victims])
         waiting.given_up += tuple(victim.instance_id for victim in decision.victims)
         for victim in decision.victims:
@@ -380,18 +392,5 @@ class Scheduler(Actor):
             self.context.tasks.spawn(self._evict(decision.report, victim), f"evict-{victim.instance_id}")
 
     async def _evict(self, report: NodeReport, victim: InstanceView) -> None:
-        """Ask for the victim's slot; the manager's next report tells when it is free."""
-        manager = self.context.system.ref(report.manager, report.address or None)
-        begin_s, stopped = self._clock.monotonic_s(), 0
-        try:
-            stopped = await manager.ask(
-                StopInstances(model=victim.model, instance_id=victim.instance_id, only_idle=True),
-                timeout_s=self._limits.evict_timeout_s,
-            )
-        except SllmError as error:
-            log.warning("instance %s could not be given up: %s", victim.instance_id, error)
-        if stopped:
-            self._estimator.learn_leave(report.node, self._clock.monotonic_s() - begin_s)
-        else:
-            self._view.keep(report.node, victim.instance_id)
+        if not await self._making.evict(self.context.system, report, victim):
             self._serve()

@@ -20,6 +20,10 @@ class StartCounts:
         self.placements = 0
         # Answers that went on elsewhere after their instance had gone.
         self.recovered = 0
+        # Answers that were ended for more urgent requests, and went on later.
+        self.preempted = 0
+        # What making room by moving or ending running answers came to.
+        self.rooms: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self._errors: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(ERROR_RATIOS) + 1))
         self._error_sums: defaultdict[str, float] = defaultdict(float)
@@ -54,6 +58,8 @@ class StartCounts:
         return {
             "placements": self.placements,
             "recovered": self.recovered,
+            "preempted": self.preempted,
+            "rooms": dict(self.rooms),
             "failed": dict(self.failed),
             "loads": loads,
             "estimate_errors": {"bounds": ERROR_RATIOS, "tiers": errors},

@@ -85,18 +85,28 @@ class Starting:
         wish = StartInstance(placement_id="", model=served, adapter=ModelName(adapter))
         for attempt in range(1, MAX_ATTEMPTS + 1):
             placement = await self._place(question, *urgency())
-            placed = Span(name="placement", begin_s=begin_s, end_s=self._clock.monotonic_s(), tier=placement.node)
+            placed = self._placed(placement, begin_s)
             try:
-                instance = await self._use(system, placement, wish)
+                instance = await self.use(system, placement, wish)
             except (*GONE, EngineDied, Fenced, LeaseLost) as gone:
                 if attempt == MAX_ATTEMPTS:
                     raise
                 log.warning("%s could not start %s: %s; another place is asked for", placement.node, served, gone)
-                if isinstance(gone, NodeUnreachable):  # From here; the leader may well reach it.
+                # From here; the leader may well reach it, and not know yet that nothing is to be started there.
+                if isinstance(gone, NodeUnreachable | Draining):
                     question = msgspec.structs.replace(question, not_on=(*question.not_on, placement.node))
                 continue
             break
-        return instance, (placed, *instance.spans)
+        return instance, (*placed, *instance.spans)
+
+    def _placed(self, placement: Placement | RunsAlready, begin_s: float) -> tuple[Span, ...]:
+        """One span for the wait, and in it one for making room, where that was needed."""
+        end_s = self._clock.monotonic_s()
+        spans = [Span(name="placement", begin_s=begin_s, end_s=end_s, tier=placement.node)]
+        if isinstance(placement, Placement) and placement.made_room_s:
+            room_s = max(begin_s, end_s - placement.made_room_s)
+            spans.append(Span(name="making room", begin_s=room_s, end_s=end_s, tier=placement.node))
+        return tuple(spans)
 
     async def _question(self, request_id: RequestId, served: ModelName, adapter: str) -> Any:
         model: Model = await self._manager.ask(GetModel(name=served), timeout_s=self._ask_timeout_s)
@@ -122,9 +132,14 @@ class Starting:
         self._counts.placements += 1
         return placement
 
-    async def _use(
+    async def use(
         self, system: ActorSystem, placement: Placement | RunsAlready, wish: StartInstance
     ) -> InstanceStarted:
+        """Have the instance that a placement is for.
+
+        Raises:
+            SllmError: whatever went wrong, by its type.
+        """
         if isinstance(placement, RunsAlready):
             return InstanceStarted(
                 instance_id=placement.instance_id,

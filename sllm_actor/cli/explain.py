@@ -61,7 +61,7 @@ def _row(decision: Mapping[str, Any], one: Mapping[str, Any], names: list[str]) 
     action = f"{one['action']} {' '.join(one['leaving'])}".rstrip()
     return (
         one["node"], action, one["tier"], duration(one["estimate_s"]), *(seconds.get(name, "") for name in names),
-        _inputs(one), note if one["possible"] else "not in this version",
+        _inputs(one), note if one["possible"] else "not tried (again)",
     )  # fmt: skip
 
 

@@ -373,7 +373,7 @@ def verify(
 
 for verb in (
     keep.pin, keep.unpin, keep.evict, explain.explain, nodes.status, nodes.cordon, nodes.uncordon, nodes.drain,
-    nodes.migrate,
+    nodes.notice, nodes.migrate,
 ):  # fmt: skip
     app.command()(verb)
 

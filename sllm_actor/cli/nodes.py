@@ -1,4 +1,4 @@
-"""`sllm-node status`, `cordon`, `uncordon`, `drain` and `migrate`: a cluster, asked through any of its nodes."""
+"""`sllm-node status`, `cordon`, `uncordon`, `drain`, `notice`, `migrate`: a cluster, asked through any node."""
 
 from __future__ import annotations
 
@@ -57,6 +57,27 @@ def drain(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json =
     answer = _change(node, "drain", url, api_key, as_json=as_json)
     if not as_json:
         out.print(f"{answer['stopped']} instances were stopped")
+
+
+def notice(
+    node: Node,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, max=3600.0, help="After these it will be gone.")],
+    url: Url = DEFAULT_URL,
+    api_key: Key = "",
+    as_json: Json = False,
+) -> None:
+    """Say that a node will soon be taken away, as of a spot instance: its running answers go on elsewhere.
+
+    Example: sllm-node notice n2 --seconds 120
+    """
+    path = f"/admin/nodes/{quote(node, safe='')}/notice?seconds={seconds:g}"
+    answer = ask(url, api_key, lambda client: client.call("POST", path), as_json=as_json)
+    if as_json:
+        print_json(answer)
+        return
+    out.print(f"{answer['moved']} answers went on elsewhere, {answer['stopped']} instances were stopped")
+    if answer["left"]:
+        out.print(f"{answer['left']} answers are still generated there")
 
 
 def migrate(

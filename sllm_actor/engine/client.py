@@ -17,6 +17,7 @@ from sllm_actor.errors import (
     ActorDied,
     EngineDied,
     EngineStartFailed,
+    Preempted,
     ProtocolViolation,
     SllmError,
     from_code,
@@ -170,12 +171,13 @@ class Engine:
     ) -> AsyncGenerator[Item, None]:
         """Run one request; closing the generator cancels it.
 
-        Whoever gives a `stream` may hold it back, or end it with `Migrated`, and then the request is cancelled here. It
-        goes on with what a `parking` of this engine holds.
+        Whoever gives a `stream` may hold it back, or end it with `Migrated` or `Preempted`, and then the request is
+        cancelled here. It goes on with what a `parking` of this engine holds.
 
         Raises:
             EngineDied: the process has left.
             GenerationFailed: this request alone failed.
+            Preempted: whoever gave the stream has ended it so.
         """
         stream = stream or AnswerStream()
         number, finished = self._open(stream), False
@@ -184,7 +186,7 @@ class Engine:
             while not finished:
                 item = await stream.get()
                 if isinstance(item, SllmError):
-                    finished = True
+                    finished = not isinstance(item, Preempted)
                     raise item
                 assert not isinstance(item, Parked), "that is said of what is parked alone"
                 finished = isinstance(item, Finished)

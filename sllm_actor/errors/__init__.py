@@ -39,7 +39,9 @@
     │   │   └── DestinationFailed        since the place that it was to go on at could not
     │   ├── TargetExists · TargetBusy  something is there, and is not to be replaced; another process writes it
     ├── Overloaded                   nothing was run; try again after `retry_after_s`
-    │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · Draining · RateLimited
+    │   ├── MailboxFull · LinkFull · QueueFull · NoCapacity · RateLimited
+    │   ├── Draining                   whoever was asked is going
+    │   │   └── Preempted                an answer that was ended for a more urgent one; it is resumed
     │   ├── NoLeader                   nobody places starts just now; what runs goes on
     │   ├── RoleMissing                not what this node is there for; another one does it
     ├── DeliveryFailed               a message that brought no answer
@@ -95,6 +97,7 @@ from sllm_actor.errors.overload import MailboxFull as MailboxFull
 from sllm_actor.errors.overload import NoCapacity as NoCapacity
 from sllm_actor.errors.overload import NoLeader as NoLeader
 from sllm_actor.errors.overload import Overloaded as Overloaded
+from sllm_actor.errors.overload import Preempted as Preempted
 from sllm_actor.errors.overload import QueueFull as QueueFull
 from sllm_actor.errors.overload import RateLimited as RateLimited
 from sllm_actor.errors.overload import RoleMissing as RoleMissing

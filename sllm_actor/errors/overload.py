@@ -29,6 +29,10 @@ class Draining(Overloaded):
     code = "draining"
 
 
+class Preempted(Draining):
+    code = "preempted"
+
+
 class RateLimited(Overloaded):
     code = "rate_limit_exceeded"
 

@@ -16,7 +16,7 @@ from sllm_actor.frontend.gateway import GATEWAY, Gateway, encode_json, json_resp
 from sllm_actor.frontend.http_errors import body_of
 from sllm_actor.frontend.node_metrics import render
 from sllm_actor.frontend.openapi import SHIPPED
-from sllm_actor.frontend.schema import DeployRequest, MigrationRequest, TierRequest, keep_alive_s
+from sllm_actor.frontend.schema import NOTICE_S, DeployRequest, MigrationRequest, TierRequest, keep_alive_s
 from sllm_actor.frontend.sse import write_on
 from sllm_actor.messages.explanation import ExplainRequest
 from sllm_actor.messages.generation import GetTimeline, ListRequests
@@ -33,7 +33,7 @@ from sllm_actor.messages.models import (
     TiersChanged,
     UnpinModel,
 )
-from sllm_actor.messages.operations import Cordon, Drain, ShowNodes
+from sllm_actor.messages.operations import Cordon, Drain, Notice, NoticeTaken, ShowNodes
 from sllm_actor.runtime.threads import on_thread
 
 DESCRIPTION = SHIPPED.read_bytes()
@@ -227,6 +227,28 @@ async def uncordon(request: web.Request) -> web.Response:
 async def drain(request: web.Request) -> web.Response:
     node = check_node_id(request.match_info["node"])
     return json_response({"drained": node, "stopped": await _ask_nodes(request, Drain(node=node))})
+
+
+@routes.post("/admin/nodes/{node}/notice")
+async def notice(request: web.Request) -> web.Response:
+    node, gateway = check_node_id(request.match_info["node"]), request.app[GATEWAY]
+    seconds = _seconds(request.query.get("seconds"))
+    timeout_s = seconds + 2 * gateway.limits.ask_timeout_s
+    taken: NoticeTaken = await gateway.nodes.ask(Notice(node=node, seconds=seconds), timeout_s=timeout_s)
+    answer = {"node": node, "moved": taken.moved, "stopped": taken.stopped, "left": taken.left}
+    return json_response(answer)
+
+
+def _seconds(given: str | None) -> float:
+    """Read how long a notice is."""
+    least, most = NOTICE_S
+    try:
+        seconds = float(given or "")
+    except ValueError:
+        seconds = 0.0
+    if not least <= seconds <= most:
+        raise InvalidRequest(f"seconds: a notice has {least:g} to {most:g} of them", param="seconds")
+    return seconds
 
 
 async def _ask_nodes(request: web.Request, message: Cordon | Drain) -> Any:

@@ -83,6 +83,9 @@ def _streams(seen: Mapping[str, Any]) -> Iterator[Metric]:
 def _starts(starts: Mapping[str, Any]) -> Iterator[Metric]:
     yield _counter("placements", "Places given to models that were to start.", starts["placements"])
     yield _counter("recoveries", "Answers that went on elsewhere after their instance had gone.", starts["recovered"])
+    yield _counter("preemptions", "Answers that were ended for more urgent ones, and resumed.", starts["preempted"])
+    text = "Times that running answers were to move (migrate) or to end (preempt) for a start, by what came of it."
+    yield _by("rooms_made", text, "outcome", starts["rooms"], COUNTER)
     yield _by("starts_failed", "Starts of models that failed.", "reason", starts["failed"], COUNTER)
     seconds = SummaryMetricFamily("sllm:load_seconds", "Loads of weights, by where they came from.", labels=["tier"])
     size = CounterMetricFamily("sllm:load_bytes", "Bytes of weights, by where they came from.", labels=["tier"])

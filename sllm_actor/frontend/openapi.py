@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from sllm_actor.frontend.schema import (
+    NOTICE_S,
     ChatRequest,
     CompletionRequest,
     DeployRequest,
@@ -180,6 +181,10 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
     ("post", "/admin/nodes/{node}/drain"): (
         "Cordon a node, and stop its instances.", None, 200, _object(drained=STRING, stopped=INTEGER), _ADMIN,
     ),
+    ("post", "/admin/nodes/{node}/notice"): (
+        "Say that a node will soon be gone: its answers go on elsewhere; answered when they do, or the time is over.",
+        None, 200, _object(node=STRING, moved=INTEGER, stopped=INTEGER, left=INTEGER), _ADMIN,
+    ),
     ("get", "/admin/requests"): ("List requests.", None, 200, _object(requests=_list(OBJECT)), _ADMIN),
     ("get", "/admin/requests/{request_id}"): ("Show a request's timeline.", None, 200, OBJECT, _ADMIN),
     ("get", "/admin/explain/{request_id}"): (
@@ -244,7 +249,7 @@ def _operation(method: str, path: str) -> dict[str, Any]:
         responses[str(code)] = {"description": ERRORS[code], "content": {"application/json": {"schema": failed}}}
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        for name in ("name", "request_id", "stream_id")
+        for name in ("name", "request_id", "stream_id", "node")
         if f"{{{name}}}" in path
     ]
     operation: dict[str, Any] = {"summary": summary, "operationId": _name(method, path), "responses": responses}
@@ -252,6 +257,10 @@ def _operation(method: str, path: str) -> dict[str, Any]:
         parameters += [LAST_EVENT_ID, HEADERS[0]]
     if path in STREAMS or path == "/v1/embeddings":
         parameters += HEADERS
+    if path.endswith("/notice"):
+        least, most = NOTICE_S
+        seconds = {"type": "number", "minimum": least, "maximum": most}
+        parameters.append({"name": "seconds", "in": "query", "required": True, "schema": seconds})
     if parameters:
         operation["parameters"] = parameters
     if body is not None:

@@ -34,6 +34,8 @@ MAX_TEXTS = 2048
 MAX_INSTANCES = 1000
 MAX_KEEP_ALIVE_S = 31_536_000
 MAX_TEXT_TOKENS = 300_000
+# How long before a node is taken away that may be said.
+NOTICE_S = (1.0, 3600.0)
 T = TypeVar("T")
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]

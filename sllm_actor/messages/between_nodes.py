@@ -23,8 +23,16 @@ from sllm_actor.messages.instances import (
     StartProgress,
     StopInstances,
 )
-from sllm_actor.messages.migration import ExtendPrepared, HandedOver, MigrateOut, Prepare, Prepared
-from sllm_actor.messages.operations import CordonNode, DrainNode
+from sllm_actor.messages.migration import (
+    ExtendPrepared,
+    HandedOver,
+    InstanceMoved,
+    MigrateOut,
+    MoveInstance,
+    Prepare,
+    Prepared,
+)
+from sllm_actor.messages.operations import CordonNode, DrainNode, NoticeNode, NoticeTaken
 from sllm_actor.messages.placement import (
     HurryPlacement,
     ListNodes,
@@ -38,6 +46,7 @@ BETWEEN_NODES: tuple[type, ...] = (
     Generate, Embed, PromptLogprobs, Prefilled, AdapterHeld, Tokens, Embedded, Finished,
     PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, ListNodes, ExplainPlacement, Explanation,
     StartInstance, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
-    CordonNode, DrainNode,
+    CordonNode, DrainNode, NoticeNode, NoticeTaken,
     LocateRequest, RequestLocation, MigrateOut, HandedOver, Prepare, Prepared, ExtendPrepared, Migrated,
+    MoveInstance, InstanceMoved,
 )  # fmt: skip

@@ -19,7 +19,7 @@ class Term:
 class Candidate:
     """What a node could have done. `leaving` are the instances that would have to leave it.
 
-    What this version can't carry out is not `possible`, whatever its estimate.
+    What has failed for this request, or is not done for one of its kind, is not `possible`, whatever its estimate.
     """
 
     node: NodeId
@@ -29,6 +29,17 @@ class Candidate:
     terms: tuple[Term, ...]
     leaving: tuple[str, ...]
     possible: bool
+
+
+@message("explanation.moved")
+class MovedAnswer:
+    """A running answer that went on at `node` to make room: after so many tokens, prompt included, and rounds."""
+
+    request_id: RequestId
+    model: ModelName
+    node: NodeId
+    tokens: int
+    rounds: int
 
 
 @message("explanation.flip")
@@ -47,7 +58,8 @@ class Explanation:
     """One decision, best candidate first; `more` nodes are not shown. `chosen` is None where none could do it.
 
     `predicted_s` counts from the grant, as `observed_s` does, which is 0.0 until the start has ended; `outcome` is
-    `granted`, `started`, `failed`, `expired` (nobody used it), or `waited in vain`.
+    `making room`, `granted`, `started`, `failed`, `expired` (nobody used it), or `waited in vain`. Which answers have
+    `moved` for it is known once they have.
     """
 
     request_id: RequestId
@@ -64,6 +76,8 @@ class Explanation:
     predicted_s: float = 0.0
     observed_s: float = 0.0
     outcome: str = ""
+    moved: tuple[MovedAnswer, ...] = ()
+    made_room_s: float = 0.0
 
 
 @message("explanation.placement")

@@ -72,16 +72,26 @@ class EndStart:
     why: str
 
 
+@message("instances.end_starts")
+class EndStarts:
+    """End all starts of this node that are under way: they fail with `Draining`, and may be made elsewhere.
+
+    Answered by how many there were.
+    """
+
+
 @message("instances.stop")
 class StopInstances:
     """Stop instances of `model`; with `instance_id` that one alone, with `only_idle` none that generates.
 
-    Running answers are finished first. Answered by the number of instances stopped.
+    Running answers are finished first, or, with `preempt`, fail with `Preempted`, to be resumed elsewhere or later.
+    Answered by the number of instances stopped.
     """
 
     model: ModelName
     instance_id: str = ""
     only_idle: bool = False
+    preempt: bool = False
 
 
 @message("instances.gone")
@@ -137,6 +147,11 @@ class InstanceDied:
 @message("instances.retire")
 class Retire:
     """Finish running answers, take no more, stop the engine. Answered by None once the engine has left."""
+
+
+@message("instances.end_answers")
+class EndAnswers:
+    """Told to a worker: end running answers with `Preempted`, to be resumed elsewhere or later, and take no more."""
 
 
 @message("instances.list")

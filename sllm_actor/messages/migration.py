@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.messages.declare import message
+from sllm_actor.messages.explanation import MovedAnswer
 from sllm_actor.messages.generation import Generate
+from sllm_actor.messages.placement import Placement, RunsAlready
 
 
 @message("migration.ask")
@@ -103,3 +105,24 @@ class MoveAway:
 
     worker: str
     instance_id: str
+
+
+@message("migration.move_instance")
+class MoveInstance:
+    """Have an instance of this node go on elsewhere with all its answers, and then stop: others want its place.
+
+    It goes `to` an instance that runs, or to one that is started under a placement. Answered by `InstanceMoved`; fails
+    with `Conflict` where it is being moved already, or with the typed error of whatever went wrong: it goes on here.
+    """
+
+    instance_id: str
+    worker: str
+    model: ModelName
+    to: Placement | RunsAlready
+
+
+@message("migration.instance_moved")
+class InstanceMoved:
+    """The instance has stopped, and these answers of it go on elsewhere."""
+
+    answers: tuple[MovedAnswer, ...]

@@ -50,6 +50,26 @@ class Drain:
     node: NodeId
 
 
+@message("operations.notice")
+class Notice:
+    """Say that `node` will be gone in so many `seconds`: it does as for `Drain`, for that time.
+
+    Answered by `NoticeTaken`. Fails as `Cordon` does.
+    """
+
+    node: NodeId
+    seconds: float
+
+
+@message("operations.notice_taken")
+class NoticeTaken:
+    """So many answers went on elsewhere, so many instances have stopped; so many answers are `left` to run here."""
+
+    moved: int
+    stopped: int
+    left: int
+
+
 @message("operations.cordon_node")
 class CordonNode:
     """As `Cordon`, said to the NodeKeeper of the node that is meant."""
@@ -60,6 +80,13 @@ class CordonNode:
 @message("operations.drain_node")
 class DrainNode:
     """As `Drain`, said to the NodeKeeper of the node that is meant."""
+
+
+@message("operations.notice_node")
+class NoticeNode:
+    """As `Notice`, said to the NodeKeeper of the node that is meant."""
+
+    seconds: float
 
 
 @message("operations.stop_everything")

@@ -34,13 +34,15 @@ class PlaceModel:
 
 @message("placement.hurry")
 class HurryPlacement:
-    """A request of a lower `priority` number has joined those that a waiting `PlaceModel` was asked for.
+    """A request of a lower `priority` number, or one that has `failed` to reach these instances, too, has joined those
+    that a waiting `PlaceModel` was asked for.
 
     Told; where nothing of that id waits, it changes nothing.
     """
 
     request_id: RequestId
     priority: int
+    failed: tuple[str, ...] = ()
 
 
 @message("placement.granted")
@@ -48,7 +50,7 @@ class Placement:
     """The right to start one instance on `node`, to be used within `lease_s`; `reason` is for people.
 
     `manager` is the actor to ask, at `address`, which is empty where no other node could be meant. `epoch` is the
-    leader's, who gave it.
+    leader's, who gave it. Making room for it, by moving or ending what generated there, has taken `made_room_s`.
     """
 
     placement_id: str
@@ -59,6 +61,7 @@ class Placement:
     reason: str
     address: str = ""
     epoch: int = 0
+    made_room_s: float = 0.0
 
 
 @message("placement.running")
@@ -75,7 +78,7 @@ class RunsAlready:
 @message("placement.instance")
 class InstanceView:
     """An instance as the Scheduler sees it; `worker` is its actor's name. One that is `leaving` takes no more requests,
-    one that is `kept` does not make room while it is idle.
+    one that is `kept` makes no room for others. Its model is for `holders_only` as in `PlaceModel`.
 
     `idle_since_s`, by its node's own clock, is meaningful while `active` is 0.
 
@@ -101,6 +104,7 @@ class InstanceView:
     resume_s: float = 0.0
     leaving: bool = False
     kept: bool = False
+    holders_only: bool = False
 
 
 @message("placement.starting")

@@ -90,6 +90,7 @@ async def spawn_actors(parts: Parts) -> Actors:
         parts.migrations,
         ask_timeout_s=config.ask_timeout_s,
         migration_timeout_s=config.migration_timeout_s,
+        stop_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,
         max_migrations=config.max_migrations,
     )
     coordinator = await system.spawn(coordinating, COORDINATOR)
@@ -107,6 +108,7 @@ def _scheduler(parts: Parts, epoch: int, members: Mapping[NodeId, int]) -> Sched
         locality_wait_s=config.locality_wait_s,
         decision_history=config.decision_history,
         switch_hold_s=config.switch_hold_s,
+        move_timeout_s=config.migration_timeout_s,
     )
     book = EstimateBook(parts.cluster.store, parts.cluster.commit, parts.clock)
     return Scheduler(parts.clock, limits, parts.starts, epoch, members, autoscaler, book)
@@ -118,7 +120,7 @@ async def _spawn_operators(parts: Parts, manager: ActorRef) -> ActorRef:
     ask_timeout_s = config.ask_timeout_s
     stop_timeout_s = config.drain_timeout_s + config.engine_stop_timeout_s
     keeper = NodeKeeper(
-        cluster.place, cluster.store, manager, ask_timeout_s=ask_timeout_s, stop_timeout_s=stop_timeout_s
+        cluster.place, cluster.store, manager, parts.clock, ask_timeout_s=ask_timeout_s, stop_timeout_s=stop_timeout_s
     )
     await parts.system.spawn(keeper, NODE_KEEPER)
     desk = NodesDesk(

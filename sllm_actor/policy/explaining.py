@@ -6,7 +6,7 @@ from sllm_actor.messages.explanation import Candidate, Explanation, Flip, Term
 from sllm_actor.messages.placement import PlaceModel
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import SSD
-from sllm_actor.policy.offers import INF, Action, Offer, leave_term, start_terms, way_up
+from sllm_actor.policy.offers import INF, Action, Move, Offer, leave_term, start_terms, way_up
 from sllm_actor.policy.policies import SHOWN, Choice, Situation
 from sllm_actor.units import format_bytes, format_seconds
 
@@ -55,6 +55,11 @@ def reason(situation: Situation, taken: Offer) -> str:
     """Say in one sentence why the node is soonest, or whatever else its policy wants."""
     node, question = situation.view.nodes[taken.node], situation.question
     way = way_up(node, question)
+    if taken.action is Action.MIGRATE:
+        return f"{taken.node} has it soonest, once {', '.join(map(_going, taken.moves))}{_idle(taken)}"
+    if taken.action is Action.PREEMPT:
+        ended = ", ".join(one.instance_id for one in taken.leaving if one.active)
+        return f"{taken.node} has it soonest, and ends less urgent answers, to be resumed: {ended}{_idle(taken)}"
     if taken.action is not Action.START:
         names = ", ".join(instance.model for instance in taken.leaving)
         return f"{taken.node} gives up what has been idle the longest: {names}"
@@ -69,8 +74,18 @@ def reason(situation: Situation, taken: Offer) -> str:
     )
 
 
+def _going(move: Move) -> str:
+    answers = "1 answer" if move.instance.active == 1 else f"{move.instance.active} answers"
+    return f"{move.instance.instance_id} with {answers} has moved to {move.to}"
+
+
+def _idle(taken: Offer) -> str:
+    idle = [one.instance_id for one in taken.leaving if not one.active]
+    return f"; idle ones leave: {', '.join(idle)}" if idle else ""
+
+
 def _passed_over(shown: list[Candidate], chosen: Candidate | None) -> str:
-    """Name what would have come before, had this version been able to do it."""
+    """Name what would have come before, had it not failed already, or were it not for others to be left alone."""
     before = shown[: shown.index(chosen)] if chosen is not None else []
     able = [one for one in before if not one.possible]
     if not able:
@@ -78,7 +93,7 @@ def _passed_over(shown: list[Candidate], chosen: Candidate | None) -> str:
     one = able[0]
     names = ", ".join(one.leaving)
     estimate = format_seconds(one.estimate_s)
-    return f"; to {one.action} {names} on {one.node} would have taken {estimate}, which this version can't do"
+    return f"; to {one.action} {names} on {one.node} would have taken {estimate}, which is not tried (again)"
 
 
 def _flip(chosen: Candidate, runner_up: Candidate, by_estimate: bool) -> Flip:

@@ -7,15 +7,30 @@ answer has been generated over the time of a token.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from sllm_actor.domain import NodeId, RequestId
 from sllm_actor.messages.explanation import Term
 from sllm_actor.messages.placement import InstanceView, PlaceModel
 from sllm_actor.policy.cluster_view import ClusterView, NodeView
 from sllm_actor.policy.estimator import Estimator
-from sllm_actor.policy.offers import Action, Offer, first_action, leave_term, soonest, startup_s, way_up
+from sllm_actor.policy.offers import (
+    Action,
+    Move,
+    Offer,
+    allows,
+    first_action,
+    leave_term,
+    soonest,
+    startup_s,
+    way_up,
+)
 from sllm_actor.policy.room import Cost, Occupant, cheapest_to_leave
 
 # Each needs a look for its destination.
 MAX_MOVED = 8
+# Among the soonest offers of other nodes the first one that has room is looked for.
+SOONEST_LOOKED_AT = 4
 
 
 def tokens_so_far(instance: InstanceView, age_s: float) -> float:
@@ -29,78 +44,131 @@ def resume_s(instance: InstanceView, age_s: float) -> float:
     return instance.resume_s_per_token * tokens_so_far(instance, age_s) + instance.resume_s * instance.active
 
 
-def load_elsewhere_s(
-    view: ClusterView, estimator: Estimator, instance: InstanceView, node: NodeView, question: PlaceModel
-) -> float | None:
-    """Estimate the soonest start of an instance's model on another node that has room; None where there is none."""
-    moved = PlaceModel(
-        request_id=question.request_id,
+def load_of(instance: InstanceView, question: PlaceModel, not_on: tuple[NodeId, ...]) -> PlaceModel:
+    """Ask for an instance's model elsewhere, on behalf of who asks for another one."""
+    return PlaceModel(
+        request_id=RequestId(f"{question.request_id}-moves-{instance.instance_id}"),
         model=instance.model,
         fingerprint=instance.fingerprint,
         size_bytes=instance.size_bytes,
         host_bytes=instance.host_bytes,
         timeout_s=question.timeout_s,
         slots=instance.slots,
+        priority=instance.priority,
+        holders_only=instance.holders_only,
+        not_on=not_on,
     )
-    offers = soonest(view, estimator, moved, 2)
-    elsewhere = [one.estimate_s for one in offers if one.node != node.report.node and one.action is Action.START]
-    return elsewhere[0] if elsewhere else None
+
+
+def move_of(
+    view: ClusterView, estimator: Estimator, instance: InstanceView, node: NodeView, question: PlaceModel, age_s: float,
+    taken: Collection[NodeId] = (),
+) -> Move | None:  # fmt: skip
+    """Give the soonest move of an instance to a node that runs its model or has room for it; None where there is none.
+
+    Of the nodes in `taken` the room is needed for others.
+    """
+    tokens, here = round(tokens_so_far(instance, age_s)), node.report.node
+    to_resume_s = resume_s(instance, age_s)
+    running = [
+        (one.active, report.node)
+        for report, one in view.running(instance.model)
+        if report.node != here and not report.cordoned
+    ]
+    if running:
+        return Move(instance, min(running)[1], None, 0.0, to_resume_s, tokens)
+    load = load_of(instance, question, (here, *taken))
+    offers = [one for one in soonest(view, estimator, load, SOONEST_LOOKED_AT) if one.action is Action.START]
+    return Move(instance, offers[0].node, load, offers[0].estimate_s, to_resume_s, tokens) if offers else None
 
 
 def migrate(
     view: ClusterView, estimator: Estimator, question: PlaceModel, node: NodeView, now_s: float
 ) -> Offer | None:
-    """Give the offer of a node from which the cheapest choice of running inferences moves away first."""
+    """Give the offer of a node from which the cheapest choice of running inferences moves away first.
+
+    Two that would load at one node may not both fit there: of those chosen each goes to a node of its own, and where
+    there is none for one of them, a choice is made without it.
+    """
     age_s = view.age_s(node.report.node, now_s)
-    movable = []
-    for instance in node.busy[:MAX_MOVED]:
-        load_s = load_elsewhere_s(view, estimator, instance, node, question)
-        if load_s is not None:
-            movable.append(Occupant(instance, Cost(load_s + resume_s(instance, age_s), 1)))
-    return _made_room(estimator, question, node, movable, Action.MIGRATE, "migrate", age_s)
+    found = [move_of(view, estimator, one, node, question, age_s) for one in _movable(node)[:MAX_MOVED]]
+    moves = {one.instance.instance_id: one for one in found if one is not None}
+    while moves:
+        movable = [Occupant(one.instance, Cost(one.seconds, 1)) for one in moves.values()]
+        chosen = _cheapest(question, node, movable)
+        if chosen is None:
+            return None
+        taken: set[NodeId] = set()
+        settled: list[Move] = []
+        for occupant in chosen:
+            move = moves.get(occupant.instance.instance_id)
+            if move is not None and move.load is not None and move.to in taken:
+                move = move_of(view, estimator, move.instance, node, question, age_s, tuple(sorted(taken)))
+                if move is None:
+                    del moves[occupant.instance.instance_id]
+                    break
+            if move is not None:
+                settled.append(move)
+                taken |= {move.to} if move.load is not None else set()
+        else:
+            terms = [term for move in settled for term in _move_terms(move)]
+            return _offer(estimator, question, node, chosen, Action.MIGRATE, terms, tuple(settled))
+    return None
+
+
+def _movable(node: NodeView) -> list[InstanceView]:
+    """List what generates there and may leave: what has to run at all times stays where it is."""
+    return [one for one in node.busy if not one.kept]
+
+
+def _move_terms(move: Move) -> tuple[Term, ...]:
+    instance = move.instance
+    recomputed = {
+        "tokens": float(move.tokens), "answers": float(instance.active), "a": instance.resume_s_per_token,
+        "c": instance.resume_s,
+    }  # fmt: skip
+    return (
+        Term(name=f"load {instance.model} at {move.to}", seconds=move.load_s, inputs={}),
+        Term(name=f"resume {instance.instance_id}", seconds=move.resume_s, inputs=recomputed),
+    )
 
 
 def preempt(
     view: ClusterView, estimator: Estimator, question: PlaceModel, node: NodeView, now_s: float
 ) -> Offer | None:
-    """Give the offer of a node on which less urgent inferences are ended: what they have computed is lost."""
+    """Give the offer of a node on which less urgent inferences are ended, to be resumed later or elsewhere."""
     age_s = view.age_s(node.report.node, now_s)
-    less_urgent = [one for one in node.busy if one.priority > question.priority]
+    less_urgent = [one for one in _movable(node) if one.priority > question.priority]
     ending = [Occupant(one, Cost(resume_s(one, age_s), 1)) for one in less_urgent]
-    return _made_room(estimator, question, node, ending, Action.PREEMPT, "preempt", age_s)
-
-
-def _made_room(
-    estimator: Estimator, question: PlaceModel, node: NodeView, busy: list[Occupant], action: Action, name: str,
-    age_s: float,
-) -> Offer | None:  # fmt: skip
-    idle = [Occupant(one, Cost(0.0, 1)) for one in node.idle]
-    missing, awaited = node.missing(question), node.leaving_room
-    chosen = cheapest_to_leave([*idle, *busy], missing.slots - awaited.slots, missing.host_bytes - awaited.host_bytes)
+    chosen = _cheapest(question, node, ending)
     if chosen is None:
         return None
-    moved = [occupant for occupant in chosen if occupant.instance.active]
-    way = way_up(node, question)
-    terms = [
-        Term(
-            name=name,
-            seconds=sum(occupant.cost.seconds for occupant in moved),
-            inputs={
-                "instances": len(moved),
-                "tokens": round(sum(tokens_so_far(occupant.instance, age_s) for occupant in moved)),
-            },
-        )
-    ]
-    if len(moved) < len(chosen) or awaited.slots:
-        terms.append(leave_term(estimator, node.report.node))
-    return Offer(
-        sum(term.seconds for term in terms) + startup_s(node, estimator, question, way),
-        node.report.node,
-        action,
-        way.tier,
-        tuple(occupant.instance for occupant in chosen),
-        tuple(terms),
-    )
+    # Nobody waits for what they lose: it is shown, and no part of the estimate.
+    lost = [one for one in chosen if one.instance.active]
+    tokens = sum(round(tokens_so_far(one.instance, age_s)) for one in lost)
+    term = Term(name="preempt", seconds=0.0, inputs={"instances": float(len(lost)), "tokens": float(tokens)})
+    return _offer(estimator, question, node, chosen, Action.PREEMPT, [term], ())
+
+
+def _cheapest(question: PlaceModel, node: NodeView, busy: list[Occupant]) -> tuple[Occupant, ...] | None:
+    idle = [Occupant(one, Cost(0.0, 1)) for one in node.idle]
+    missing, awaited = node.missing(question), node.leaving_room
+    return cheapest_to_leave([*idle, *busy], missing.slots - awaited.slots, missing.host_bytes - awaited.host_bytes)
+
+
+def _offer(
+    estimator: Estimator, question: PlaceModel, node: NodeView, chosen: tuple[Occupant, ...], action: Action,
+    terms: list[Term], moves: tuple[Move, ...],
+) -> Offer | None:  # fmt: skip
+    """Give the offer of a choice; None where nothing that generates is in it."""
+    if not any(occupant.instance.active for occupant in chosen):
+        return None
+    way, name = way_up(node, question), node.report.node
+    # An instance is stopped when its answers have gone, as an idle one is.
+    first = (*terms, leave_term(estimator, name))
+    estimate_s = sum(term.seconds for term in first) + startup_s(node, estimator, question, way)
+    leaving = tuple(occupant.instance for occupant in chosen)
+    return Offer(estimate_s, name, action, way.tier, leaving, first, moves)
 
 
 def victims(node: NodeView, question: PlaceModel) -> tuple[InstanceView, ...]:
@@ -114,18 +182,15 @@ def victims(node: NodeView, question: PlaceModel) -> tuple[InstanceView, ...]:
     return tuple(occupant.instance for occupant in chosen)
 
 
-def locality(view: ClusterView, estimator: Estimator, question: PlaceModel) -> NodeView | None:
-    """Find the node where the model would start soonest if it had room; None where no node holds the checkpoint."""
+def nearest(view: ClusterView, estimator: Estimator, question: PlaceModel, most: int) -> list[tuple[float, NodeView]]:
+    """List the first `most` nodes that hold the checkpoint, by how soon it would start there if there were room."""
     holding = [view.nodes[name] for name in view.holders(question.fingerprint)]
     fitting = [
-        node
+        (startup_s(node, estimator, question, way_up(node, question)), node.report.node)
         for node in holding
         if not node.report.cordoned
+        and allows(question, node.report.node)
         and question.slots <= node.report.slots
         and question.host_bytes <= node.unpinned_bytes(question.fingerprint)
     ]
-    return min(
-        fitting,
-        key=lambda node: (startup_s(node, estimator, question, way_up(node, question)), node.report.node),
-        default=None,
-    )
+    return [(start_s, view.nodes[name]) for start_s, name in sorted(fitting)[:most]]

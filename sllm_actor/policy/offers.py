@@ -29,8 +29,30 @@ class Action(enum.StrEnum):
     PREEMPT = "preempt"
 
 
+class Move(NamedTuple):
+    """An instance that generates and goes on at another node: its model runs there already, or is loaded first.
+
+    `load` asks for that load; `tokens` are what is computed anew for its answers.
+    """
+
+    instance: InstanceView
+    to: NodeId
+    load: PlaceModel | None
+    load_s: float
+    resume_s: float
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes until all of it is there."""
+        return self.load_s + self.resume_s
+
+
 class Offer(NamedTuple):
-    """A node's part in a decision; offers compare by their estimates, equal ones by name."""
+    """A node's part in a decision; offers compare by their estimates, equal ones by name.
+
+    Of those `leaving`, the ones of `moves` go on elsewhere.
+    """
 
     estimate_s: float
     node: NodeId
@@ -38,6 +60,7 @@ class Offer(NamedTuple):
     tier: str
     leaving: tuple[InstanceView, ...] = ()
     first: tuple[Term, ...] = ()
+    moves: tuple[Move, ...] = ()
 
 
 class Way(NamedTuple):

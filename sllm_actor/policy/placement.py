@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sllm_actor.messages.explanation import Explanation
+from sllm_actor.messages.explanation import Explanation, Term
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.explaining import explain
-from sllm_actor.policy.offers import Action
+from sllm_actor.policy.offers import Action, Offer
 from sllm_actor.policy.policies import POLICIES, Situation
 from sllm_actor.units import format_bytes
 
-# What the actors can carry out; running inferences are neither moved nor ended for another model in this version.
-ABLE = frozenset({Action.START, Action.AWAIT, Action.EVICT})
+# What leaves running inferences alone, and all that the actors can carry out.
+QUIET = frozenset({Action.START, Action.AWAIT, Action.EVICT})
+ABLE = frozenset(Action)
 
 
 class Start(NamedTuple):
-    """There is room on the node: start there."""
+    """There is room on the node: start there, in the sum of these terms."""
 
     report: NodeReport
     estimate_s: float
     tier: str
     explanation: Explanation
+    terms: tuple[Term, ...]
 
 
 class Evict(NamedTuple):
@@ -31,6 +33,14 @@ class Evict(NamedTuple):
 
     report: NodeReport
     victims: tuple[InstanceView, ...]
+    explanation: Explanation
+
+
+class MakeRoom(NamedTuple):
+    """What generates on the node moves or ends first, as the offer says, and idle instances leave with it."""
+
+    report: NodeReport
+    offer: Offer
     explanation: Explanation
 
 
@@ -44,7 +54,7 @@ class Wait(NamedTuple):
     holds_up: bool = True
 
 
-Decision = Start | Evict | Wait
+Decision = Start | Evict | MakeRoom | Wait
 
 
 def decide(situation: Situation, policy: str, given_up: tuple[str, ...] = ()) -> Decision:
@@ -55,9 +65,12 @@ def decide(situation: Situation, policy: str, given_up: tuple[str, ...] = ()) ->
     offer, report = choice.taken, situation.view.nodes[choice.taken.node].report
     explanation = explain(situation, policy, choice, given_up)
     if offer.action is Action.START:
-        return Start(report, offer.estimate_s, offer.tier, explanation)
-    assert offer.action is Action.EVICT, f"nobody can {offer.action}"
-    return Evict(report, offer.leaving, explanation)
+        assert explanation.chosen is not None, "something was taken"
+        return Start(report, offer.estimate_s, offer.tier, explanation, explanation.chosen.terms)
+    if offer.action is Action.EVICT:
+        return Evict(report, offer.leaving, explanation)
+    assert offer.action in (Action.MIGRATE, Action.PREEMPT), f"nobody can {offer.action}"
+    return MakeRoom(report, offer, explanation)
 
 
 class Waiter(NamedTuple):

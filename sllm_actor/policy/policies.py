@@ -14,10 +14,12 @@ from sllm_actor.messages.placement import PlaceModel
 from sllm_actor.policy import moving
 from sllm_actor.policy.cluster_view import ClusterView, NodeView
 from sllm_actor.policy.estimator import Estimator
-from sllm_actor.policy.offers import INF, Action, Offer, offer_of, soonest, startup_s, way_up
+from sllm_actor.policy.offers import INF, Action, Offer, offer_of, soonest
 
 # Candidates that an explanation shows.
 SHOWN = 6
+# Of the nodes that hold a checkpoint, so many are asked what would have to move.
+HOLDERS_LOOKED_AT = 3
 NO_ROOM = "no node would have room, whichever idle instances were given up"
 
 
@@ -34,7 +36,8 @@ class Situation(NamedTuple):
 
     def locality(self) -> NodeView | None:
         """Find the node that holds the checkpoint nearest to where it is computed."""
-        return moving.locality(self.view, self.estimator, self.question)
+        found = moving.nearest(self.view, self.estimator, self.question, 1)
+        return found[0][1] if found else None
 
 
 class Choice(NamedTuple):
@@ -62,15 +65,16 @@ def startup_time(situation: Situation) -> Choice:
 
 
 def _soonest_by_moving(situation: Situation, best_s: float) -> Offer | None:
-    """Give the offer of the node that holds the checkpoint, where moving inferences away is sooner than `best_s`."""
-    node = situation.locality()
-    if node is None or not node.busy:
-        return None
+    """Give the soonest offer of the nodes that hold the checkpoint, where moving inferences away beats `best_s`."""
     view, estimator, question = situation.view, situation.estimator, situation.question
-    if startup_s(node, estimator, question, way_up(node, question)) >= best_s:
-        return None
-    offer = moving.migrate(view, estimator, question, node, situation.now_s)
-    return offer if offer is not None and offer.estimate_s < best_s else None
+    best: Offer | None = None
+    for start_s, node in moving.nearest(view, estimator, question, HOLDERS_LOOKED_AT):
+        if start_s >= best_s:
+            break
+        offer = moving.migrate(view, estimator, question, node, situation.now_s) if node.busy else None
+        if offer is not None and offer.estimate_s < best_s:
+            best, best_s = offer, offer.estimate_s
+    return best
 
 
 def availability(situation: Situation) -> Choice:

@@ -125,6 +125,10 @@ class Simulation:
         members = [fact.key.removeprefix("nodes/") for fact in (await cluster.truth.list("nodes/")).facts]
         if sorted(members) != sorted(node.name for node in cluster.living()):
             witness.problem(f"the members are {members}")
+        for node in cluster.living():
+            for outcome, count in node.parts.starts.rooms.items():
+                witness.counts[f"room {outcome}"] = witness.counts.get(f"room {outcome}", 0) + count
+            witness.counts["preempted"] = witness.counts.get("preempted", 0) + node.parts.starts.preempted
         for name in list(cluster.nodes):
             await cluster.leave(name)
         left = (await cluster.truth.list("")).facts

@@ -33,13 +33,19 @@ MEND_S = 60.0
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is asked of how many nodes, which give each other up for good after `down_after_s` without a link."""
+    """How much is asked of how many nodes, which give each other up for good after `down_after_s` without a link.
+
+    Requests draw their priority where there are several.
+    """
 
     nodes: int = 3
     models: int = 3
     requests: int = 14
     max_tokens: int = 30
     down_after_s: float = 30.0
+    slots: int = 2
+    placement_policy: str = "startup_time"
+    priorities: tuple[int, ...] = ()
 
 
 class SimulatedCluster:
@@ -96,7 +102,8 @@ class SimulatedCluster:
             node = SimulatedNode(
                 name, self._lives[name], truth=self.truth, cards=self.cards, stored=self.stored[name],
                 clock=self.clock, network=self.network.host(name), dice=self.dice, problem=self.witness.problem,
-                down_after_s=self.plan.down_after_s,
+                down_after_s=self.plan.down_after_s, slots=self.plan.slots,
+                placement_policy=self.plan.placement_policy,
             )  # fmt: skip
             try:
                 await self._in(node, node.start(), "start")
@@ -182,7 +189,11 @@ class SimulatedCluster:
         sampling = Sampling(
             max_tokens=dice.randrange(1, self.plan.max_tokens), temperature=1.0, top_p=1.0, seed=dice.getrandbits(32)
         )
-        request = Generate(request_id=RequestId(f"r{number}"), model=ModelName(model), prompt=prompt, sampling=sampling)
+        priority = dice.choice(self.plan.priorities) if self.plan.priorities else 0
+        request = Generate(
+            request_id=RequestId(f"r{number}"), model=ModelName(model), prompt=prompt, sampling=sampling,
+            priority=priority,
+        )  # fmt: skip
         asked = Asked(request, node.process, self.clock.monotonic_s())
         self.witness.asks(asked)
         return self._scope.spawn(self._client(asked, node), f"client-{number}", context=node.context.copy())

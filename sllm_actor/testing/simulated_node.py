@@ -42,7 +42,7 @@ LOOK_S = 0.05
 LIMITS = Limits(handshake_timeout_s=1.0, acceptable_pause_s=1.0, redial_last_s=0.5)
 
 
-def config_of(name: str) -> Config:
+def config_of(name: str, slots: int, placement_policy: str) -> Config:
     """Give a node's knobs: short times, so that little virtual time does, and few slots, so that bounds are met."""
     return Config(
         node_id=name,
@@ -51,7 +51,9 @@ def config_of(name: str) -> Config:
         lease_ttl_s=2,
         host_pool_bytes=256 * MIB,
         chunk_bytes=MIB,
-        max_instances=2,
+        max_instances=slots,
+        placement_policy=placement_policy,
+        migration_timeout_s=10.0,
         warm_engines=1,
         max_requests_per_instance=2,
         kv_cache_bytes=MIB,
@@ -117,12 +119,14 @@ class SimulatedNode:
         dice: random.Random,
         problem: Callable[[str], None],
         down_after_s: float,
+        slots: int,
+        placement_policy: str,
     ) -> None:
         self.name = name
         self.process = f"{name}/{life}"
         self.context = context_of(self.process)
         self.clock = clock
-        self.config = config_of(name)
+        self.config = config_of(name, slots, placement_policy)
         self.way = StoreWay(truth, clock)
         self.processes: list[EngineProcess] = []
         self.actors: Actors
