@@ -24,6 +24,8 @@ from sllm_actor.cli.show import out
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 
 NODES = ("n1", "n2")
+# What is drained away.
+STREAMS, STREAM_TOKENS, DRAINED_PROMPT_TOKENS, TINY_STREAMS = 20, 500, 64, 3
 MODEL = "opt"
 PROMPTS_TOKENS, TINY_PROMPTS_TOKENS = (64, 256, 1024), (16,)
 BEFORE_TOKENS, ANSWER_TOKENS = 48, 240
@@ -32,6 +34,7 @@ VOCABULARY_TOKENS = 50_000
 KV_BYTES_PER_TOKEN = 2 * 12 * 768 * 4
 KNOBS = (
     "host_pool_bytes=1GiB", "engine_threads=1", "listen=tcp://127.0.0.1:0", "max_instances=1", "warm_engines=1",
+    "max_requests_per_instance=32", "drain_timeout_s=300",
 )  # fmt: skip
 
 
@@ -108,6 +111,69 @@ async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: i
     return Move(statistics.median(undisturbed), max(around), told, end_s - begin_s, anew[0] - asked_s)
 
 
+class Drain(NamedTuple):
+    """A node's drain: how long it and one resume took, and how long the streams would have gone on there."""
+
+    streams: int
+    took_s: float
+    resume_s: float
+    would_take_s: float
+
+
+async def drain(cluster: NodeCluster, draw: random.Random, streams: int) -> Drain:
+    """Begin streams at a node's only instance, and drain the node in their midst."""
+    loop, gateway = asyncio.get_running_loop(), cluster.nodes["n1"].url
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+        begun = []
+        for number in range(streams):
+            prompt = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(DRAINED_PROMPT_TOKENS)]
+            come, enough = list[float](), asyncio.Event()
+            body = body_of(prompt, STREAM_TOKENS)
+            task = asyncio.create_task(times_of(session, gateway, body, f"drained-{number}", come, enough))
+            begun.append((task, come, enough))
+        await asyncio.gather(*(enough.wait() for _, _, enough in begun))
+        begin_s = loop.time()
+        async with session.post(f"{gateway}/admin/nodes/n2/drain") as reply:
+            told = await reply.json()
+        took_s = loop.time() - begin_s
+        if reply.status != 200 or told["stopped"] != 1 or any(task.done() for task, _, _ in begun):
+            raise SystemExit(f"n2 was not drained while all of it ran: {told}")
+        gaps = [later - earlier for _, come, _ in begun for earlier, later in itertools.pairwise(come[:BEFORE_TOKENS])]
+        left = max(STREAM_TOKENS - sum(at_s < begin_s for at_s in come) for _, come, _ in begun)
+        await asyncio.gather(*(task for task, _, _ in begun))
+        if any(len(come) < STREAM_TOKENS for _, come, _ in begun):
+            raise SystemExit("a stream ended early")
+        fresh = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(DRAINED_PROMPT_TOKENS + BEFORE_TOKENS)]
+        anew, asked_s = list[float](), loop.time()
+        await times_of(session, gateway, body_of(fresh, 1), "one-resume", anew, asyncio.Event())
+    return Drain(streams, took_s, anew[0] - asked_s, left * statistics.median(gaps))
+
+
+def on_n2_alone(cluster: NodeCluster) -> None:
+    """Have the model run on the node that is drained, and nowhere else; the other one has its bytes."""
+    n1 = cluster.nodes["n1"]
+    n1.call("POST", f"/admin/models/{MODEL}/unload")
+    n1.call("POST", "/admin/nodes/n1/cordon")
+    while not cluster.shown("n1")["n1"]["cordoned"]:
+        pass
+    n1.call("POST", "/v1/completions", body_of([10], 1) | {"stream": False})
+    n1.call("POST", "/admin/nodes/n1/uncordon")
+    while cluster.shown("n1")["n1"]["cordoned"]:
+        pass
+
+
+def _drain_rows(report: Report, made: Drain) -> None:
+    for what, seconds in (
+        (f"drain of {made.streams} streams of {STREAM_TOKENS} tokens", made.took_s),
+        ("one resume", made.resume_s),
+        ("the streams would have gone on for", made.would_take_s),
+    ):
+        value = round(seconds, 3)
+        report.row(prompt=DRAINED_PROMPT_TOKENS, measured=what, unit="s", median=value, min=value, max=value, n=1)
+    report.ratio("drain_s", [made.took_s])
+    report.ratio("drain_less_resume_s", [made.took_s - made.resume_s])
+
+
 def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
     """Move answers to prompts of every length."""
     draw = random.Random(1)
@@ -123,8 +189,12 @@ def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
             tokens: [asyncio.run(move(cluster, draw, tokens, number)) for number in range(repeats)]
             for tokens in (TINY_PROMPTS_TOKENS if tiny else PROMPTS_TOKENS)
         }
+        cluster.nodes["n1"].deploy(folder.absolute(), MODEL, replace=True)
+        on_n2_alone(cluster)
+        drained = asyncio.run(drain(cluster, draw, TINY_STREAMS if tiny else STREAMS))
     for tokens, made in moves.items():
         _rows(report, tokens, made)
+    _drain_rows(report, drained)
     everything = [one for made in moves.values() for one in made]
     report.ratio("pause_in_gaps", [one.pause_in_gaps for one in everything])
     report.ratio("anew_in_gaps", [one.anew_s / one.usual_gap_s for one in everything])
