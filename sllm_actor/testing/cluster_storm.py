@@ -1,9 +1,11 @@
 """Ask three nodes through all of them while a seeded fault hits one, round after round, and hold them to what they owe.
 
-`python -m sllm_actor.testing.cluster_storm --rounds 50 [--seed S] [--folder F] [--etcd ROOT]`. Every request whose own
-gateway was not hit is answered, rightly, once; whoever asked the one that was hit is answered rightly or sees the
-connection end. After each round every node is a member again, one leads, no instance is on two nodes, nothing is left
-of what was killed. A round is fixed by the seed as far as it is ours to fix: which fault, where, when, what is asked.
+`python -m sllm_actor.testing.cluster_storm --rounds 50 [--seed S] [--only kill] [--moves N] [--folder F]`. Each request
+whose own gateway was not hit is answered, rightly, once; whoever asked the one that was hit is answered rightly or sees
+the connection end. With `--only` kinds of faults nobody asks the one that is hit; with `--moves` so many answers are
+moved meanwhile, or nodes drained. After each round every node is a member again, one leads, no instance is on two
+nodes, nothing is left of what was killed. A round is fixed by the seed as far as it is ours to fix: which fault, where,
+when, what is asked and moved.
 """
 
 from __future__ import annotations
@@ -11,19 +13,22 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import shutil
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from sllm_actor.runtime import fork_template
 from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.runtime.forking import ENVIRONMENT
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 from sllm_actor.testing.node_process import NodeProcess, living
 from sllm_actor.testing.questions import Question, count, is_right
@@ -37,6 +42,7 @@ KNOBS = (
 )  # fmt: skip
 PATIENCE_S = 120.0
 REQUESTS = 8
+DRAINS_ONE_IN = 4
 CLOCK = SystemClock()
 GONE = "the connection ended"
 
@@ -54,6 +60,15 @@ class Asked(NamedTuple):
     def is_right(self) -> bool:
         """Whether it was answered, and as it should be."""
         return not self.error and is_right(self.question, self.text)
+
+
+class Wish(NamedTuple):
+    """What an operator does after a while: move the `which`th of the answers under way, or drain the node."""
+
+    after_s: float
+    drains: bool
+    node: str
+    which: int
 
 
 def pause(duration_s: float) -> None:
@@ -95,11 +110,14 @@ def ask(node: NodeProcess, gateway: str, model: str, question: Question) -> Aske
 class Storm:
     """One cluster, and the chance that decides what happens to it."""
 
-    def __init__(self, cluster: NodeCluster, chance: random.Random) -> None:
+    def __init__(self, cluster: NodeCluster, chance: random.Random, only: Sequence[str] = (), moves: int = 0) -> None:
         self.cluster = cluster
         self.chance = chance
         self.seen: Counter[str] = Counter()
-        self.faults: tuple[Callable[[str], None], ...] = (self.kill, self.hang, self.stop, self.drain, self.kill_etcd)
+        faults: tuple[Callable[[str], None], ...] = (self.kill, self.hang, self.stop, self.drain, self.kill_etcd)
+        self.faults = [fault for fault in faults if not only or fault.__name__ in only]
+        self._spares_gateways = bool(only)
+        self._moves = moves
 
     def kill(self, victim: str) -> None:
         """SIGKILL a node."""
@@ -133,19 +151,46 @@ class Storm:
         """Let one fault happen while requests are answered."""
         fault, victim = self.chance.choice(self.faults), self.chance.choice(NODES)
         delay_s = self.chance.uniform(0.0, 2.0)
+        living = [name for name in NODES if name != victim]
+        gateways = living if self._spares_gateways else NODES
         chosen = [
-            (self.chance.choice(NODES), self.chance.choice(MODELS), count(1, self.chance.randrange(20, 400)))
+            (self.chance.choice(gateways), self.chance.choice(MODELS), count(1, self.chance.randrange(20, 400)))
             for _ in range(REQUESTS)
         ]
+        wishes = [self._wish(living) for _ in range(self._moves)]
         where = f"round {number}, {fault.__name__} of {victim} after {delay_s:.2f} s"
-        with ThreadPoolExecutor(REQUESTS) as pool:
+        with ThreadPoolExecutor(REQUESTS + 1) as pool:
             asked = [pool.submit(ask, self.cluster.nodes[node], node, model, what) for node, model, what in chosen]
+            operator = pool.submit(self._operate, wishes, living[0])
             pause(delay_s)
             fault(victim)
             answers = [one.result() for one in asked]
+            operator.result()
         self.judge(answers, "" if fault in (self.drain, self.kill_etcd) else victim, where)
         self.heal(where)
         self.seen[fault.__name__] += 1
+
+    def _wish(self, living: Sequence[str]) -> Wish:
+        chance, drains = self.chance, self.chance.randrange(DRAINS_ONE_IN) == 0
+        node = chance.choice(living if drains else NODES)
+        return Wish(chance.uniform(0.0, 1.0), drains, node, chance.randrange(REQUESTS))
+
+    def _operate(self, wishes: Sequence[Wish], asked: str) -> None:
+        """Move answers and drain nodes; what can't be done is refused by a typed error, and does no harm."""
+        for wish in wishes:
+            pause(wish.after_s)
+            node = self.cluster.nodes[asked]
+            if wish.drains:
+                reply = node.request("POST", f"/admin/nodes/{wish.node}/drain")
+                node.call("POST", f"/admin/nodes/{wish.node}/uncordon")
+                self.seen["drained" if reply.status == 200 else "not drained"] += 1
+                continue
+            shown = node.call("GET", "/admin/requests")["requests"]
+            running = [one["request_id"] for one in shown if one["outcome"] == "running"]
+            if running:
+                path = f"/admin/requests/{running[wish.which % len(running)]}/migrate"
+                reply = node.request("POST", path, {"to": wish.node})
+                self.seen["moved" if reply.status == 200 else f"not moved: {reply.json()['error']['code']}"] += 1
 
     def judge(self, answers: Sequence[Asked], victim: str, where: str) -> None:
         """Compare what became of requests with what they are owed."""
@@ -177,15 +222,24 @@ class Storm:
         )
 
 
-def run(rounds: int, seed: int, folder: Path, unpacked: Path) -> str:
+@contextmanager
+def warm_starts() -> Iterator[None]:
+    """From here on nodes get fork servers from a warm one: most of what a round takes, otherwise."""
+    with fork_template.running_template("sllm_actor.node.children", ENVIRONMENT) as path:
+        os.environ[fork_template.VARIABLE] = path
+        yield
+        del os.environ[fork_template.VARIABLE]
+
+
+def run(rounds: int, seed: int, folder: Path, unpacked: Path, only: Sequence[str] = (), moves: int = 0) -> str:
     """Run so many rounds.
 
     Raises:
         AssertionError: something that was owed was not given; the message says in which round.
     """
     chance = random.Random(seed)
-    with running_cluster(folder, unpacked, NODES, KNOBS, members=3) as cluster:
-        storm = Storm(cluster, chance)
+    with warm_starts(), running_cluster(folder, unpacked, NODES, KNOBS, members=3) as cluster:
+        storm = Storm(cluster, chance, only, moves)
         for model in MODELS:
             cluster.nodes["n1"].deploy("builtin:demo", model)
         storm.heal("before the first round")
@@ -201,12 +255,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Hit nodes of a cluster while they are asked.")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], choices=["kill", "hang", "stop", "drain", "kill_etcd"])
+    parser.add_argument("--moves", type=int, default=0, help="in each round, so many answers moved or nodes drained")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--etcd", type=Path, default=Path(".servers"), help="where packages of etcd were unpacked")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="sllm-cluster-storm-", dir=arguments.folder))
     try:
-        print(run(arguments.rounds, arguments.seed, folder, arguments.etcd))
+        print(run(arguments.rounds, arguments.seed, folder, arguments.etcd, arguments.only, arguments.moves))
     except AssertionError as wrong:
         sys.exit(f"seed {arguments.seed}: {wrong}; what is there is kept in {folder}")
     except BaseException:
