@@ -63,7 +63,13 @@ def migrated(
 
 @pytest.mark.parametrize("resume", [Resume.FAST, Resume.EXACT])
 @pytest.mark.parametrize("sampling", [greedy(14), SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "LlamaForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+        "FalconForCausalLM", "GPTNeoXForCausalLM",
+    ],
+)  # fmt: skip
 def test_an_answer_that_goes_over_at_any_token_is_the_undisturbed_one(
     architecture: str, sampling: Sampling, resume: Resume, tmp_path: Path
 ) -> None:
