@@ -503,11 +503,11 @@ async def test_a_silent_stranger_is_sent_away_and_too_many_find_no_room() -> Non
 
 
 @on_both_loops
-async def test_a_node_that_accepts_and_stays_silent_fails_the_ask_within_the_patience() -> None:
+async def test_a_node_that_accepts_and_stays_silent_is_unreachable_within_the_patience() -> None:
     listener, address = listening()
     with listener:
         async with node("a", msgspec.structs.replace(PATIENT_REDIAL, handshake_timeout_s=0.1)) as a:
-            assert isinstance(await ask(a.ref("man", address)), SllmError)
+            assert isinstance(await ask(a.ref("man", address)), NodeUnreachable)
 
 
 # Liars: those who shake hands, and then break the rules.

@@ -10,7 +10,6 @@ import msgspec
 from msgspec import Raw
 
 from sllm_actor.errors import (
-    DeadlineExceeded,
     FrameTooLong,
     HandshakeRefused,
     LinkFull,
@@ -188,7 +187,7 @@ class Link(asyncio.BufferedProtocol):
 
     def _give_up(self) -> None:
         within = f"within {self._limits.handshake_timeout_s:g} s"
-        self.close(DeadlineExceeded(f"{self.peer_name} did not finish the handshake {within}"))
+        self.close(NodeUnreachable(f"{self.peer_name} did not finish the handshake {within}"))
 
     def send(self, letter: tuple[Any, ...]) -> None:
         """Write an ask, a tell, an answer or an item at the end of this turn, or as soon as the peer reads.
