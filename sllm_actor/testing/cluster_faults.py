@@ -1,7 +1,8 @@
 """What goes wrong in a simulated cluster, and when: drawn from a seed.
 
 Half of the faults come at a moment of time, half right after some event, so that each step of what the nodes do
-together is met: between a placement and its start, between two tokens, while a lease is being renewed.
+together is met: between a placement and its start, between two tokens, while a lease is being renewed. Others are aimed
+at an answer's move: they come when it has just reached a step, and hit who has a part in it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import msgspec
 
 from sllm_actor.runtime import Clock
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.testing.cluster_moves import CELLS, LINKS, Met, MoveWatch, Step, kind_of
 from sllm_actor.testing.cluster_witness import Witness
 from sllm_actor.testing.simulated_link import JITTER_S, LATENCY_S
 from sllm_actor.testing.simulated_network import SimulatedNetwork
+from sllm_actor.testing.simulated_node import Home
 
 KINDS = {
     "crash": 4, "leader": 2, "engine": 4, "store": 3, "pause": 4, "partition": 2, "one way": 2, "delay": 2, "cut": 2,
@@ -26,21 +29,31 @@ KINDS = {
 }  # fmt: skip
 LASTS_S = (0.1, 0.5, 1.5, 3.0, 6.0, 9.0)
 EVENTS = 400
+MOST_AIMS = 3
+# How long after a step an aimed fault comes.
+AIMED_AFTER_S = (0.0, 0.0, 0.001, 0.01)
 
 
 class Weather(msgspec.Struct, frozen=True, kw_only=True):
-    """How bad it is: so many faults within `span_s`, of the kinds that are weighted."""
+    """How bad it is: so many faults within `span_s`, of the kinds that are weighted, and those aimed at moves."""
 
     faults: int
     span_s: float
     weights: dict[str, int]
+    aims: tuple[tuple[Step, Met], ...] = ()
 
 
-def draw_weather(dice: random.Random, span_s: float) -> Weather:
-    """Draw how bad it will be: one seed in eight has no faults at all, and some have one kind only."""
+def draw_weather(dice: random.Random, span_s: float, *, moves: bool = False) -> Weather:
+    """Draw how bad it will be: one seed in eight has no faults at all, and some have one kind only.
+
+    Where there are moves, half of the seeds have faults that are aimed at them, and only half of the others.
+    """
     faults = dice.choice((0, 1, 1, 2, 3, 4, 6, 9))
     weights = KINDS if dice.random() < 0.7 else {dice.choice(list(KINDS)): 1}
-    return Weather(faults=faults, span_s=span_s, weights=weights)
+    if not moves or dice.random() < 0.5:
+        return Weather(faults=faults, span_s=span_s, weights=weights)
+    aims = tuple(dice.choice(CELLS) for _ in range(dice.randint(1, MOST_AIMS)))
+    return Weather(faults=dice.choice((0, 0, faults)), span_s=span_s, weights=weights, aims=aims)
 
 
 class Nodes(Protocol):
@@ -51,6 +64,7 @@ class Nodes(Protocol):
     async def restart(self, name: str) -> None: ...
     async def leave(self, name: str) -> None: ...
     def kill_engine(self, name: str, dice: random.Random) -> bool: ...
+    def kill_engine_of(self, home: Home) -> bool: ...
     def pause(self, name: str) -> None: ...
     def go_on(self, name: str) -> None: ...
     def cut_store(self, name: str, cut: bool, *, loses_answers: bool) -> None: ...
@@ -61,7 +75,7 @@ class ClusterFaults:
 
     def __init__(
         self, network: SimulatedNetwork, nodes: Nodes, names: list[str], witness: Witness, dice: random.Random,
-        clock: Clock,
+        clock: Clock, moves: MoveWatch,
     ) -> None:  # fmt: skip
         self._network = network
         self._nodes = nodes
@@ -69,6 +83,7 @@ class ClusterFaults:
         self._witness = witness
         self._dice = dice
         self._clock = clock
+        self._moves = moves
         self._scope = TaskScope("faults")
         self._over = asyncio.Event()
         # Nodes that are being broken or mended as a whole: one thing at a time.
@@ -101,6 +116,9 @@ class ClusterFaults:
                 self._scope.spawn(self._at(moment, kind, x, y, lasts_s), kind)
             else:
                 self._scope.spawn(self._after(wait_s, kind, x, y, lasts_s), kind)
+        for step, met in weather.aims:
+            after_s, lasts_s = dice.choice(AIMED_AFTER_S), dice.choice(LASTS_S)
+            self._scope.spawn(self._aimed(step, met, after_s, lasts_s), met.value)
         self._witness.on_event = self._event
         await self._clock.sleep(weather.span_s)
 
@@ -119,9 +137,29 @@ class ClusterFaults:
         if not self._over.is_set():
             await self._kinds[kind](x, y, lasts_s)
 
+    async def _aimed(self, step: Step, met: Met, after_s: float, lasts_s: float) -> None:
+        """Wait for a move that reaches a step, and hit who has a part in it."""
+        move = await self._moves.aim(step, met)
+        if move is None:
+            return
+        await self._clock.sleep(after_s)
+        target = self._moves.target(move, met)
+        if target is None or self._over.is_set():
+            return
+        kind = kind_of(met) or self._dice.choice(LINKS)
+        if kind != "engine":
+            x, y = target if self._dice.random() < 0.5 or kind not in LINKS else target[::-1]
+            await self._kinds[kind](x, y, lasts_s)
+            return
+        home = move.source if met is Met.ENGINE_SOURCE else move.destination
+        if self._nodes.kill_engine_of(home):
+            self._moves.meets_engine(move, met)
+            self._witness.ends(self._witness.begins("engine", home.node))
+
     async def end(self) -> None:
         """Mend everything."""
         self._over.set()
+        self._moves.end_aims()
         for events in self._left.values():
             for ready in events:
                 ready()
@@ -195,7 +233,7 @@ class ClusterFaults:
         await self._parted(x, y, lasts_s, both=False)
 
     async def _parted(self, x: str, y: str, lasts_s: float, *, both: bool) -> None:
-        fault = self._witness.begins("partition", x)
+        fault = self._witness.begins("partition", x, y)
         self._network.partition(x, y, both=both)
         await self._while(lasts_s)
         self._network.heal(x, y)
@@ -209,6 +247,6 @@ class ClusterFaults:
         self._witness.ends(fault)
 
     async def _cut(self, x: str, y: str, _: float) -> None:
-        fault = self._witness.begins("cut", x)
+        fault = self._witness.begins("cut", x, y)
         self._network.cut(x, y)
         self._witness.ends(fault)

@@ -1,7 +1,8 @@
 """A simulated cluster whose clients ask while everything breaks, and that is looked at when all is mended.
 
 A seed fixes all of it. `run_seed` gives what was found, `check_seed` raises it, and
-`python -m sllm_actor.testing.cluster_simulation --seeds 0..999 [--nodes N]` runs many.
+`python -m sllm_actor.testing.cluster_simulation --seeds 0..999 [--moves N] [--nodes N]` runs many, and shows which
+faults have met moving answers at which step.
 Source of the ideas: FoundationDB's simulation tests, TigerBeetle's simulator.
 """
 
@@ -13,12 +14,15 @@ import logging
 import sys
 from typing import NamedTuple
 
+import msgspec
+
 from sllm_actor.runtime import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.testing.cluster_faults import ClusterFaults, draw_weather
+from sllm_actor.testing.cluster_moves import CELLS, empty_cells, other_counts, table
 from sllm_actor.testing.cluster_witness import LogWatch
 from sllm_actor.testing.process_loop import ProcessLoop
-from sllm_actor.testing.simulated_cluster import LONGEST_STREAM_S, Plan, SimulatedCluster
+from sllm_actor.testing.simulated_cluster import LONGEST_STREAM_S, MOVING, Plan, SimulatedCluster
 from sllm_actor.testing.simulated_node import SimulatedNode
 from sllm_actor.testing.virtual_loop import SimulationError, run_virtual
 
@@ -28,7 +32,9 @@ SETTLE_S = 8.0
 REST_S = 14.0
 SAMPLE_S = 0.1
 # Some ten times what a seed takes.
-LIMIT_TURNS = 150_000
+LIMIT_TURNS = 300_000
+# Of what operators wish, so much is a drain.
+DRAINS = 0.15
 SHOWN_LINES = 400
 
 
@@ -36,6 +42,7 @@ class Outcome(NamedTuple):
     """What one run came to. `digest` is over everything that happened; `lines` are the last of it."""
 
     seed: int
+    plan: Plan
     problems: tuple[str, ...]
     digest: str
     counts: dict[str, int]
@@ -60,12 +67,16 @@ class Simulation:
         await cluster.start_all()
         await cluster.clock.sleep(1.0 + cluster.dice.random())
         looking.spawn(self._look_on(), "leaders")
-        faults = ClusterFaults(cluster.network, cluster, cluster.names, witness, cluster.dice, cluster.clock)
-        weather = draw_weather(cluster.dice, SPAN_S)
+        faults = ClusterFaults(
+            cluster.network, cluster, cluster.names, witness, cluster.dice, cluster.clock, cluster.moves
+        )
+        weather = draw_weather(cluster.dice, SPAN_S, moves=self._plan.moves > 0)
         clients = looking.spawn(self._arrivals(), "arrivals")
+        operators = looking.spawn(self._wishes(), "wishes")
         await faults.run(weather)
         await faults.end()
-        await asyncio.wait([clients])
+        await asyncio.wait([clients, operators])
+        await cluster.uncordon_all()
         await self._settle()
         await self._ask_everywhere()
         await cluster.clock.sleep(REST_S)
@@ -84,6 +95,18 @@ class Simulation:
             living = cluster.living()
             if living:
                 self._ask(dice.choice(living), dice.choice(cluster.models).name)
+
+    async def _wishes(self) -> None:
+        """Have operators move answers and drain nodes, as often as is planned."""
+        cluster, dice, moves = self.cluster, self.cluster.dice, self._plan.moves
+        for _ in range(moves):
+            await cluster.clock.sleep(dice.expovariate(moves / SPAN_S))
+            living = cluster.living()
+            running = [asked for asked in cluster.witness.asked if asked.taken and not asked.outcome]
+            if living and dice.random() < DRAINS:
+                cluster.drain(dice.choice(living))
+            elif living and running:
+                cluster.move(dice.choice(running), dice.choice(living), dice.choice(("", *cluster.names)))
 
     def _ask(self, node: SimulatedNode, model: str) -> asyncio.Task[None]:
         self._numbers += 1
@@ -139,7 +162,7 @@ class Simulation:
         await cluster.truth.close()
 
 
-def run_seed(seed: int, plan: Plan | None = None) -> Outcome:
+def run_seed(seed: int, plan: Plan = MOVING) -> Outcome:
     """Run the scenario once; whatever the seed finds is in `problems`."""
     logger = logging.getLogger("sllm_actor")
     level, propagates = logger.level, logger.propagate
@@ -147,7 +170,7 @@ def run_seed(seed: int, plan: Plan | None = None) -> Outcome:
     problems: list[str] = []
 
     async def main() -> Outcome:
-        simulation = Simulation(seed, plan or Plan())
+        simulation = Simulation(seed, plan)
         witness, trace = simulation.cluster.witness, simulation.cluster.trace
         watch = LogWatch(witness, trace)
         logger.addHandler(watch)
@@ -157,7 +180,7 @@ def run_seed(seed: int, plan: Plan | None = None) -> Outcome:
             logger.removeHandler(watch)
             lines.extend(trace.lines())
             problems.extend(witness.problems)
-        return Outcome(seed, tuple(problems), trace.digest(), witness.counts, tuple(lines))
+        return Outcome(seed, plan, tuple(problems), trace.digest(), witness.counts, tuple(lines))
 
     logger.setLevel(logging.WARNING)
     logger.propagate = False
@@ -165,16 +188,16 @@ def run_seed(seed: int, plan: Plan | None = None) -> Outcome:
         return run_virtual(lambda: main(), kind=ProcessLoop, limit_turns=LIMIT_TURNS)
     except SimulationError as error:
         cause = f" {error.__cause__!r}" if error.__cause__ is not None else ""
-        return Outcome(seed, (*problems, f"{type(error).__name__}: {error}{cause}"), "", {}, tuple(lines))
+        return Outcome(seed, plan, (*problems, f"{type(error).__name__}: {error}{cause}"), "", {}, tuple(lines))
     except BaseException as error:
-        error.add_note(f"in seed {seed}; {how_to_run(seed)}")
+        error.add_note(f"in seed {seed}; {how_to_run(seed, plan)}")
         raise
     finally:
         logger.setLevel(level)
         logger.propagate = propagates
 
 
-def check_seed(seed: int, plan: Plan | None = None) -> Outcome:
+def check_seed(seed: int, plan: Plan = MOVING) -> Outcome:
     """Run the scenario once.
 
     Raises:
@@ -189,12 +212,22 @@ def check_seed(seed: int, plan: Plan | None = None) -> Outcome:
 def describe(outcome: Outcome) -> str:
     """Say what a seed has found, and how to see it again."""
     lines = [f"seed {outcome.seed} found {len(outcome.problems)} problems:", *outcome.problems[:10]]
-    return "\n  ".join([*lines, how_to_run(outcome.seed)])
+    return "\n  ".join([*lines, how_to_run(outcome.seed, outcome.plan)])
 
 
-def how_to_run(seed: int) -> str:
+def how_to_run(seed: int, plan: Plan) -> str:
     """Give the command that runs a seed again."""
-    return f"again, with what happened: scripts/simulate_faults --seeds {seed}..{seed}"
+    given = [f"--seeds {seed}..{seed}"]
+    given += [f"--moves {plan.moves}"] if plan.moves != MOVING.moves else []
+    given += [f"--nodes {plan.nodes}"] if plan.nodes != MOVING.nodes else []
+    given += [f"--down-after {plan.down_after_s:g}"] if plan.down_after_s != MOVING.down_after_s else []
+    return f"again, with what happened: scripts/simulate_faults {' '.join(given)}"
+
+
+def plan_of(moves: int, nodes: int, down_after_s: float) -> Plan:
+    """Plan a run as the command line does; without moves, answers are short."""
+    base = MOVING if moves else Plan()
+    return msgspec.structs.replace(base, moves=moves, nodes=nodes, down_after_s=down_after_s)
 
 
 def _seeds(text: str) -> range:
@@ -206,13 +239,17 @@ def main() -> None:
     """Run many seeds; exits with 1 if one found something."""
     parser = argparse.ArgumentParser(description="Run a simulated cluster with many seeds of faults.")
     parser.add_argument("--seeds", type=_seeds, default=range(100), metavar="A..B")
-    parser.add_argument("--nodes", type=int, default=3)
-    parser.add_argument("--down-after", type=float, default=Plan().down_after_s, metavar="S")
+    parser.add_argument(
+        "--moves", type=int, default=MOVING.moves, help="so often an answer is moved, or a node drained"
+    )
+    parser.add_argument("--nodes", type=int, default=MOVING.nodes)
+    parser.add_argument("--down-after", type=float, default=MOVING.down_after_s, metavar="S")
     given = parser.parse_args()
+    plan = plan_of(given.moves, given.nodes, given.down_after)
     clock = SystemClock()
     began_s, failed, counts = clock.monotonic_s(), 0, dict[str, int]()
     for seed in given.seeds:
-        outcome = run_seed(seed, Plan(nodes=given.nodes, down_after_s=given.down_after))
+        outcome = run_seed(seed, plan)
         for what, count in outcome.counts.items():
             counts[what] = counts.get(what, 0) + count
         if outcome.problems:
@@ -221,7 +258,9 @@ def main() -> None:
                 print(*outcome.lines[-SHOWN_LINES:], sep="\n")
             print(describe(outcome), flush=True)
     took_s = clock.monotonic_s() - began_s
-    print(" ".join(f"{what.replace(' ', '-')}={count}" for what, count in sorted(counts.items())))
+    print(" ".join(f"{what.replace(' ', '-')}={count}" for what, count in sorted(other_counts(counts).items())))
+    if plan.moves:
+        print(table(counts), f"{len(empty_cells(counts))} of {len(CELLS)} never happened", sep="\n")
     print(f"{len(given.seeds)} seeds in {took_s:.1f} s, {len(given.seeds) / took_s:.1f} seeds/s, {failed} failed")
     sys.exit(min(failed, 1))
 

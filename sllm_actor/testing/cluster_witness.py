@@ -64,6 +64,7 @@ class Witness:
         # From then on nothing that happens counts.
         self.over = False
         self.on_event: Callable[[], None] = lambda: None
+        self.on_fault: Callable[[str, str, str], None] = lambda kind, node, other: None
         self._clock = clock
         self._trace = trace
         self._leaders: dict[int, str] = {}
@@ -86,8 +87,9 @@ class Witness:
 
     # Faults.
 
-    def begins(self, kind: str, node: str) -> Fault:
-        """Note a fault that begins; whoever mends it says so."""
+    def begins(self, kind: str, node: str, other: str = "") -> Fault:
+        """Note a fault that begins, of a node or of its link to another; whoever mends it says so."""
+        self.on_fault(kind, node, other)
         self.saw(node, f"fault: {kind}")
         self.faults.append(Fault(kind, node, self._clock.monotonic_s()))
         return self.faults[-1]

@@ -9,16 +9,20 @@ from typing import cast
 
 import msgspec
 
-from sllm_actor.domain import ModelName, RequestId, Sampling
+from sllm_actor.actors.node_keeper import NODE_KEEPER
+from sllm_actor.domain import ModelName, NodeId, RequestId, Sampling
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import SllmError
 from sllm_actor.messages.generation import Generate
+from sllm_actor.messages.migration import MigrateRequest
+from sllm_actor.messages.operations import CordonNode, DrainNode
 from sllm_actor.metadata import Put
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.testing.cluster_moves import MoveWatch
 from sllm_actor.testing.cluster_witness import Asked, Witness
 from sllm_actor.testing.process_loop import ProcessLoop
 from sllm_actor.testing.simulated_network import SimulatedNetwork
-from sllm_actor.testing.simulated_node import MIB, SimulatedNode, model_of, registered
+from sllm_actor.testing.simulated_node import MIB, Home, SimulatedNode, model_of, registered
 from sllm_actor.testing.simulated_store import MemoryStore
 from sllm_actor.testing.simulated_tiers import SimulatedCard
 from sllm_actor.testing.trace import TraceRecorder
@@ -32,10 +36,18 @@ RESTART_S = 0.5
 MEND_S = 60.0
 
 
+# Of answers that are to be moved, so many are long, and the long ones so long at least.
+LONG_ONES = 0.6
+LONG_TOKENS = 50
+MOVE_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = 20.0
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How much is asked of how many nodes, which give each other up for good after `down_after_s` without a link.
 
     Requests draw their priority where there are several.
+    So many times an operator has an answer moved, or a node drained; then some answers are long.
     """
 
     nodes: int = 3
@@ -43,9 +55,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     requests: int = 14
     max_tokens: int = 30
     down_after_s: float = 30.0
+    moves: int = 0
     slots: int = 2
     placement_policy: str = "startup_time"
     priorities: tuple[int, ...] = ()
+
+
+MOVING = Plan(moves=12, max_tokens=150)
 
 
 class SimulatedCluster:
@@ -58,6 +74,7 @@ class SimulatedCluster:
         self.trace = TraceRecorder(self.clock)
         self.witness = Witness(self.clock, self.trace)
         self.network = SimulatedNetwork(self.loop, self.dice, self.trace)
+        self.moves = MoveWatch(self.witness, self.leader)
         self.names = [f"n{number}" for number in range(1, plan.nodes + 1)]
         self.plan = plan
         self.truth = MemoryStore(self.clock)
@@ -66,6 +83,7 @@ class SimulatedCluster:
         self._down: set[str] = set()
         self._crashed: list[SimulatedNode] = []
         self._scope = TaskScope("cluster")
+        self._drains: dict[str, asyncio.Task[None]] = {}
         sizes = [self.dice.choice((20, 60, 120)) * MIB for _ in range(plan.models)]
         self.models = [model_of(f"m{number}", size, KEEP_ALIVE_S) for number, size in enumerate(sizes, 1)]
         self.cards = [SimulatedCard(model.card, model.size_bytes) for model in self.models]
@@ -104,6 +122,7 @@ class SimulatedCluster:
                 clock=self.clock, network=self.network.host(name), dice=self.dice, problem=self.witness.problem,
                 down_after_s=self.plan.down_after_s, slots=self.plan.slots,
                 placement_policy=self.plan.placement_policy,
+                moves=self.moves.hears, down_after_s=self.plan.down_after_s, echoes=self.plan.moves > 0,
             )  # fmt: skip
             try:
                 await self._in(node, node.start(), "start")
@@ -166,6 +185,15 @@ class SimulatedCluster:
         dice.choice(node.engines).kill()
         return True
 
+    def kill_engine_of(self, home: Home) -> bool:
+        """Kill an engine, if it and its node live still."""
+        node = self.nodes.get(home.node)
+        engines = [one for one in node.engines if one.pid == home.pid] if node is not None else []
+        if node is None or node.process != home.process or not engines:
+            return False
+        engines[0].kill()
+        return True
+
     def pause(self, name: str) -> None:
         """Stop a node's process."""
         self.network.freeze(name)
@@ -185,17 +213,23 @@ class SimulatedCluster:
 
     def ask(self, number: int, node: SimulatedNode, model: str, dice: random.Random) -> asyncio.Task[None]:
         """Have a client ask, as a gateway does: in the node's own process."""
-        prompt = pack_uint32(dice.randrange(50_000) for _ in range(dice.choice((3, 20, 200))))
-        sampling = Sampling(
-            max_tokens=dice.randrange(1, self.plan.max_tokens), temperature=1.0, top_p=1.0, seed=dice.getrandbits(32)
-        )
-        priority = dice.choice(self.plan.priorities) if self.plan.priorities else 0
-        request = Generate(
-            request_id=RequestId(f"r{number}"), model=ModelName(model), prompt=prompt, sampling=sampling,
-            priority=priority,
-        )  # fmt: skip
-        asked = Asked(request, node.process, self.clock.monotonic_s())
+        is_long = self.plan.moves > 0 and dice.random() < LONG_ONES
+        while True:
+            prompt = pack_uint32(dice.randrange(50_000) for _ in range(dice.choice((3, 20, 200))))
+            sampling = Sampling(
+                max_tokens=dice.randrange(1, self.plan.max_tokens), temperature=1.0, top_p=1.0,
+                seed=dice.getrandbits(32),
+            )  # fmt: skip
+            priority = dice.choice(self.plan.priorities) if self.plan.priorities else 0
+            request = Generate(
+                request_id=RequestId(f"r{number}"), model=ModelName(model), prompt=prompt, sampling=sampling,
+                priority=priority,
+            )  # fmt: skip
+            asked = Asked(request, node.process, self.clock.monotonic_s())
+            if not is_long or len(asked.right) >= LONG_TOKENS:
+                break
         self.witness.asks(asked)
+        self.moves.asks(asked)
         return self._scope.spawn(self._client(asked, node), f"client-{number}", context=node.context.copy())
 
     async def _client(self, asked: Asked, node: SimulatedNode) -> None:
@@ -203,6 +237,7 @@ class SimulatedCluster:
             async with asyncio.timeout(LONGEST_STREAM_S), aclosing(node.router.stream(asked.request)) as items:
                 async for item in items:
                     self.witness.takes(asked, item)
+                    self.moves.given(asked)
         except SllmError as error:
             self.witness.fails(asked, error)
         except TimeoutError:
@@ -211,6 +246,58 @@ class SimulatedCluster:
         else:
             if not asked.outcome:
                 self.witness.problem(f"{asked.request.request_id} at {node.process} ends without a word")
+        self.moves.over(asked)
+
+    # Operators.
+
+    def move(self, asked: Asked, node: SimulatedNode, to: str) -> None:
+        """Have an operator ask a node to move an answer; refusals do no harm."""
+        self._scope.spawn(self._move(asked, node, to), "move", context=node.context.copy())
+
+    async def _move(self, asked: Asked, node: SimulatedNode, to: str) -> None:
+        request_id = asked.request.request_id
+        self.moves.begins(asked, node.name, to)
+        message = MigrateRequest(request_id=request_id, to=NodeId(to))
+        try:
+            await node.actors.coordinator.ask(message, timeout_s=MOVE_TIMEOUT_S)
+            self.witness.saw(node.process, "moved", request_id)
+        except SllmError as error:
+            self.witness.saw(node.process, f"not moved: {error.code}", request_id)
+            self.moves.refused(asked)
+
+    def drain(self, node: SimulatedNode) -> None:
+        """Have an operator drain a node, and let it serve again; not two at once."""
+        if any(not task.done() and self.nodes.get(name) for name, task in self._drains.items()):
+            return
+        self._drains[node.name] = self._scope.spawn(self._drain(node), "drain", context=node.context.copy())
+
+    async def _drain(self, node: SimulatedNode) -> None:
+        keeper = node.system.ref(NODE_KEEPER)
+        self.witness.saw(node.process, "drains")
+        self.moves.drains(node.name)
+        try:
+            await keeper.ask(DrainNode(), timeout_s=DRAIN_TIMEOUT_S)
+            self.witness.saw(node.process, "drained")
+            await keeper.ask(CordonNode(cordoned=False), timeout_s=DRAIN_TIMEOUT_S)
+        except SllmError as error:
+            self.witness.saw(node.process, "not drained", error.code)
+
+    async def uncordon_all(self) -> None:
+        """Let every node serve again that an operator has drained, whatever came between."""
+        until_s = self.clock.monotonic_s() + MEND_S
+        for name in self._drains:
+            while self.clock.monotonic_s() < until_s:
+                node = self.nodes.get(name)
+                if node is not None and node.ready:
+                    asking = node.system.ref(NODE_KEEPER).ask(CordonNode(cordoned=False), timeout_s=DRAIN_TIMEOUT_S)
+                    try:
+                        await self._in(node, asking, "uncordon")
+                        break
+                    except SllmError:
+                        pass  # The store, or a drain that still runs: once more.
+                await self.clock.sleep(RESTART_S)
+            else:
+                self.witness.problem(f"{name} can't be uncordoned")
 
     def look_at_end(self, node: SimulatedNode) -> None:
         """Judge what a node has left behind."""

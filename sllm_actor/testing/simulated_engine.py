@@ -7,11 +7,13 @@ tokens follow from model, prompt, seed and position alone, so that each one that
 from __future__ import annotations
 
 import asyncio
+import enum
 import signal
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from contextvars import Context, copy_context
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -19,7 +21,9 @@ from xxhash import xxh3_64_intdigest
 from sllm_actor.domain import EngineLimits, FinishReason, RequestId, Span
 from sllm_actor.domain.tokens import unpack_uint32
 from sllm_actor.engine.client import Engine
+from sllm_actor.engine.streams import AnswerStream, Item, Parking
 from sllm_actor.errors import ActorDied
+from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import (
     AttachWeights,
     CancelGeneration,
@@ -42,6 +46,24 @@ from sllm_actor.testing.virtual_loop import VirtualLoop
 VOCABULARY_TOKENS = 50_000
 # Of an answer of at most so many tokens, one in so many ends by itself at each position.
 ENDS_ONE_IN = 40
+
+
+class Heard(enum.Enum):
+    """What an engine was told of a request, or has said of it, by which its moves can be followed."""
+
+    GENERATE = enum.auto()
+    PARK = enum.auto()
+    PARKED = enum.auto()
+    EXTEND = enum.auto()
+    EXTEND_LAST = enum.auto()
+    TAKE_OVER = enum.auto()
+
+
+class Node(Protocol):
+    """Whose engines they are: it is told of what no engine may be asked for, and of what they hear of requests."""
+
+    def problem(self, text: str) -> None: ...
+    def hears(self, process: EngineProcess, heard: Heard, prompt: bytes, number: RequestId, epoch: int) -> None: ...
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,10 +102,10 @@ class _Row:
 class EngineProcess:
     """The child process and the channel to it, both as `Engine` uses them. Runs in the context that it is made in.
 
-    `problem` is told what no engine may be asked for. What it says to its node comes in the `node`'s context.
+    What it says to its node comes in the context `there`.
     """
 
-    def __init__(self, node: Context, pid: int, speed: Speed, problem: Callable[[str], None]) -> None:
+    def __init__(self, there: Context, pid: int, speed: Speed, node: Node) -> None:
         self.pid = pid
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.answer: Callable[[Any], None] = lambda _: None
@@ -92,10 +114,11 @@ class EngineProcess:
         self.rows: dict[RequestId, _Row] = {}
         # What is held for requests that are to come here: prompt and tokens, packed.
         self.parked: dict[RequestId, tuple[bytes, bytes]] = {}
+        self._there = there
         self._node = node
         self._own = copy_context()
         self._speed = speed
-        self._problem = problem
+        self._problem = node.problem
         self._waiting: deque[_Row] = deque()
         self._woken = asyncio.Event()
         self._scope = TaskScope("engine")
@@ -127,7 +150,7 @@ class EngineProcess:
             self.exited.set_result(status)
 
     def _say(self, message: Any) -> None:
-        asyncio.get_running_loop().call_soon(self._deliver, message, context=self._node)
+        asyncio.get_running_loop().call_soon(self._deliver, message, context=self._there)
 
     def _deliver(self, message: Any) -> None:
         self.answer(message)
@@ -153,6 +176,7 @@ class EngineProcess:
                 self._waiting.remove(row)
         elif isinstance(message, Park):
             self.parked[message.request_id] = (message.prompt, message.generated)
+            self._node.hears(self, Heard.PARK, message.prompt, message.request_id, 0)
             self._scope.spawn(self._hold(message.request_id, len(message.prompt + message.generated) // 4), "park")
         elif isinstance(message, ExtendParked):
             self._extend(message)
@@ -169,12 +193,15 @@ class EngineProcess:
         held = self.parked.get(message.request_id)
         if held is not None:
             self.parked[message.request_id] = (held[0], held[1] + message.token_ids)
+            self._node.hears(self, Heard.EXTEND, held[0], message.request_id, 0)
             self._scope.spawn(self._hold(message.request_id, len(message.token_ids) // 4), "extend")
 
     async def _hold(self, request_id: RequestId, tokens: int) -> None:
         await asyncio.sleep(self._speed.prefill_s_per_token * tokens)
         if request_id in self.parked:
-            known_tokens = sum(map(len, self.parked[request_id])) // 4
+            prompt, generated = self.parked[request_id]
+            known_tokens = len(prompt + generated) // 4
+            self._node.hears(self, Heard.PARKED, prompt, request_id, 0)
             self._say(Parked(request_id=request_id, known_tokens=known_tokens))
 
     async def _attach(self, limits: EngineLimits) -> None:
@@ -191,11 +218,11 @@ class EngineProcess:
         self._expect(
             row.generated == right, f"is to go on behind {row.position} wrong tokens: {_first(row.generated, right)}"
         )
+        heard = Heard.TAKE_OVER if request.parked else Heard.GENERATE
+        self._node.hears(self, heard, request.prompt, request.request_id, request.epoch)
         if request.parked:
-            prompt, generated = self.parked.pop(RequestId(request.parked), (request.prompt, b""))
-            self._expect(
-                prompt == request.prompt and request.generated.startswith(generated), "has parked another answer"
-            )
+            parked = self.parked.pop(RequestId(request.parked), (request.prompt, request.generated))
+            self._expect(parked == (request.prompt, request.generated), f"has parked another answer: {_ends(parked)}")
         self.rows[request.request_id] = row
         self._waiting.append(row)
         self._woken.set()
@@ -246,19 +273,35 @@ class EngineProcess:
 
 
 class SimulatedEngine(Engine):
-    """The node's handle on a simulated process."""
+    """The node's handle on a simulated process. Where it `echoes`, a token of the epoch before comes late."""
 
-    def __init__(self, process: EngineProcess) -> None:
+    def __init__(self, process: EngineProcess, echoes: bool) -> None:
         super().__init__(cast(Child, process))
         self.process = process
+        self._echoes = echoes
         self._channel = cast(Channel, process)
         process.answer = self._take
 
+    async def generate(
+        self, request: Generate | Embed, stream: AnswerStream | None = None, parking: Parking | None = None
+    ) -> AsyncGenerator[Item, None]:
+        """Run one request."""
+        if self._echoes and isinstance(request, Generate) and request.generated:
+            index, token_id = len(request.generated) // 4 - 1, unpack_uint32(request.generated)[-1]
+            yield Tokens(request_id=request.request_id, index=index, token_ids=(token_id,), epoch=request.epoch - 1)
+        async with aclosing(super().generate(request, stream, parking)) as items:
+            async for item in items:
+                yield item
 
-def fork(context: Context, pid: int, speed: Speed, problem: Callable[[str], None]) -> SimulatedEngine:
+
+def fork(context: Context, pid: int, speed: Speed, node: Node, echoes: bool) -> SimulatedEngine:
     """Start a process that runs in a context of its own, for the node that calls this."""
-    node = copy_context()
-    return SimulatedEngine(context.run(EngineProcess, node, pid, speed, problem))
+    there = copy_context()
+    return SimulatedEngine(context.run(EngineProcess, there, pid, speed, node), echoes)
+
+
+def _ends(parked: tuple[bytes, bytes]) -> str:
+    return f"{len(parked[0]) // 4} and {len(parked[1]) // 4} tokens"
 
 
 def _first(given: Sequence[int], right: Sequence[int]) -> str:

@@ -6,17 +6,18 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 
+from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.migration_counts import MigrationCounts
 from sllm_actor.actors.node_keeper import NODE_KEEPER
 from sllm_actor.actors.registration import Examiner
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.config import Config
-from sllm_actor.domain import Model, ModelName
+from sllm_actor.domain import Model, ModelName, RequestId
 from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import DeliveryFailed
 from sllm_actor.loader.tiers import Tiers
@@ -28,7 +29,7 @@ from sllm_actor.node.wiring import Actors, Parts, spawn_actors
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, Network, Security
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.testing.process_loop import context_of
-from sllm_actor.testing.simulated_engine import EngineProcess, SimulatedEngine, Speed, fork
+from sllm_actor.testing.simulated_engine import EngineProcess, Heard, SimulatedEngine, Speed, fork
 from sllm_actor.testing.simulated_store import MemoryStore, Way
 from sllm_actor.testing.simulated_tiers import SimulatedCard, SimulatedTiers, folder_of
 
@@ -62,6 +63,7 @@ def config_of(name: str, slots: int, placement_policy: str) -> Config:
         start_timeout_s=20.0,
         drain_timeout_s=5.0,
         ask_timeout_s=5.0,
+        migration_threshold_tokens=1,
     )
 
 
@@ -74,6 +76,18 @@ def model_of(name: str, size_bytes: int, keep_alive_s: float) -> Model:
         eos_token_ids=(2,), default_temperature=1.0, default_top_p=1.0, chat=False, keep_alive_s=keep_alive_s,
         registered_wall_s=0.0,
     )  # fmt: skip
+
+
+class Home(NamedTuple):
+    """Where an answer is generated or prepared: the node, its life and the engine."""
+
+    node: str
+    process: str
+    pid: int
+
+
+# Is told what an engine heard of the request with a prompt, in which epoch.
+Hears = Callable[[Home, Heard, bytes, int], None]
 
 
 class StoreWay(Way):
@@ -118,9 +132,11 @@ class SimulatedNode:
         network: Network,
         dice: random.Random,
         problem: Callable[[str], None],
+        moves: Hears,
         down_after_s: float,
         slots: int,
         placement_policy: str,
+        echoes: bool,
     ) -> None:
         self.name = name
         self.process = f"{name}/{life}"
@@ -136,6 +152,8 @@ class SimulatedNode:
         self._network = network
         self._dice = dice
         self._problem = problem
+        self._moves = moves
+        self._echoes = echoes
         self._limits = msgspec.structs.replace(LIMITS, down_after_s=down_after_s)
         self._stack = AsyncExitStack()
         self.tiers = SimulatedTiers(
@@ -148,15 +166,32 @@ class SimulatedNode:
         )
 
     def _fork(self) -> SimulatedEngine:
-        engine = fork(context_of(f"engine of {self.process}"), len(self.processes) + 1, Speed(), self._tell)
+        context, pid = context_of(f"engine of {self.process}"), len(self.processes) + 1
+        engine = fork(context, pid, Speed(), self, self._echoes)
         self.processes.append(engine.process)
         return engine
 
-    def _tell(self, what: str) -> None:
-        self._problem(f"{self.process}: {what}")
+    def problem(self, text: str) -> None:
+        """Hear of what may not be."""
+        self._problem(f"{self.process}: {text}")
+
+    def hears(self, process: EngineProcess, heard: Heard, prompt: bytes, number: RequestId, epoch: int) -> None:
+        """Pass on what an engine of this node heard of a request."""
+        if heard is Heard.EXTEND and self._is_handed_over(process, number):
+            heard = Heard.EXTEND_LAST
+        self._moves(Home(self.name, self.process, process.pid), heard, prompt, epoch)
+
+    def _is_handed_over(self, process: EngineProcess, number: RequestId) -> bool:
+        workers = [cell.actor for cell in self.system.cells.values() if isinstance(cell.actor, InferenceWorker)]
+        return any(
+            one.handed_over and one.parking is not None and one.parking.number == number
+            for worker in workers
+            if cast(SimulatedEngine, worker._engine).process is process
+            for one in worker._prepared._prepared.values()
+        )
 
     def _escalated(self, ref: ActorRef, failure: BaseException) -> None:
-        self._tell(f"{ref.name} escalates {failure!r}")
+        self.problem(f"{ref.name} escalates {failure!r}")
 
     @property
     def engines(self) -> list[EngineProcess]:
