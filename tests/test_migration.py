@@ -8,12 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from clusters import NAMES, eventually, home_of, placed_on, streamed, under_way, whole
+from clusters import CHAT, NAMES, ask, eventually, home_of, placed_on, streamed, under_way, whole
 from conftest import SMALL
 from metadata_stores import UNPACKED
 
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
-from sllm_actor.testing.node_process import CLI, living
+from sllm_actor.testing.node_process import CLI, NodeProcess, living
 
 TTL_S = 2
 KNOBS = (
@@ -34,7 +34,7 @@ def cluster(warm_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as made:
+    with ThreadPoolExecutor(12) as made:
         yield made
 
 
@@ -69,6 +69,62 @@ def test_an_answer_moves_where_it_is_told_to_and_its_client_sees_one_stream(
     timeline = cluster.nodes["n1"].call("GET", f"/admin/requests/{request_id}")
     assert (timeline["node"], timeline["outcome"]) == ("n3", "finished")
     assert "migration" in [span["name"] for span in timeline["spans"]]
+
+
+# What the frontend makes of tokens: several choices, a stop string over a border of tokens, a grammar, probabilities.
+WISHES: tuple[dict[str, Any], ...] = (
+    {"n": 2, "temperature": 1.5, "seed": 5, "max_tokens": 300, "ignore_eos": True},
+    {"stop": ["149, 15"]},
+    {"logprobs": True, "top_logprobs": 2, "max_tokens": 300},
+    {
+        "temperature": 1.0, "seed": 3, "max_tokens": 300,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "numbers",
+                "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 120, "maxItems": 120},
+            },
+        },
+    },
+)  # fmt: skip
+
+
+def choices_of(cluster: NodeCluster, wish: dict[str, Any]) -> Any:
+    return cluster.nodes["n1"].call("POST", CHAT, ask("a", LONG) | {"temperature": 0} | wish)["choices"]
+
+
+def without_probabilities(choices: Any) -> tuple[Any, list[float]]:
+    """Part answers from their log-probabilities, which may differ in the last digits."""
+    found = [token for choice in choices for token in (choice.pop("logprobs", None) or {}).get("content", ())]
+    return choices, [token["logprob"] for token in found]
+
+
+def test_whatever_is_asked_of_an_answer_holds_when_it_moves(cluster: NodeCluster, pool: ThreadPoolExecutor) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    node = cluster.nodes["n1"]
+    undisturbed = [one.result() for one in [pool.submit(choices_of, cluster, wish) for wish in WISHES]]
+    assert [len(choices) for choices in undisturbed] == [2, 1, 1, 1]
+    assert undisturbed[0][0]["message"] != undisturbed[0][1]["message"]
+    assert undisturbed[1][0]["message"]["content"].endswith("148, ")
+    answers = [pool.submit(choices_of, cluster, wish) for wish in WISHES]
+    requests = len(WISHES) + 1
+    eventually(lambda: len(running(node)) == requests and all(one["generated_tokens"] > 10 for one in running(node)))
+    moves = [
+        pool.submit(node.request, "POST", f"/admin/requests/{one['request_id']}/migrate", {"to": "n3"})
+        for one in running(node)
+    ]
+    assert sum(move.result().status == 200 for move in moves) >= 2
+    for answer, wanted in zip(answers, undisturbed, strict=True):
+        found, logprobs = without_probabilities(answer.result())
+        right, its_logprobs = without_probabilities(wanted)
+        assert found == right
+        assert logprobs == pytest.approx(its_logprobs, abs=1e-3)
+
+
+def running(node: NodeProcess) -> list[dict[str, Any]]:
+    shown = node.call("GET", "/admin/requests")["requests"]
+    return [one for one in shown if one["outcome"] == "running"]
 
 
 def test_a_move_that_makes_no_sense_is_refused_and_the_answer_goes_on(
