@@ -49,6 +49,10 @@ def test_an_engine_that_dies_while_its_model_starts_costs_a_pause(seed: int) -> 
     check_seed(seed, Plan())
 
 
+def test_a_node_out_of_reach_is_not_asked_for_a_place_without_a_pause() -> None:
+    check_seed(437)
+
+
 @pytest.mark.parametrize("seed", [3, 11])
 def test_nodes_that_have_given_each_other_up_are_members_still_and_find_each_other_again(seed: int) -> None:
     assert not run_seed(seed, Plan(down_after_s=1.5)).problems

@@ -46,8 +46,8 @@ DRAIN_TIMEOUT_S = 20.0
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How much is asked of how many nodes, which give each other up for good after `down_after_s` without a link.
 
-    Requests draw their priority where there are several.
-    So many times an operator has an answer moved, or a node drained; then some answers are long.
+    Requests draw their priority where there are several. So many times (`moves`) an operator has an answer moved, or a
+    node drained; then some answers are long.
     """
 
     nodes: int = 3
@@ -121,8 +121,7 @@ class SimulatedCluster:
                 name, self._lives[name], truth=self.truth, cards=self.cards, stored=self.stored[name],
                 clock=self.clock, network=self.network.host(name), dice=self.dice, problem=self.witness.problem,
                 down_after_s=self.plan.down_after_s, slots=self.plan.slots,
-                placement_policy=self.plan.placement_policy,
-                moves=self.moves.hears, down_after_s=self.plan.down_after_s, echoes=self.plan.moves > 0,
+                placement_policy=self.plan.placement_policy, moves=self.moves.hears, echoes=self.plan.moves > 0,
             )  # fmt: skip
             try:
                 await self._in(node, node.start(), "start")
