@@ -1,4 +1,4 @@
-"""A TCP proxy between two processes that can be cut: from then on nothing comes through, and no connection ends."""
+"""A TCP proxy between two processes that can be cut: nothing comes through, and no connection ends, or only one end."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class LinkProxy:
         self._closed = threading.Event()
         self._whole = threading.Event()
         self._whole.set()
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._half_open: set[socket.socket] = set()
 
     def __enter__(self) -> LinkProxy:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -41,11 +43,23 @@ class LinkProxy:
         """Let everything through again, also what was held back."""
         self._whole.set()
 
+    def half_open(self) -> int:
+        """End the server's side of every connection; its client hears nothing. Gives how many there were."""
+        ended = 0
+        for client, server in self._pairs:
+            if client not in self._half_open and server.fileno() >= 0:
+                self._half_open.add(client)
+                with suppress(OSError):
+                    server.shutdown(socket.SHUT_RDWR)
+                    ended += 1
+        return ended
+
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(self._server)
+                self._pairs.append((client, server))
                 for source, sink in ((client, server), (server, client)):
                     threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
 
@@ -58,6 +72,10 @@ class LinkProxy:
                 except TimeoutError:
                     continue
                 self._whole.wait()
+                if self._half_open & {source, sink}:
+                    if source in self._half_open and data:
+                        continue  # What the client sends vanishes.
+                    self._closed.wait()
                 if not data:
                     return
                 sink.sendall(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -24,21 +24,21 @@ class NodeCluster:
         self._contexts: dict[str, AbstractContextManager[NodeProcess]] = {}
         self._logs = ExitStack()
 
-    def start(self, *names: str, knobs: Sequence[str] = ()) -> None:
+    def start(self, *names: str, knobs: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         """Start nodes, all at once, and wait until they are ready.
 
         Raises:
             RuntimeError: one of them does not start; the message says what it said.
         """
         with ThreadPoolExecutor(len(names)) as pool:
-            for _ in pool.map(lambda name: self._start(name, knobs), names):
+            for _ in pool.map(lambda name: self._start(name, knobs, environment), names):
                 pass
 
-    def _start(self, name: str, knobs: Sequence[str]) -> None:
+    def _start(self, name: str, knobs: Sequence[str], environment: Mapping[str, str] | None) -> None:
         log = self._logs.enter_context(self.log(name).open("a"))
         context = running_node(
             self._folder / name, f"node_id={name}", f"metadata={self.etcd.url()}", *self._knobs, *knobs,
-            log=log, log_level="info",
+            log=log, log_level="info", environment=environment,
         )  # fmt: skip
         self.nodes[name] = context.__enter__()
         self._contexts[name] = context
