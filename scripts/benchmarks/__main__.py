@@ -15,6 +15,7 @@ from benchmarks import (
     lora,
     migrate,
     policy,
+    recover,
     remote,
     serve,
     weights,
@@ -22,8 +23,8 @@ from benchmarks import (
 from benchmarks.report import Report
 
 BENCHES = (
-    "actors", "cluster-live", "coldstart", "gateway", "interference", "load", "lora", "migrate", "policy", "remote",
-    "serve", "weights",
+    "actors", "cluster-live", "coldstart", "gateway", "interference", "load", "lora", "migrate", "policy", "recover",
+    "remote", "serve", "weights",
 )  # fmt: skip
 SECONDS = 0.8
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="of cluster-live, load, interference, lora, migrate, remote, serve and weights: much less of everything",
+        help="of cluster-live, load, interference, lora, migrate, recover, remote, serve and weights: much less of all",
     )
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument(
@@ -74,6 +75,8 @@ def main() -> None:
         interference.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     elif arguments.name == "migrate":
         migrate.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
+    elif arguments.name == "recover":
+        recover.run(report, arguments.repeats, arguments.work_dir, arguments.tiny)
     elif arguments.name == "gateway":
         gateway.run(report, arguments.repeats)
     elif arguments.name == "policy":

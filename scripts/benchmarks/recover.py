@@ -1,0 +1,138 @@
+"""How long a stream stands still whose node is killed (-9): until it is missed, and until it goes on elsewhere.
+
+OPT-125M's shape in fp32 on real nodes that share this machine, with their default knobs of time, one greedy stream at a
+time. Beside the pause stands what it may be: the detection and one start, as the Scheduler estimated it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import weights
+from benchmarks.report import Report
+from sllm_actor.cli.show import out
+from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
+from sllm_actor.testing.node_process import NodeProcess
+
+GATEWAY, OTHERS = "n1", ("n2", "n3")
+MODEL = "opt"
+PROMPT_TOKENS, BEFORE_TOKENS, ANSWER_TOKENS, TINY_ANSWER_TOKENS = 64, 48, 160, 80
+VOCABULARY_TOKENS = 50_000
+PATIENCE_S = 120.0
+KNOBS = (
+    "host_pool_bytes=1GiB", "engine_threads=1", "listen=tcp://127.0.0.1:0", "max_instances=1", "warm_engines=1",
+)  # fmt: skip
+
+
+class Death(NamedTuple):
+    """One of them, in seconds: from the kill to where another start is asked for, to the next token, and the gaps."""
+
+    leads: bool
+    detected_s: float
+    pause_s: float
+    estimated_start_s: float
+    usual_gap_s: float
+    tokens: int
+
+
+def until(what: str, holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        if time.monotonic() > end_s:
+            raise SystemExit(f"it never came true that {what}")
+        time.sleep(0.01)
+
+
+def stream(node: NodeProcess, request_id: str, prompt: list[int], tokens: int, come: list[float]) -> None:
+    """Note when each token of an answer comes."""
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    for event in node.stream("/v1/completions", body, {"X-Request-Id": request_id}):
+        if "error" in event:
+            raise SystemExit(f"{request_id}: {event['error']}")
+        come.append(time.monotonic())
+
+
+def placed(cluster: NodeCluster, victim: str) -> None:
+    """Have the model run on one node alone."""
+    gateway, avoided = cluster.nodes[GATEWAY], [name for name in (GATEWAY, *OTHERS) if name != victim]
+    gateway.call("POST", f"/admin/models/{MODEL}/unload")
+    for name in avoided:
+        gateway.call("POST", f"/admin/nodes/{name}/cordon")
+    until("the others are cordoned", lambda: all(cluster.shown(GATEWAY)[name]["cordoned"] for name in avoided))
+    stream(gateway, f"warm-{victim}-{time.monotonic_ns()}", [5, 6, 7], 1, [])
+    for name in avoided:
+        gateway.call("POST", f"/admin/nodes/{name}/uncordon")
+    until("they are not any more", lambda: not any(one["cordoned"] for one in cluster.shown(GATEWAY).values()))
+
+
+def die(cluster: NodeCluster, draw: random.Random, number: int, tokens: int) -> Death:
+    """Kill the node of a stream in its middle."""
+    leader, gateway = cluster.leader(GATEWAY), cluster.nodes[GATEWAY]
+    victim = next(name for name in OTHERS if name != leader)
+    if number % 2 and leader in OTHERS:
+        victim = leader
+    placed(cluster, victim)
+    request_id, come = f"death-{number}", list[float]()
+    prompt = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(PROMPT_TOKENS)]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(stream, gateway, request_id, prompt, tokens, come)
+        until("the stream has begun", lambda: len(come) >= BEFORE_TOKENS or answer.done())
+        killed_s = time.monotonic()
+        cluster.kill(victim)
+        answer.result()
+    timeline: dict[str, Any] = gateway.call("GET", f"/admin/requests/{request_id}")
+    decision = gateway.call("GET", f"/admin/explain/{request_id}")["decision"]
+    starts = [span["begin_s"] for span in timeline["spans"] if span["begin_s"] > killed_s]
+    pause_s = max(later - max(earlier, killed_s) for earlier, later in itertools.pairwise(come) if later > killed_s)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(come) if later < killed_s]
+    detected_s, usual_gap_s = min(starts) - killed_s, statistics.median(gaps)
+    found = Death(victim == leader, detected_s, pause_s, decision["predicted_s"], usual_gap_s, len(come))
+    out.print(f"{request_id} of {victim}: {json.dumps(found._asdict())}")
+    cluster.start(victim)
+    until("all are there again", lambda: all(one["reported"] for one in cluster.shown(GATEWAY).values()))
+    until("it is known", lambda: victim in cluster.shown(GATEWAY))
+    return found
+
+
+def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
+    """Kill nodes under streams."""
+    draw, tokens = random.Random(1), TINY_ANSWER_TOKENS if tiny else ANSWER_TOKENS
+    folder = weights.checkpoint(work_dir, "opt-125m", "fp32", False)
+    with (
+        tempfile.TemporaryDirectory() as data,
+        running_cluster(Path(data), Path(".servers"), (GATEWAY, *OTHERS), KNOBS) as cluster,
+    ):
+        cluster.nodes[GATEWAY].deploy(folder.absolute(), MODEL)
+        for name in OTHERS:  # So that every node has the checkpoint, and the estimates have something to go by.
+            placed(cluster, name)
+        deaths = [die(cluster, draw, number, tokens) for number in range(repeats)]
+    report.ratio("detected_s", [one.detected_s for one in deaths])
+    for who, leads in (("another", False), ("the leader", True)):
+        if found := [one for one in deaths if one.leads is leads]:
+            _rows(report, who, found)
+
+
+def _rows(report: Report, who: str, deaths: list[Death]) -> None:
+    """Add what was measured where the leader died, whom another one has to follow first, or another node."""
+    for what, values in (
+        ("until it is missed", [one.detected_s for one in deaths]),
+        ("one start, as estimated", [one.estimated_start_s for one in deaths]),
+        ("until the stream goes on", [one.pause_s for one in deaths]),
+        ("usual gap", [one.usual_gap_s for one in deaths]),
+    ):
+        report.row(
+            killed=who, measured=what, unit="s", median=round(statistics.median(values), 4),
+            min=round(min(values), 4), max=round(max(values), 4), n=len(values),
+        )  # fmt: skip
+    shares = [one.pause_s / (one.detected_s + one.estimated_start_s) for one in deaths]
+    report.ratio(f"pause_over_detection_and_estimate.{who.replace(' ', '_')}", shares)
