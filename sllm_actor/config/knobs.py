@@ -275,8 +275,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, Meta(ge=1, le=100_000, title="streams", description="streams that clients may come back to")
     ] = 4096
     drain_timeout_s: Annotated[
-        float,
-        Meta(ge=0, le=86400, title="s", description="time given to running answers when the node stops"),
+        float, Meta(ge=0, le=86400, title="s", description="time given to running answers when the node stops")
     ] = 30.0
 
     # What is told of it.
@@ -337,8 +336,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, Meta(ge=1, le=64, title="rounds", description="times that a destination catches up with a running answer")
     ] = 8
     migration_threshold_tokens: Annotated[
-        int,
-        Meta(ge=0, le=4096, title="tokens", description="tokens behind which a destination is near enough"),
+        int, Meta(ge=0, le=4096, title="tokens", description="tokens behind which a destination is near enough")
     ] = 4
     take_over_timeout_s: Annotated[
         float, Meta(ge=0.1, le=600, title="s", description="how long what was handed over is held for its gateway")
@@ -349,12 +347,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, Meta(ge=1, le=1_000_000, title="decisions", description="placements whose explanations are kept")
     ] = 10_000
     request_history: Annotated[
-        int,
-        Meta(ge=1, le=1_000_000, title="requests", description="finished requests whose timelines are kept"),
+        int, Meta(ge=1, le=1_000_000, title="requests", description="finished requests whose timelines are kept")
     ] = 1000
     loop_lag_fault_s: Annotated[
-        float,
-        Meta(ge=0.001, le=60, title="s", description="loop delay that is counted as a fault"),
+        float, Meta(ge=0.001, le=60, title="s", description="loop delay that is counted as a fault")
     ] = 0.05
 
     def __post_init__(self) -> None:

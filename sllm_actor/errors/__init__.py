@@ -91,6 +91,11 @@ from sllm_actor.errors.metadata import MetadataFailed as MetadataFailed
 from sllm_actor.errors.metadata import MetadataRefused as MetadataRefused
 from sllm_actor.errors.metadata import MetadataUnavailable as MetadataUnavailable
 from sllm_actor.errors.metadata import MetadataUncertain as MetadataUncertain
+from sllm_actor.errors.missing import ModelNotFound as ModelNotFound
+from sllm_actor.errors.missing import NodeNotFound as NodeNotFound
+from sllm_actor.errors.missing import NotFound as NotFound
+from sllm_actor.errors.missing import RequestNotFound as RequestNotFound
+from sllm_actor.errors.missing import StreamNotFound as StreamNotFound
 from sllm_actor.errors.overload import Draining as Draining
 from sllm_actor.errors.overload import LinkFull as LinkFull
 from sllm_actor.errors.overload import MailboxFull as MailboxFull
@@ -209,26 +214,6 @@ class AccessDenied(SllmError):
 
 class KeyInvalid(AccessDenied):
     code = "invalid_api_key"
-
-
-class NotFound(SllmError):
-    code = "not_found"
-
-
-class ModelNotFound(NotFound):
-    code = "model_not_found"
-
-
-class NodeNotFound(NotFound):
-    code = "node_not_found"
-
-
-class RequestNotFound(NotFound):
-    code = "request_not_found"
-
-
-class StreamNotFound(NotFound):
-    code = "stream_not_found"
 
 
 class Conflict(SllmError):
