@@ -121,7 +121,7 @@ def kept_lease(patch: pytest.MonkeyPatch) -> None:
 
 
 def forgotten_unload(patch: pytest.MonkeyPatch) -> None:
-    async def forget(manager: ModelManager, instance: Any) -> None:
+    async def forget(manager: ModelManager, instance: Any, was_idle: bool) -> None:
         manager._tell_gone(instance)
 
     patch.setattr(ModelManager, "_retirement", forget)

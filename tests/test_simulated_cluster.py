@@ -22,17 +22,17 @@ NIGHTLY_SEEDS = 2000
 # Where each bug is found first, and what that says. The promise is 2,000 seeds.
 FOUND = {
     "no_epoch_check": (0, "repeats or leaves out no token"),
-    "last_tokens_not_sent": (1, "has parked another answer"),
+    "last_tokens_not_sent": (2, "has parked another answer"),
     "last_tokens_not_taken": (1, "has parked another answer"),
-    "held_tokens_given_twice": (12, "has parked another answer"),
-    "prepared_never_ends": (1, "still has"),
-    "prepared_keeps_its_slot": (9, "does not end"),
-    "waits_for_its_router_for_ever": (2, "still has"),
+    "held_tokens_given_twice": (2, "has parked another answer"),
+    "prepared_never_ends": (1, "does not end"),
+    "prepared_keeps_its_slot": (1, "does not end"),
+    "waits_for_its_router_for_ever": (5, "still has"),
     "two_owners": (0, "in epoch 0"),
     "repeated_tokens": (0, "repeats or leaves out no token"),
     "forgotten_tokens": (0, "repeats or leaves out no token"),
     "kept_lease": (0, "still has leases"),
-    "forgotten_unload": (0, "all of them are busy"),
+    "forgotten_unload": (0, "still has actors"),
     "kept_slot": (0, "does not end"),
     "end_without_a_word": (0, "ends without a word"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 
 from sllm_actor.domain import Model, ModelName, RequestId
@@ -40,15 +40,15 @@ class Autoscaler:
             if not model.base and (model.scaling.min_instances or model.scaling.max_instances > 1)
         ]
 
-    def missing(self, view: ClusterView, starting: Collection[ModelName]) -> Iterator[PlaceModel]:
-        """Give a question for each model of which one more instance should run, and none of it is being started."""
+    def missing(self, view: ClusterView, starting: Mapping[ModelName, int]) -> Iterator[PlaceModel]:
+        """Give a question for each instance that should run beside those that do, or are being started."""
         now_s = self._clock.monotonic_s()
         self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
         for model in self.scaled():
-            if model.name in starting or model.name in self._rests:
+            if model.name in self._rests:
                 continue
             running = self._running(view, model, now_s)
-            if len(running) < self._want(model, running):
+            for _ in range(self._want(model, running) - len(running) - starting.get(model.name, 0)):
                 yield self._question(model, running)
 
     def surplus(self, view: ClusterView) -> Iterator[Running]:

@@ -27,6 +27,7 @@ from sllm_actor.messages.instances import (
     HoldAdapter,
     InstanceDied,
     InstanceExpired,
+    NoSlot,
     Retire,
 )
 from sllm_actor.messages.migration import (
@@ -85,7 +86,7 @@ class InferenceWorker(Actor):
         self._expire_later(max(self._keep_alive_s, FIRST_REQUEST_S))
 
     @handles(Generate)
-    async def generate(self, request: Generate) -> AsyncGenerator[AdapterHeld | Item, None]:
+    async def generate(self, request: Generate) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
         live = self._live[request.request_id] = Live(request)
         try:
             async with aclosing(self._run(request, live)) as items:
@@ -97,16 +98,18 @@ class InferenceWorker(Actor):
                 del self._live[request.request_id]
 
     @handles(Embed)
-    async def embed(self, request: Embed) -> AsyncGenerator[AdapterHeld | Item, None]:
+    async def embed(self, request: Embed) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
         async with aclosing(self._run(request, None)) as items:
             async for item in items:
                 yield item
 
-    async def _run(self, request: Generate | Embed, live: Live | None) -> AsyncGenerator[AdapterHeld | Item, None]:
+    async def _run(
+        self, request: Generate | Embed, live: Live | None
+    ) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
         prepared = self._prepared.take(request.migration_id) if isinstance(request, Generate) else None
         try:
             if self._engine.died.done() or (self._retiring and prepared is None):
-                raise Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
+                raise self._draining()
             self._running.begin(request, self._clock.monotonic_s())
             self._tell_activity()
             try:
@@ -124,9 +127,10 @@ class InferenceWorker(Actor):
 
     async def _in_turn(
         self, request: Generate | Embed, live: Live | None, prepared: PreparedRequest | None
-    ) -> AsyncGenerator[AdapterHeld | Item, None]:
+    ) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
         """Compute it when it has a slot; one that was prepared brings its own."""
         if prepared is None and not self._slots.take_now():
+            yield NoSlot()
             with self._room.place(request.model):
                 await self._slots.take(request.priority)
         try:
@@ -195,18 +199,23 @@ class InferenceWorker(Actor):
         return await HandingOver(live, message, target, self._migration).run()
 
     @handles(Retire, concurrent=True)
-    async def retire(self, _: Retire) -> None:
+    async def retire(self, message: Retire) -> None:
         self._retiring = True
+        if message.was_idle:
+            self._slots.turn_away(self._draining)
         await self._idle.wait()
         await self._engine.leave(self._stop_timeout_s)
 
     @handles(EndAnswers)
     async def end_answers(self, _: EndAnswers) -> None:
-        # What waits for a slot ends as soon as it has one.
         self._retiring = self._preempted = True
+        self._slots.turn_away(lambda: _preempted(self._instance_id))
         for live in self._live.values():
             live.stream.put(_preempted(self._instance_id))
         self._prepared.give_up()
+
+    def _draining(self) -> Draining:
+        return Draining(f"instance {self._instance_id} is being stopped", retry_after_s=1.0)
 
     def _tell_activity(self, answered: Answered | None = None) -> None:
         activity = self._running.activity(self._clock.monotonic_s(), self._keep_alive_s, answered)

@@ -280,7 +280,8 @@ class ModelManager(Actor):
             and message.instance_id in ("", instance.instance_id)
             and not (message.only_idle and instance.active)
         ]
-        await asyncio.gather(*(self._retire(instance, preempt=message.preempt) for instance in chosen))
+        retiring = (self._retire(instance, was_idle=message.only_idle, preempt=message.preempt) for instance in chosen)
+        await asyncio.gather(*retiring)
         await asyncio.gather(
             *(
                 instance.adapters.forget(message.model, self._limits.drain_timeout_s, only_idle=message.only_idle)
@@ -292,19 +293,19 @@ class ModelManager(Actor):
     async def _stop_all(self, name: ModelName) -> None:
         await self.stop_instances(StopInstances(model=name))
 
-    async def _retire(self, instance: Instance, *, preempt: bool = False) -> None:
+    async def _retire(self, instance: Instance, *, was_idle: bool = False, preempt: bool = False) -> None:
         """Stop one instance, letting it finish its answers first; whoever asks again waits for the same end."""
         if instance.retired is None:
-            task = self.context.tasks.spawn(self._retirement(instance), f"retire-{instance.instance_id}")
+            task = self.context.tasks.spawn(self._retirement(instance, was_idle), f"retire-{instance.instance_id}")
             instance.retired = task
         if preempt:
             instance.worker.tell(EndAnswers())
         await asyncio.shield(instance.retired)
 
-    async def _retirement(self, instance: Instance) -> None:
+    async def _retirement(self, instance: Instance, was_idle: bool) -> None:
         self._tell_gone(instance)
         try:
-            await instance.worker.ask(Retire(), timeout_s=self._limits.drain_timeout_s)
+            await instance.worker.ask(Retire(was_idle=was_idle), timeout_s=self._limits.drain_timeout_s)
         except DeliveryFailed as error:
             log.warning("instance %s did not retire in time: %s", instance.instance_id, error)
         await self._uninstall(instance)
@@ -340,7 +341,7 @@ class ModelManager(Actor):
     async def expired(self, message: InstanceExpired) -> None:
         instance = self._instances.get(message.instance_id)
         if instance is not None and not instance.active and not instance.kept:
-            await self._retire(instance)
+            await self._retire(instance, was_idle=True)
 
     @handles(InstanceDied, concurrent=True)
     async def died(self, message: InstanceDied) -> None:

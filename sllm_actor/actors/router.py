@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
 from sllm_actor.actors.going_on import Answered, Given, most_urgent, rest_of
+from sllm_actor.actors.queued import CalledElsewhere, Queued
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
@@ -21,6 +23,7 @@ from sllm_actor.errors import (
     Draining,
     EngineDied,
     NoCapacity,
+    NoSuchActor,
     Preempted,
     RequestNotFound,
     SllmError,
@@ -41,6 +44,7 @@ from sllm_actor.messages.instances import (
     EndStart,
     InstanceGone,
     InstanceStarted,
+    NoSlot,
 )
 from sllm_actor.messages.placement import HurryPlacement
 from sllm_actor.runtime import Actor, Clock, handles
@@ -49,6 +53,8 @@ log = logging.getLogger(__name__)
 
 # One that was ended so often for more urgent ones is so no more.
 MAX_PREEMPTIONS = 2
+# So many instances may leave before a request has a slot of one.
+MAX_TURNED_AWAY = 20
 
 
 class _Start:
@@ -94,6 +100,8 @@ class Router(Actor):
         self._ask_timeout_s = ask_timeout_s
         self._routes = routes
         self._starts: dict[ModelName, _Start] = {}
+        self._queued = Queued(routes.idle)
+        routes.on_free = self._queued.look
 
     @handles(Generate)
     async def generate(self, request: Generate) -> AsyncGenerator[Answered, None]:
@@ -129,11 +137,13 @@ class Router(Actor):
         Each that has it has an epoch of its own: nothing counts but the tokens of the current one.
         """
         failed: tuple[str, ...] = ()
-        given, attempt, preempted = Given(), 1, 0
+        given, attempt, preempted, turned_away = Given(), 1, 0, 0
         moved: Migrated | None = None
+        called: InstanceStarted | None = None
+        tried: set[str] = set()
         while True:
             try:
-                instance = _reached(moved) if moved else await self._instance(request, record, failed)
+                instance = called or (_reached(moved) if moved else await self._instance(request, record, failed))
             except NoCapacity:
                 # It had a place: it waits on for another one.
                 if not preempted or attempt == MAX_ATTEMPTS:
@@ -142,9 +152,10 @@ class Router(Actor):
                 continue
             self._log.route(record, instance)
             rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
-            moving, moved = moved, None
+            moving, moved, called = moved, None, None
+            tried.add(instance.instance_id)
             try:
-                async with aclosing(self._items(instance, rest, record, moving)) as items:
+                async with aclosing(self._items(instance, rest, record, moving, tried)) as items:
                     async for item in items:
                         if isinstance(item, Migrated):
                             moved = item
@@ -154,6 +165,8 @@ class Router(Actor):
                 if moved is None:
                     return
                 record.moved_s = self._clock.monotonic_s()
+            except CalledElsewhere as call:
+                called = call.instance
             except SllmError as gone:
                 if not isinstance(gone, (*GONE, EngineDied)) and moving is None:
                     raise
@@ -163,6 +176,8 @@ class Router(Actor):
                     preempted += 1
                     self._counts.preempted += 1
                     request = request if preempted < MAX_PREEMPTIONS else most_urgent(request)
+                elif not record.begun and isinstance(gone, (Draining, NoSuchActor)) and turned_away < MAX_TURNED_AWAY:
+                    turned_away += 1  # It left while this one waited for a slot, or was on its way to it.
                 elif attempt == MAX_ATTEMPTS:
                     raise
                 else:
@@ -175,13 +190,18 @@ class Router(Actor):
             record.epoch += 1
 
     async def _items(
-        self, instance: InstanceStarted, rest: Generate | Embed, record: RequestRecord, moving: Migrated | None
+        self,
+        instance: InstanceStarted,
+        rest: Generate | Embed,
+        record: RequestRecord,
+        moving: Migrated | None,
+        tried: set[str],
     ) -> AsyncGenerator[Answered | Migrated, None]:
         """Ask an instance, and note what its items say of the time that it takes."""
         worker = self.context.system.ref(instance.worker, instance.address or None)
         with self._routes.using(instance):
             async with aclosing(worker.stream(rest)) as items:
-                async for item in items:
+                async for item in self._in_turn(items, instance.model, tried, rest.priority):
                     if isinstance(item, Prefilled):
                         if moving is None:
                             record.spans.append(item.span)
@@ -194,6 +214,22 @@ class Router(Actor):
                             record.spans.append(span)
                             moving = None
                         yield item
+
+    async def _in_turn(
+        self, items: AsyncGenerator[Any, None], model: ModelName, tried: set[str], priority: int
+    ) -> AsyncGenerator[Any, None]:
+        """Give what an instance says; while it has no slot for the request, another one may have.
+
+        Raises:
+            CalledElsewhere: it is to ask that one.
+        """
+        async for item in items:
+            while isinstance(item, NoSlot):
+                try:
+                    item = await self._queued.next_of(items, model, tried, priority)
+                except StopAsyncIteration:
+                    return
+            yield item
 
     async def _instance(
         self, request: Generate | Embed, record: RequestRecord, failed: tuple[str, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from sllm_actor.domain import ModelName
@@ -18,10 +18,13 @@ class Routes:
         self._by_model: dict[ModelName, dict[str, InstanceStarted]] = {}
         self._outstanding: Counter[str] = Counter()
         self._published: dict[str, InstanceStarted] = {}
+        # Told of a model, one of whose instances may have a slot free now.
+        self.on_free: Callable[[ModelName], None] = lambda _: None
 
     def add(self, instance: InstanceStarted) -> None:
         """Send requests to an instance from now on."""
         self._by_model.setdefault(instance.model, {})[instance.instance_id] = instance
+        self.on_free(instance.model)
 
     def remove(self, model: ModelName, instance_id: str) -> None:
         """Send no more requests to an instance."""
@@ -63,3 +66,9 @@ class Routes:
             self._outstanding[instance.instance_id] -= 1
             if not self._outstanding[instance.instance_id]:
                 del self._outstanding[instance.instance_id]
+                self.on_free(instance.model)
+
+    def idle(self, model: ModelName) -> list[InstanceStarted]:
+        """List the instances that no request of this gateway is at."""
+        known = self._by_model.get(model, {})
+        return [instance for instance in known.values() if instance.instance_id not in self._outstanding]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -139,7 +140,7 @@ class Scheduler(Actor):
 
     def _scale_up(self, autoscaler: Autoscaler) -> None:
         now_s = self._clock.monotonic_s()
-        for question in autoscaler.missing(self._view, {start.model for start in self._granted.values()}):
+        for question in autoscaler.missing(self._view, Counter(start.model for start in self._granted.values())):
             # On a node that has none of it; where there is none, beside another.
             for asked in (question, msgspec.structs.replace(cast(Any, question), not_on=())):
                 wish = Waiting(asked, now_s, QUIET)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+from collections.abc import Callable
+
+from sllm_actor.errors import SllmError
 
 
 class Slots:
@@ -23,7 +26,11 @@ class Slots:
         return True
 
     async def take(self, priority: int) -> None:
-        """Wait for a slot; who is cancelled meanwhile has none."""
+        """Wait for a slot; who is cancelled meanwhile has none.
+
+        Raises:
+            SllmError: what `turn_away` was given.
+        """
         turn = (priority, next(self._arrivals), asyncio.get_running_loop().create_future())
         heapq.heappush(self._waiting, turn)
         try:
@@ -32,10 +39,17 @@ class Slots:
             if turn in self._waiting:
                 self._waiting.remove(turn)
                 heapq.heapify(self._waiting)
-            elif not turn[2].cancelled():
+            elif not turn[2].cancelled() and turn[2].exception() is None:
                 # A slot was given in the same turn of the loop.
                 self.give()
             raise
+
+    def turn_away(self, why: Callable[[], SllmError]) -> None:
+        """Let nobody wait any longer who does now."""
+        for _, _, turn in self._waiting:
+            if not turn.cancelled():
+                turn.set_exception(why())
+        self._waiting.clear()
 
     def give(self) -> None:
         """Give a slot back: it goes to the first of those who wait."""

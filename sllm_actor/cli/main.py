@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes
+from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes, simulate
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.pull import default_name, pull_model
@@ -373,7 +373,7 @@ def verify(
 
 for verb in (
     keep.pin, keep.unpin, keep.evict, explain.explain, nodes.status, nodes.cordon, nodes.uncordon, nodes.drain,
-    nodes.notice, nodes.migrate,
+    nodes.notice, nodes.migrate, simulate.simulate,
 ):  # fmt: skip
     app.command()(verb)
 

@@ -19,6 +19,7 @@ from sllm_actor.messages.instances import (
     InstanceStarted,
     InstanceStatus,
     ListInstances,
+    NoSlot,
     StartInstance,
     StartProgress,
     StopInstances,
@@ -43,7 +44,7 @@ from sllm_actor.messages.placement import (
 )
 
 BETWEEN_NODES: tuple[type, ...] = (
-    Generate, Embed, PromptLogprobs, Prefilled, AdapterHeld, Tokens, Embedded, Finished,
+    Generate, Embed, PromptLogprobs, Prefilled, AdapterHeld, NoSlot, Tokens, Embedded, Finished,
     PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, ListNodes, ExplainPlacement, Explanation,
     StartInstance, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
     CordonNode, DrainNode, NoticeNode, NoticeTaken,

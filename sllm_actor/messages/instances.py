@@ -61,6 +61,11 @@ class AdapterHeld:
     spans: tuple[Span, ...]
 
 
+@message("instances.no_slot")
+class NoSlot:
+    """All slots of the instance are taken: the request waits for one, and what follows comes when it has it."""
+
+
 @message("instances.end_start")
 class EndStart:
     """End the start of `model` that is under way: those who wait for it fail with `Conflict`, which says `why`.
@@ -146,7 +151,13 @@ class InstanceDied:
 
 @message("instances.retire")
 class Retire:
-    """Finish running answers, take no more, stop the engine. Answered by None once the engine has left."""
+    """Finish running answers, take no more, stop the engine. Answered by None once the engine has left.
+
+    Where the instance `was_idle` when it was chosen, those who have come meanwhile and wait for a slot are sent away
+    with `Draining`; else they are answered first, too.
+    """
+
+    was_idle: bool = False
 
 
 @message("instances.end_answers")

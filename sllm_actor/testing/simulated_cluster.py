@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import aclosing
+from functools import partial
 from typing import cast
 
 import msgspec
@@ -22,7 +23,7 @@ from sllm_actor.testing.cluster_moves import MoveWatch
 from sllm_actor.testing.cluster_witness import Asked, Witness
 from sllm_actor.testing.process_loop import ProcessLoop
 from sllm_actor.testing.simulated_network import SimulatedNetwork
-from sllm_actor.testing.simulated_node import MIB, Home, SimulatedNode, model_of, registered
+from sllm_actor.testing.simulated_node import LIMITS, MIB, Home, Means, SimulatedNode, config_of, model_of, registered
 from sllm_actor.testing.simulated_store import MemoryStore
 from sllm_actor.testing.simulated_tiers import SimulatedCard
 from sllm_actor.testing.trace import TraceRecorder
@@ -77,6 +78,10 @@ class SimulatedCluster:
         self.moves = MoveWatch(self.witness, self.leader)
         self.names = [f"n{number}" for number in range(1, plan.nodes + 1)]
         self.plan = plan
+        self._means = Means(
+            config_of=partial(config_of, slots=plan.slots, placement_policy=plan.placement_policy),
+            limits=msgspec.structs.replace(LIMITS, down_after_s=plan.down_after_s), echoes=plan.moves > 0,
+        )  # fmt: skip
         self.truth = MemoryStore(self.clock)
         self.nodes: dict[str, SimulatedNode] = {}
         self._lives: dict[str, int] = {}
@@ -120,8 +125,7 @@ class SimulatedCluster:
             node = SimulatedNode(
                 name, self._lives[name], truth=self.truth, cards=self.cards, stored=self.stored[name],
                 clock=self.clock, network=self.network.host(name), dice=self.dice, problem=self.witness.problem,
-                down_after_s=self.plan.down_after_s, slots=self.plan.slots,
-                placement_policy=self.plan.placement_policy, moves=self.moves.hears, echoes=self.plan.moves > 0,
+                moves=self.moves.hears, means=self._means,
             )  # fmt: skip
             try:
                 await self._in(node, node.start(), "start")

@@ -67,22 +67,30 @@ class Node(Protocol):
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a process takes: to be forked, to attach, for a token of a prompt, for a step and each row of it."""
+    """How long a process takes: to be forked, to attach, for a token of a prompt, for a step and each row of it.
+
+    The weights come to a device within `copy_s` of when they are mapped. Where many steps are one turn
+    (`tokens_a_turn`), their tokens come together, but the first one, which comes with the prompt.
+    """
 
     fork_s: float = 0.02
     attach_s: float = 0.1
     prefill_s_per_token: float = 0.000_5
     step_s: float = 0.02
     row_s: float = 0.002
+    copy_s: float = 0.0
+    tokens_a_turn: int = 1
 
 
-def answer_of(path: str, prompt: bytes, seed: int, max_tokens: int) -> tuple[tuple[int, ...], FinishReason]:
+def answer_of(
+    path: str, prompt: bytes, seed: int, max_tokens: int, ignore_eos: bool = False
+) -> tuple[tuple[int, ...], FinishReason]:
     """Give the one right answer of the model in the folder `path`."""
     tokens: list[int] = []
     for position in range(max_tokens):
         drawn = xxh3_64_intdigest(f"{path} {seed} {position} ".encode() + prompt)
         tokens.append(drawn % VOCABULARY_TOKENS)
-        if (drawn >> 32) % ENDS_ONE_IN == 0 and position + 1 < max_tokens:
+        if (drawn >> 32) % ENDS_ONE_IN == 0 and position + 1 < max_tokens and not ignore_eos:
             return tuple(tokens), FinishReason.STOP
     return tuple(tokens), FinishReason.LENGTH
 
@@ -93,7 +101,9 @@ class _Row:
     def __init__(self, request: Generate, path: str) -> None:
         sampling = request.sampling
         self.request = request
-        self.answer, self.reason = answer_of(path, request.prompt, sampling.seed, sampling.max_tokens)
+        self.answer, self.reason = answer_of(
+            path, request.prompt, sampling.seed, sampling.max_tokens, sampling.ignore_eos
+        )
         self.generated = tuple(unpack_uint32(request.generated))
         self.position = len(self.generated)
         self.prompt_tokens = len(request.prompt) // 4
@@ -105,7 +115,7 @@ class EngineProcess:
     What it says to its node comes in the context `there`.
     """
 
-    def __init__(self, there: Context, pid: int, speed: Speed, node: Node) -> None:
+    def __init__(self, there: Context, pid: int, speed_of: Callable[[str], Speed], node: Node) -> None:
         self.pid = pid
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.answer: Callable[[Any], None] = lambda _: None
@@ -117,12 +127,17 @@ class EngineProcess:
         self._there = there
         self._node = node
         self._own = copy_context()
-        self._speed = speed
+        self._speed_of = speed_of
+        self._speed = speed_of("")
         self._problem = node.problem
         self._waiting: deque[_Row] = deque()
         self._woken = asyncio.Event()
         self._scope = TaskScope("engine")
-        self._mapped = False
+        self.mapped_s = 0.0
+        # When it had its weights, when it ended, and for how long it has computed.
+        self.attached_s = 0.0
+        self.ended_s = 0.0
+        self.busy_s = 0.0
         self._scope.spawn(self._live(), f"process-{self.pid}")
 
     # As `Child` and as `Channel`.
@@ -147,6 +162,7 @@ class EngineProcess:
                 task.cancel()
             self.rows.clear()
             self._waiting.clear()
+            self.ended_s = VirtualLoop.running().now_s
             self.exited.set_result(status)
 
     def _say(self, message: Any) -> None:
@@ -161,11 +177,12 @@ class EngineProcess:
         if isinstance(message, PrepareModel):
             self._expect(not self.path, "is prepared twice")
             self.path = message.path
+            self._speed = self._speed_of(message.path)
         elif isinstance(message, MapWeights):
-            self._expect(self.path != "" and not self._mapped, "maps weights out of turn")
-            self._mapped = True
+            self._expect(self.path != "" and not self.mapped_s, "maps weights out of turn")
+            self.mapped_s = VirtualLoop.running().now_s
         elif isinstance(message, AttachWeights):
-            self._expect(self._mapped and not self.slots, "attaches out of turn")
+            self._expect(self.mapped_s > 0 and not self.slots, "attaches out of turn")
             self._scope.spawn(self._attach(message.limits), "attach")
         elif isinstance(message, Generate):
             self._begin(message)
@@ -205,8 +222,10 @@ class EngineProcess:
             self._say(Parked(request_id=request_id, known_tokens=known_tokens))
 
     async def _attach(self, limits: EngineLimits) -> None:
-        await asyncio.sleep(self._speed.attach_s)
+        copied_s = self.mapped_s + self._speed.copy_s - VirtualLoop.running().now_s
+        await asyncio.sleep(self._speed.attach_s + max(0.0, copied_s))
         self.slots = limits.slots
+        self.attached_s = VirtualLoop.running().now_s
         self._say(EngineReady(spans=(), late_imports=()))
 
     def _begin(self, request: Generate) -> None:
@@ -240,26 +259,37 @@ class EngineProcess:
                 row = self._waiting.popleft()
                 await self._prefill(row)
                 running.append(row)
-            await asyncio.sleep(self._speed.step_s + self._speed.row_s * len(running))
+            turn_s = (self._speed.step_s + self._speed.row_s * len(running)) * self._tokens_of_turn(running)
+            await asyncio.sleep(turn_s)
+            self.busy_s += turn_s
             for row in running:
                 if self._runs(row):
-                    self._step(row)
+                    self._step(row, self._speed.tokens_a_turn)
+
+    def _tokens_of_turn(self, running: Sequence[_Row]) -> int:
+        """Count the steps of the next turn: as many as a turn has, or as the longest answer still needs."""
+        left = max((len(row.answer) - row.position for row in running), default=1)
+        return max(1, min(self._speed.tokens_a_turn, left))
 
     def _runs(self, row: _Row) -> bool:
         return self.rows.get(row.request.request_id) is row
 
     async def _prefill(self, row: _Row) -> None:
         begin_s = VirtualLoop.running().now_s
-        await asyncio.sleep(self._speed.prefill_s_per_token * (row.prompt_tokens + row.position))
+        prefill_s = self._speed.prefill_s_per_token * (row.prompt_tokens + row.position)
+        await asyncio.sleep(prefill_s)
+        self.busy_s += prefill_s
         if self._runs(row):
             span = Span(name="prefill", begin_s=begin_s, end_s=VirtualLoop.running().now_s)
             self._say(Prefilled(request_id=row.request.request_id, span=span))
+            if self._speed.tokens_a_turn > 1:
+                self._step(row, 1)
 
-    def _step(self, row: _Row) -> None:
+    def _step(self, row: _Row, tokens: int) -> None:
         request_id = row.request.request_id
-        if row.position < len(row.answer):
-            self._say(Tokens(request_id=request_id, index=row.position, token_ids=(row.answer[row.position],)))
-            row.position += 1
+        if token_ids := row.answer[row.position : row.position + tokens]:
+            self._say(Tokens(request_id=request_id, index=row.position, token_ids=token_ids))
+            row.position += len(token_ids)
         if row.position >= len(row.answer):
             del self.rows[request_id]
             self._say(
@@ -294,10 +324,13 @@ class SimulatedEngine(Engine):
                 yield item
 
 
-def fork(context: Context, pid: int, speed: Speed, node: Node, echoes: bool) -> SimulatedEngine:
-    """Start a process that runs in a context of its own, for the node that calls this."""
+def fork(context: Context, pid: int, speed_of: Callable[[str], Speed], node: Node, echoes: bool) -> SimulatedEngine:
+    """Start a process that runs in a context of its own, for the node that calls this.
+
+    `speed_of` tells how fast the model of a folder is; of "", how fast processes are forked.
+    """
     there = copy_context()
-    return SimulatedEngine(context.run(EngineProcess, there, pid, speed, node), echoes)
+    return SimulatedEngine(context.run(EngineProcess, there, pid, speed_of, node), echoes)
 
 
 def _ends(parked: tuple[bytes, bytes]) -> str:

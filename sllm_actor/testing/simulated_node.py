@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
+from math import inf
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -78,6 +79,22 @@ def model_of(name: str, size_bytes: int, keep_alive_s: float) -> Model:
     )  # fmt: skip
 
 
+class Means(msgspec.Struct, frozen=True, kw_only=True):
+    """What nodes are made of: their knobs, bytes a second, room on their disks, how fast models compute.
+
+    With `echoes`, late tokens come where none should.
+    """
+
+    config_of: Callable[[str], Config]
+    limits: Limits = LIMITS
+    ssd_bytes_per_s: float = 500e6
+    remote_bytes_per_s: float = 100e6
+    ssd_quota_bytes: float = inf
+    keeps_host: bool = True
+    speed_of: Callable[[str], Speed] = lambda _: Speed()
+    echoes: bool = False
+
+
 class Home(NamedTuple):
     """Where an answer is generated or prepared: the node, its life and the engine."""
 
@@ -133,16 +150,14 @@ class SimulatedNode:
         dice: random.Random,
         problem: Callable[[str], None],
         moves: Hears,
-        down_after_s: float,
-        slots: int,
-        placement_policy: str,
-        echoes: bool,
+        means: Means,
     ) -> None:
         self.name = name
+        self._means = means
         self.process = f"{name}/{life}"
         self.context = context_of(self.process)
         self.clock = clock
-        self.config = config_of(name, slots, placement_policy)
+        self.config = means.config_of(name)
         self.way = StoreWay(truth, clock)
         self.processes: list[EngineProcess] = []
         self.actors: Actors
@@ -153,21 +168,22 @@ class SimulatedNode:
         self._dice = dice
         self._problem = problem
         self._moves = moves
-        self._echoes = echoes
-        self._limits = msgspec.structs.replace(LIMITS, down_after_s=down_after_s)
+        self._limits = means.limits
         self._stack = AsyncExitStack()
         self.tiers = SimulatedTiers(
             cards,
             stored,
             clock,
             pool_bytes=self.config.host_pool_bytes,
-            ssd_bytes_per_s=500e6,
-            remote_bytes_per_s=100e6,
+            ssd_bytes_per_s=means.ssd_bytes_per_s,
+            remote_bytes_per_s=means.remote_bytes_per_s,
+            ssd_quota_bytes=means.ssd_quota_bytes,
+            keeps_host=means.keeps_host,
         )
 
     def _fork(self) -> SimulatedEngine:
         context, pid = context_of(f"engine of {self.process}"), len(self.processes) + 1
-        engine = fork(context, pid, Speed(), self, self._echoes)
+        engine = fork(context, pid, self._means.speed_of, self, self._means.echoes)
         self.processes.append(engine.process)
         return engine
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,9 @@ class _Held:
 class SimulatedPool:
     """Stands where the `Loader` does: host memory of one node, in bytes."""
 
-    def __init__(self, pool_bytes: int, ssd: Way, clock: Clock) -> None:
+    def __init__(self, pool_bytes: int, ssd: Way, clock: Clock, *, keeps: bool) -> None:
         self.pool_bytes = pool_bytes
+        self._keeps = keeps
         self.held: dict[str, _Held] = {}
         self._ssd = ssd
         self._clock = clock
@@ -131,6 +133,8 @@ class SimulatedPool:
         def give_back() -> None:
             held.holders.remove(holder)
             held.last_used_s = self._clock.monotonic_s()
+            if not self._keeps and not held.holders:
+                self.held.pop(checkpoint.identity, None)
 
         return HostLease((), report, give_back, holder)
 
@@ -160,10 +164,20 @@ class SimulatedPool:
 class _Ssd:
     """What the registry asks of the SSD tier."""
 
-    def __init__(self) -> None:
+    def __init__(self, quota_bytes: float) -> None:
         self.given_up: tuple[()] = ()
         self.quota_bytes = 0
-        self.stored: set[str] = set()
+        # What it has, the longest unused first.
+        self.stored: dict[str, int] = {}
+        self._most_bytes = quota_bytes
+
+    def store(self, model_id: str, size_bytes: int) -> None:
+        """Have a model, in place of the longest unused ones where there is no room; use one that it has."""
+        self.stored.pop(model_id, None)
+        while self.stored and sum(self.stored.values()) + size_bytes > self._most_bytes:
+            del self.stored[next(iter(self.stored))]
+        if size_bytes <= self._most_bytes:
+            self.stored[model_id] = size_bytes
 
     def entries(self) -> tuple[()]:
         return ()
@@ -181,6 +195,8 @@ class SimulatedTiers:
         pool_bytes: int,
         ssd_bytes_per_s: float,
         remote_bytes_per_s: float,
+        ssd_quota_bytes: float = inf,
+        keeps_host: bool = True,
     ) -> None:
         self._cards = {card.key: card for card in cards}
         self._clock = clock
@@ -188,9 +204,10 @@ class SimulatedTiers:
         self._remote = Way(remote_bytes_per_s)
         self._loading: dict[str, asyncio.Lock] = {}
         self._on_stored: Callable[[], None] = lambda: None
-        self.loader = SimulatedPool(pool_bytes, self._local, clock)
-        self.ssd = _Ssd()
-        self.ssd.stored.update(stored)
+        self.loader = SimulatedPool(pool_bytes, self._local, clock, keeps=keeps_host)
+        self.ssd = _Ssd(ssd_quota_bytes)
+        for name in stored:
+            self.ssd.store(name, self._cards[name].checkpoint.size_bytes)
 
     async def recover(self) -> None:
         """Nothing is left of a process that was killed."""
@@ -263,8 +280,10 @@ class SimulatedTiers:
                 duration_s=self._clock.monotonic_s() - begin_s,
             )
             if from_afar:
-                self.ssd.stored.add(wanted.model_id)
+                self.ssd.store(wanted.model_id, size_bytes)
                 self._on_stored()
+            elif not resident:
+                self.ssd.store(wanted.model_id, size_bytes)
             return self.loader.lease(checkpoint, report)
 
     async def _move(self, way: Way, size_bytes: int, on_progress: OnProgress | None) -> None:

@@ -1,0 +1,224 @@
+"""One system in one world, asked as a workload says, on virtual time: what each request met.
+
+Router, Scheduler, ModelManager, workers and their policies are the production classes. The same seed gives the same
+run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple, cast
+
+import msgspec
+
+from sllm_actor.domain import RequestId, Sampling, Timeline
+from sllm_actor.domain.tokens import pack_uint32
+from sllm_actor.errors import SllmError
+from sllm_actor.messages.generation import Generate, Tokens
+from sllm_actor.metadata import Put
+from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.testing.process_loop import ProcessLoop
+from sllm_actor.testing.simulated_network import SimulatedNetwork
+from sllm_actor.testing.simulated_node import SimulatedNode, registered
+from sllm_actor.testing.simulated_store import MemoryStore
+from sllm_actor.testing.trace import TraceRecorder
+from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
+from sllm_actor.testing.workloads import Arrival
+from sllm_actor.testing.world import World
+
+LIMIT_TURNS = 2**62
+# The cluster finds itself before it is asked.
+SETTLE_S = 5.0
+WARM, JOINED = "running", "another's start"
+
+
+class Seen(NamedTuple):
+    """What one request met: its times in seconds from the beginning, and by which tier its model came.
+
+    `error` is empty where it was answered; else the times that never came are 0.
+    """
+
+    arrived_s: float
+    model: int
+    first_token_s: float
+    end_s: float
+    tier: str
+    node: str
+    error: str
+
+    @property
+    def wait_s(self) -> float:
+        """From its arrival to its first token."""
+        return self.first_token_s - self.arrived_s
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One run: what every request met, and what the devices did. `span_s` is from the first arrival to the last end."""
+
+    seen: tuple[Seen, ...]
+    span_s: float
+    devices: int
+    held_s: float
+    busy_s: float
+    starts: int
+    migrations: int
+
+    def waits_s(self) -> list[float]:
+        """Give what those waited who were answered, shortest first."""
+        return sorted(one.wait_s for one in self.seen if not one.error)
+
+    def times_s(self) -> list[float]:
+        """Give how long those took, from arrival to end, shortest first."""
+        return sorted(one.end_s - one.arrived_s for one in self.seen if not one.error)
+
+    def tiers(self) -> Counter[str]:
+        """Count by which tier their models came."""
+        return Counter(one.tier for one in self.seen if not one.error)
+
+    def errors(self) -> Counter[str]:
+        """Count what went wrong."""
+        return Counter(one.error for one in self.seen if one.error)
+
+    def summary(self) -> dict[str, Any]:
+        """Give what a table shows."""
+        waits, times = self.waits_s() or [float("nan")], self.times_s() or [float("nan")]
+        whole_s = max(self.span_s * self.devices, 1e-9)
+        tiers = self.tiers()
+        answered = max(1, sum(tiers.values()))
+        return {
+            "requests": len(self.seen),
+            "failed": sum(self.errors().values()),
+            "wait_mean_s": statistics.fmean(waits),
+            "wait_p50_s": part(waits, 0.5),
+            "wait_p95_s": part(waits, 0.95),
+            "wait_p99_s": part(waits, 0.99),
+            "end_mean_s": statistics.fmean(times),
+            "end_p99_s": part(times, 0.99),
+            "warm": tiers[WARM] / answered,
+            "starts": self.starts,
+            "migrations": self.migrations,
+            "devices_held": self.held_s / whole_s,
+            "devices_busy": self.busy_s / whole_s,
+        }
+
+
+def part(ordered: Sequence[float], share: float) -> float:
+    """Give the value below which so much of them is."""
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+OnAnswered = Callable[[int], None]
+
+
+def evaluate(world: World, arrivals: Sequence[Arrival], seed: int, on_answered: OnAnswered = lambda _: None) -> Run:
+    """Run it. `on_answered` is told how many requests have ended.
+
+    Raises:
+        SimulationError: the cluster itself does what none may.
+    """
+    span_s = arrivals[-1].at_s if arrivals else 0.0
+    limit_s = span_s + 10 * world.description.timeout_s + 3600.0
+
+    async def main() -> Run:
+        return await _Evaluation(world, arrivals, seed, on_answered).run()
+
+    return run_virtual(main, kind=ProcessLoop, limit_s=limit_s, limit_turns=LIMIT_TURNS)
+
+
+class _Evaluation:
+    def __init__(self, world: World, arrivals: Sequence[Arrival], seed: int, on_answered: OnAnswered) -> None:
+        self._world = world
+        self._arrivals = arrivals
+        self._on_answered = on_answered
+        self._loop = cast(ProcessLoop, VirtualLoop.running())
+        self._clock = self._loop.clock
+        self._dice = random.Random(seed)
+        self._truth = MemoryStore(self._clock)
+        self._nodes: list[SimulatedNode] = []
+        self._problems: list[str] = []
+        self._seen: list[Seen] = []
+        self._begin_s = 0.0
+
+    async def run(self) -> Run:
+        await self._truth.commit([], [Put(key, value) for key, value in registered(self._world.models)])
+        network = SimulatedNetwork(self._loop, self._dice, TraceRecorder(self._clock, kept_lines=1))
+        for name in self._world.names:
+            self._nodes.append(self._node(name, network))
+        starting = TaskScope("start")
+        for node in self._nodes:
+            starting.spawn(node.start(), node.name, context=node.context.copy())
+        await asyncio.gather(*starting.tasks())
+        await self._clock.sleep(SETTLE_S)
+        self._begin_s = self._clock.monotonic_s()
+        await self._ask_all()
+        span_s = self._clock.monotonic_s() - self._begin_s
+        run = self._run(span_s)
+        assert not self._problems, self._problems[:3]
+        closing = TaskScope("close")
+        for node in self._nodes:
+            closing.spawn(node.close(), node.name, context=node.context.copy())
+        await asyncio.gather(*closing.tasks())
+        await self._truth.close()
+        return run
+
+    def _node(self, name: str, network: SimulatedNetwork) -> SimulatedNode:
+        return SimulatedNode(
+            name, 1, truth=self._truth, cards=self._world.cards, stored=self._world.stored(name), clock=self._clock,
+            network=network.host(name), dice=self._dice, problem=self._problems.append,
+            moves=lambda *_: None, means=self._world.means(),
+        )  # fmt: skip
+
+    async def _ask_all(self) -> None:
+        clients = TaskScope("clients")
+        for number, arrival in enumerate(self._arrivals):
+            await self._clock.sleep(max(0.0, self._begin_s + arrival.at_s - self._clock.monotonic_s()))
+            node = self._dice.choice(self._nodes)
+            clients.spawn(self._client(number, arrival, node), f"client-{number}", context=node.context.copy())
+        if tasks := clients.tasks():
+            await asyncio.wait(tasks)
+
+    async def _client(self, number: int, arrival: Arrival, node: SimulatedNode) -> None:
+        request_id = RequestId(f"r{number}")
+        begin_s, first_s, error = self._now_s(), 0.0, ""
+        request = Generate(
+            request_id=request_id,
+            model=self._world.models[arrival.model].name,
+            # Prompts that begin differently, so that none is computed already.
+            prompt=pack_uint32([number, *range(1, arrival.prompt_tokens)]),
+            sampling=Sampling(max_tokens=arrival.new_tokens, temperature=1.0, top_p=1.0, seed=number, ignore_eos=True),
+            arrived_s=self._clock.monotonic_s(),
+        )
+        try:
+            async with aclosing(node.router.stream(request)) as items:
+                async for item in items:
+                    if isinstance(item, Tokens) and not first_s:
+                        first_s = self._now_s()
+        except SllmError as failure:
+            error = failure.code
+        timeline: Timeline = node.actor("router")._log.timeline(request_id)
+        tiers = [span.tier for span in timeline.spans if span.name == "load"]
+        tier = (tiers[-1] if tiers else JOINED) if timeline.cold else WARM
+        self._seen.append(Seen(begin_s, arrival.model, first_s, self._now_s(), tier, timeline.node, error))
+        self._on_answered(len(self._seen))
+
+    def _now_s(self) -> float:
+        return self._clock.monotonic_s() - self._begin_s
+
+    def _run(self, span_s: float) -> Run:
+        engines = [process for node in self._nodes for process in node.processes if process.attached_s]
+        now_s = self._clock.monotonic_s()
+        each = self._world.devices_each
+        return Run(
+            seen=tuple(sorted(self._seen)),
+            span_s=span_s,
+            devices=len(self._nodes) * self._world.machine.devices,
+            held_s=sum((process.ended_s or now_s) - process.mapped_s for process in engines) * each,
+            busy_s=sum(process.busy_s for process in engines) * each,
+            starts=len(engines),
+            migrations=sum(node.parts.migrations.observe()["outcomes"]["moved"] for node in self._nodes),
+        )

@@ -1,0 +1,217 @@
+"""A cluster to be simulated: machines, models, where their bytes lie, and the system that serves them.
+
+`ours` and the schedulers beside it are this program's own actors with their policies; Ray Serve and KServe are the
+same actors as the paper models them: whatever is free takes a model, which comes at the speed of a stock loader, each
+time from afar (but for Ray Serve with a cache on its SSD), and is in no host memory behind it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from sllm_actor.config import Config
+from sllm_actor.domain import Model, Scaling
+from sllm_actor.errors import InvalidInput
+from sllm_actor.runtime import Limits
+from sllm_actor.testing.hardware import DEVICES, MACHINES, SAFETENSORS_SHARE, SHAPES, Machine, devices_for, speed_of
+from sllm_actor.testing.simulated_engine import Speed
+from sllm_actor.testing.simulated_node import PORT, Means, model_of
+from sllm_actor.testing.simulated_tiers import SimulatedCard, folder_of
+from sllm_actor.units import MIB
+
+MAX_FILE_BYTES = MIB
+# The members of a cluster that nothing happens to need not look after each other often.
+LEASE_TTL_S, HEARTBEAT_S = 120, 30.0
+CALM = Limits(heartbeat_s=HEARTBEAT_S, acceptable_pause_s=4 * HEARTBEAT_S, down_after_s=600.0)
+CHUNK_BYTES = 16 * MIB
+# What of an answer comes at once, so that long answers do not take long to be simulated.
+TOKENS_A_TURN = 16
+
+Positive = Annotated[float, Meta(gt=0, le=1e18)]
+
+
+class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """So many models of one shape."""
+
+    shape: str
+    count: Annotated[int, Meta(ge=1, le=100_000)]
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is simulated. `copies` of each model lie on SSDs in the beginning, dealt to the nodes in turn.
+
+    An instance answers `concurrency` requests at once, and stays for `keep_alive_s` behind the last, or for as long as
+    its bytes take from the SSD, as in the paper, where that is "load". Who waits longer than `timeout_s` has failed.
+    What is not said of a machine is as in the preset of its name.
+    """
+
+    machine: str = "a40"
+    nodes: Annotated[int, Meta(ge=1, le=10_000)] = 4
+    devices: Annotated[int, Meta(ge=1, le=64)] | None = None
+    host_pool_bytes: Positive | None = None
+    ssd_bytes: Positive | None = None
+    ssd_bytes_per_s: Positive | None = None
+    remote_bytes_per_s: Positive | None = None
+    models: Annotated[tuple[Models, ...], Meta(min_length=1, max_length=100)] = (Models(shape="opt-6.7b", count=32),)
+    copies: Annotated[int, Meta(ge=0, le=10_000)] = 1
+    concurrency: Annotated[int, Meta(ge=1, le=256)] = 1
+    keep_alive_s: Annotated[float, Meta(ge=0, le=1e6)] | Literal["load"] = "load"
+    timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 300.0
+
+    def __post_init__(self) -> None:
+        if self.machine not in MACHINES:
+            raise ValueError(f"there is no machine {self.machine!r}; there are {', '.join(MACHINES)}")
+        for models in self.models:
+            if models.shape not in SHAPES:
+                raise ValueError(f"there is no shape {models.shape!r}; there are {', '.join(SHAPES)}")
+
+    @property
+    def hardware(self) -> Machine:
+        """The machine of each node."""
+        own = {name: getattr(self, name) for name in Machine.__struct_fields__ if hasattr(self, name)}
+        preset = MACHINES[self.machine]
+        return msgspec.structs.replace(preset, **{name: value for name, value in own.items() if value is not None})
+
+
+class System(NamedTuple):
+    """Who serves: a placement policy, what share of a disk's bandwidth is used, and which tiers are kept."""
+
+    policy: str
+    share: float = 1.0
+    host: bool = True
+    ssd: bool = True
+
+
+SYSTEMS = {
+    "ours": System("startup_time"),
+    "availability": System("availability"),
+    "locality_wait": System("locality_wait"),
+    "preempt": System("preempt"),
+    "ray_serve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False),
+    "ray_serve_cache": System("availability", SAFETENSORS_SHARE, host=False),
+    "kserve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False),
+}
+
+
+class World:
+    """A description, and everything that follows from it for one system."""
+
+    def __init__(self, description: Description, system: System) -> None:
+        self.description = description
+        self.system = system
+        self.machine = machine = description.hardware
+        device = DEVICES[machine.device]
+        self.names = [f"n{number:04}" for number in range(1, description.nodes + 1)]
+        self.devices_each = max(devices_for(SHAPES[models.shape], device) for models in description.models)
+        if self.devices_each > machine.devices:
+            raise InvalidInput(f"a model needs {self.devices_each} devices, and a node has {machine.devices}")
+        self.models: list[Model] = []
+        self._speeds: dict[str, Speed] = {"": Speed()}
+        for models in description.models:
+            shape = SHAPES[models.shape]
+            if shape.size_bytes > machine.host_pool_bytes:
+                raise InvalidInput(f"{models.shape} has more bytes than the host memory of a node")
+            keep_alive_s = description.keep_alive_s
+            if keep_alive_s == "load":
+                keep_alive_s = shape.size_bytes / machine.ssd_bytes_per_s
+            for number in range(models.count):
+                model = model_of(f"{models.shape}-{number:05}", shape.size_bytes, keep_alive_s)
+                scaling = Scaling(max_instances=description.nodes * self.instances)
+                self.models.append(msgspec.structs.replace(model, scaling=scaling))
+                self._speeds[str(folder_of(model.name))] = speed_of(shape, device, self.devices_each, TOKENS_A_TURN)
+        self.cards = [SimulatedCard(model.card, model.size_bytes) for model in self.models]
+
+    @property
+    def instances(self) -> int:
+        """How many instances a node has devices for."""
+        return self.machine.devices // self.devices_each
+
+    def stored(self, name: str) -> list[str]:
+        """List what lies on a node's SSD in the beginning."""
+        if not self.system.ssd:
+            return []
+        place, nodes, copies = self.names.index(name), len(self.names), min(self.description.copies, len(self.names))
+        return [model.card for number, model in enumerate(self.models) if (place - number * copies) % nodes < copies]
+
+    def means(self) -> Means:
+        """Say what the nodes are made of."""
+        machine, system = self.machine, self.system
+        return Means(
+            config_of=self._config_of,
+            limits=CALM,
+            ssd_bytes_per_s=machine.ssd_bytes_per_s * system.share,
+            remote_bytes_per_s=machine.remote_bytes_per_s,
+            ssd_quota_bytes=machine.ssd_bytes if system.ssd else 0.0,
+            keeps_host=system.host,
+            speed_of=self._speeds.__getitem__,
+        )
+
+    def _config_of(self, name: str) -> Config:
+        described = self.description
+        return Config(
+            node_id=name,
+            listen=f"tcp://{name}:{PORT}",
+            metadata="etcd://store:2379",
+            lease_ttl_s=LEASE_TTL_S,
+            host_pool_bytes=int(self.machine.host_pool_bytes),
+            chunk_bytes=CHUNK_BYTES,
+            max_instances=self.instances,
+            max_requests_per_instance=described.concurrency,
+            warm_engines=min(self.instances, 4),
+            start_timeout_s=described.timeout_s,
+            engine_start_timeout_s=3600.0,
+            max_waiting_requests=100_000,
+            max_waiting_per_model=100_000,
+            placement_policy=self.system.policy,
+            request_history=100_000,
+            switch_hold_s=0.0,
+        )
+
+
+def read_description(path: Path) -> Description:
+    """Read the description of a cluster from a TOML file.
+
+    Raises:
+        InvalidInput: it can't be read, or is wrong; the message says where.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror}") from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise InvalidInput(f"{path} has {len(raw):,} bytes, more than {MAX_FILE_BYTES:,}")
+    try:
+        return msgspec.toml.decode(raw, type=Description)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: {error}") from None
+
+
+def changed(description: Description, changes: str) -> Description:
+    """Give what is described with changes such as `nodes=+2,ssd_bytes=4e12,copies=2`.
+
+    Raises:
+        InvalidInput: there is no such field, or its value is wrong.
+    """
+    values = msgspec.to_builtins(description)
+    for change in filter(None, map(str.strip, changes.split(","))):
+        name, equals, text = change.partition("=")
+        if not equals or name not in values or name == "models":
+            raise InvalidInput(
+                f"{change!r}: it is NAME=VALUE with one of {', '.join(n for n in values if n != 'models')}"
+            )
+        try:
+            value = msgspec.json.decode(text.removeprefix("+").encode())
+        except msgspec.DecodeError:
+            value = text
+        if text.startswith("+"):
+            before = getattr(description.hardware, name, values[name])
+            value = before + value if isinstance(before, int | float) and isinstance(value, int | float) else value
+        values[name] = value
+    try:
+        return msgspec.convert(values, Description)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"{changes}: {error}") from None

@@ -1,0 +1,122 @@
+"""Whole clusters of production actors, simulated with machines that nobody here has: `sllm-node simulate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sllm_actor.errors import InvalidInput
+from sllm_actor.testing.evaluation import WARM, Run, evaluate
+from sllm_actor.testing.hardware import DEVICES, MACHINES, SHAPES, devices_for
+from sllm_actor.testing.node_process import CLI
+from sllm_actor.testing.workloads import Arrival
+from sllm_actor.testing.world import SYSTEMS, Description, Models, World, changed, read_description
+
+SMALL = Description(nodes=2, models=(Models(shape="opt-6.7b", count=4),))
+BURST = [Arrival(0.01 * number, 0, 50, 100) for number in range(8)]
+
+
+def run(arrivals: list[Arrival], system: str = "ours", described: Description = SMALL) -> Run:
+    return evaluate(World(described, SYSTEMS[system]), arrivals, seed=1)
+
+
+def test_a_burst_for_one_model_spreads_over_the_instances_that_come_up() -> None:
+    answered = run(BURST, described=changed(SMALL, "copies=2"))
+    assert not answered.errors()
+    # Eight devices, an instance on each, and nobody waits behind all others: an answer takes 3.3 s.
+    assert len({one.node for one in answered.seen}) == 2 and answered.starts == 8
+    assert max(answered.waits_s()) < 4 * 3.3
+
+
+def test_a_request_behind_another_finds_its_instance_and_waits_for_no_load() -> None:
+    first, second = run([Arrival(0.0, 0, 50, 10), Arrival(2.6, 0, 50, 10)]).seen
+    assert first.tier == "ssd" and second.tier == WARM
+    # 13.3 GB at 6 GB/s, and the copy to the device behind it.
+    assert 2.2 < first.wait_s < 2.6 and second.wait_s < 0.1
+
+
+def test_a_model_that_was_let_go_comes_from_host_memory() -> None:
+    first, second = run([Arrival(0.0, 0, 50, 10), Arrival(30.0, 0, 50, 10)]).seen
+    assert (first.tier, second.tier) == ("ssd", "host memory")
+    # 13.3 GB at 25 GB/s.
+    assert 0.5 < second.wait_s < 0.9
+
+
+def test_a_system_that_keeps_nothing_downloads_each_time() -> None:
+    first, second = run([Arrival(0.0, 0, 50, 10), Arrival(60.0, 0, 50, 10)], "ray_serve").seen
+    assert (first.tier, second.tier) == ("source", "source")
+    assert min(first.wait_s, second.wait_s) > SHAPES["opt-6.7b"].size_bytes / MACHINES["a40"].remote_bytes_per_s
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    assert run(BURST) == run(BURST)
+
+
+def test_a_model_takes_as_many_devices_as_its_bytes_need() -> None:
+    assert devices_for(SHAPES["opt-13b"], DEVICES["a40"]) == 1
+    assert devices_for(SHAPES["opt-30b"], DEVICES["a40"]) == 2
+    assert World(Description(models=(Models(shape="opt-30b", count=2),)), SYSTEMS["ours"]).instances == 2
+
+
+def test_each_model_lies_on_as_many_disks_as_was_asked_for() -> None:
+    world = World(Description(nodes=3, copies=2, models=(Models(shape="opt-6.7b", count=6),)), SYSTEMS["ours"])
+    stored = [name for node in world.names for name in world.stored(node)]
+    assert sorted(stored) == sorted([model.card for model in world.models] * 2)
+    assert {len(world.stored(node)) for node in world.names} == {4}
+
+
+def test_what_is_described_and_changed_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    path.write_text('machine = "h100"\nnodes = 3\n[[models]]\nshape = "opt-13b"\ncount = 5\n')
+    described = read_description(path)
+    assert (described.nodes, described.models[0].count, described.hardware.device) == (3, 5, "h100")
+    assert changed(described, "nodes=+2, ssd_bytes=4e12").nodes == 5
+    assert changed(described, "ssd_bytes=+1e12").hardware.ssd_bytes == MACHINES["h100"].ssd_bytes + 1e12
+    for changes, said in (
+        ("cores=2", "'cores=2': it is NAME=VALUE"), ("nodes=0", "nodes=0: .*>= 1"), ("nodes=many", "nodes=many: "),
+        ("machine=abacus", "there is no machine 'abacus'"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=said):
+            changed(described, changes)
+    for text, said in (
+        ("nodes = 0", "nodes"), ("node = 1", "unknown field `node`"), ("nodes = ", "cluster.toml"),
+        ('models = [{shape = "gpt-5", count = 1}]', "there is no shape 'gpt-5'"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(InvalidInput, match=said):
+            read_description(path)
+    with pytest.raises(InvalidInput, match="a model needs 3 devices, and a node has 1"):
+        World(Description(models=(Models(shape="opt-66b", count=1),), devices=1), SYSTEMS["ours"])
+
+
+def cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([CLI, "simulate", *arguments], capture_output=True, text=True, timeout=120, env=os.environ)
+
+
+def test_the_command_compares_systems_and_variants_and_writes_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    ran = cli("--seconds", "20", "--systems", "ours,ray_serve", "--what-if", "nodes=+1", "--html", page, "--json")
+    assert ran.returncode == 0, ran.stderr
+    answer: dict[str, Any] = json.loads(ran.stdout)
+    assert list(answer) == ["ours", "ray_serve", "ours nodes=+1", "ray_serve nodes=+1"]
+    assert all(one["failed"] == 0 and one["requests"] > 0 for one in answer.values())
+    assert answer["ours"]["wait_mean_s"] < answer["ray_serve"]["wait_mean_s"]
+    text = page.read_text()
+    assert text.count("<svg") == 4 and all(name in text for name in answer)
+    # Nothing that a browser would fetch.
+    assert not re.search(r'(?:src|href)="(?!#)', re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
+
+
+def test_a_system_or_lengths_that_are_unknown_are_refused() -> None:
+    for arguments, said in (
+        (["--systems", "magic"], "there is no system 'magic'"),
+        (["--lengths", "no"], "lengths are"),
+    ):
+        ran = cli(*arguments)
+        assert ran.returncode == 1 and said in ran.stderr and "Traceback" not in ran.stderr
