@@ -29,10 +29,11 @@ settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_
 settings.load_profile("any machine")
 # Begun first, slowest first: a worker that is left with one of them at the end has the other wait.
 SLOW_FILES = (
-    "test_node_faults", "test_remote_models", "test_cut_links", "test_read_faults", "test_lost_cards",
-    "test_kill_storm", "test_bench_load", "test_engine", "test_cluster_faults", "test_keeping", "test_native_wheel",
-    "test_bench_remote", "test_bench_interference", "test_cluster", "test_remote_kinds", "test_http_source",
-    "test_hub_source", "test_loader",
+    "test_node_faults", "test_cluster_faults", "test_migration", "test_links_and_clocks", "test_simulated_cluster",
+    "test_remote_models", "test_cut_links", "test_read_faults", "test_lost_cards", "test_scheduler_moves",
+    "test_cluster_streams", "test_kill_storm", "test_engine", "test_moves_at_every_token", "test_keeping",
+    "test_native_wheel", "test_cluster", "test_simulated_rooms", "test_evaluation", "test_remote_kinds",
+    "test_http_source", "test_hub_source", "test_streams", "test_roles", "test_loader", "test_parked", "test_device",
 )  # fmt: skip
 StartNode = Callable[..., AbstractContextManager[NodeProcess]]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 from benchmarks import load_cases
 from tiny_benchmarks import REPEATS, tiny_report
+
+pytestmark = pytest.mark.skipif("SLLM_NIGHTLY" not in os.environ, reason="scripts/test --nightly runs it")
 
 RATIOS = {
     "cold.share_of_limit", "stock.share_of_optimized", "cold.cpu_s_per_gb", "cold.memory_beyond_pool_mib",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from tiny_benchmarks import tiny_report
 
-pytestmark = pytest.mark.usefixtures("warm_starts")
+pytestmark = [
+    pytest.mark.usefixtures("warm_starts"),
+    pytest.mark.skipif("SLLM_NIGHTLY" not in os.environ, reason="scripts/test --nightly runs it"),
+]
 
 RATIOS = {
     "stream_over_transfer",

@@ -9,7 +9,7 @@ import pytest
 from sllm_actor.testing.cluster_simulation import check_seed
 from sllm_actor.testing.simulated_cluster import Plan
 
-SEEDS = 15
+SEEDS = 8
 # One slot a node, more models than nodes, and answers that last: hardly a start without room being made for it.
 CROWDED = Plan(models=5, requests=24, max_tokens=300, slots=1)
 PREEMPT = Plan(
