@@ -17,7 +17,7 @@ from sllm_actor.testing.simulated_cluster import MOVING, Plan
 from sllm_actor.testing.virtual_loop import START_S, VirtualLoop, run_virtual
 
 SEEDS = 20
-MOVING_SEEDS = 20
+MOVING_SEEDS = 30
 NIGHTLY_SEEDS = 2000
 # Where each bug is found first, and what that says. The promise is 2,000 seeds.
 FOUND = {
