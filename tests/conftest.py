@@ -29,7 +29,7 @@ settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_
 settings.load_profile("any machine")
 # Begun first, slowest first: a worker that is left with one of them at the end has the other wait.
 SLOW_FILES = (
-    "test_node_faults", "test_cluster_faults", "test_migration", "test_links_and_clocks", "test_simulated_cluster",
+    "test_node_faults", "test_cluster_faults", "test_migration", "test_simulated_cluster",
     "test_remote_models", "test_cut_links", "test_read_faults", "test_lost_cards", "test_scheduler_moves",
     "test_cluster_streams", "test_kill_storm", "test_engine", "test_moves_at_every_token", "test_keeping",
     "test_native_wheel", "test_cluster", "test_simulated_rooms", "test_evaluation", "test_remote_kinds",

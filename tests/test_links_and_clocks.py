@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
@@ -21,6 +22,8 @@ from metadata_stores import UNPACKED
 
 from sllm_actor.testing.etcd import running_etcd
 from sllm_actor.testing.node_cluster import NodeCluster
+
+pytestmark = pytest.mark.skipif("SLLM_NIGHTLY" not in os.environ, reason="scripts/test --nightly runs it")
 
 NAMES = ("n1", "n2")
 KNOBS = (*SMALL, "lease_ttl_s=2", "max_instances=2", "warm_engines=1", "start_timeout_s=60")
