@@ -34,7 +34,7 @@ from sllm_actor.loader.tiers import Tiers
 from sllm_actor.sources.http import HttpSource
 from sllm_actor.sources.source import SourceOptions
 
-HASTY = SourceOptions(connect_timeout_s=20, stall_timeout_s=0.05)
+HASTY = SourceOptions(connect_timeout_s=20, stall_timeout_s=0.5)
 Wrong = Callable[[Request, bytes], None]
 
 
