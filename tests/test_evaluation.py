@@ -113,6 +113,11 @@ def test_the_command_compares_systems_and_variants_and_writes_a_page(tmp_path: P
     assert not re.search(r'(?:src|href)="(?!#)', re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL))
 
 
+def test_who_waits_for_longer_than_the_time_limit_has_failed() -> None:
+    answered = run(BURST, "ray_serve", changed(SMALL, "timeout_s=2"))
+    assert answered.errors().total() == len(BURST) and answered.errors().keys() <= {"deadline_exceeded", "no_capacity"}
+
+
 def test_a_system_or_lengths_that_are_unknown_are_refused() -> None:
     for arguments, said in (
         (["--systems", "magic"], "there is no system 'magic'"),

@@ -14,10 +14,10 @@ from test_instance_faults import model_of
 from test_membership import House, in_a_house
 from test_supervision import now_s, virtual_system, virtually
 
-from sllm_actor.actors.going_on import MOST_URGENT
+from sllm_actor.actors.going_on import MAX_PREEMPTIONS, MOST_URGENT
 from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.actors.route_book import ROUTES, RouteBook
-from sllm_actor.actors.router import MAX_PREEMPTIONS, Router
+from sllm_actor.actors.router import Router
 from sllm_actor.actors.routes import Routes
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.start_counts import StartCounts

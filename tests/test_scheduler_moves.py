@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ def runs_on_n1(cluster: NodeCluster) -> None:
     assert home_of(cluster, "a", "n1") == "n1"
 
 
+def streaming_from_n1(cluster: NodeCluster, pool: ThreadPoolExecutor) -> tuple[NodeProcess, Future[tuple[str, Any]]]:
+    """Have `a` answer on the first node whom its client asks through the second."""
+    runs_on_n1(cluster)
+    n2 = cluster.nodes["n2"]
+    stream = pool.submit(streamed, n2, "a", LONG)
+    eventually(lambda: under_way(n2) > 20)
+    return n2, stream
+
+
 def posted(node: NodeProcess, request_id: str, body: dict[str, Any]) -> int:
     return node.request("POST", "/v1/chat/completions", body, {"X-Request-Id": request_id}).status
 
@@ -86,10 +95,7 @@ def posted(node: NodeProcess, request_id: str, body: dict[str, Any]) -> int:
 def test_a_running_answer_moves_away_from_where_another_model_has_to_start(
     cluster: NodeCluster, pool: ThreadPoolExecutor
 ) -> None:
-    runs_on_n1(cluster)
-    n2 = cluster.nodes["n2"]
-    stream = pool.submit(streamed, n2, "a", LONG)
-    eventually(lambda: under_way(n2) > 20)
+    n2, stream = streaming_from_n1(cluster, pool)
     moving = str(n2.call("GET", "/admin/requests")["requests"][0]["request_id"])
     assert posted(n2, "for-tall", ask("tall") | {"max_tokens": 3}) == 200
     running = not stream.done()
@@ -110,10 +116,7 @@ def test_a_running_answer_moves_away_from_where_another_model_has_to_start(
 def test_a_node_under_notice_gives_its_answers_away_and_says_how_many(
     cluster: NodeCluster, pool: ThreadPoolExecutor
 ) -> None:
-    runs_on_n1(cluster)
-    n2 = cluster.nodes["n2"]
-    stream = pool.submit(streamed, n2, "a", LONG)
-    eventually(lambda: under_way(n2) > 20)
+    n2, stream = streaming_from_n1(cluster, pool)
     ran = subprocess.run(
         [CLI, "notice", "n1", "--seconds", "60", "--json", "--url", n2.url], capture_output=True, text=True
     )

@@ -9,7 +9,6 @@ functions are dealt to the models, or else is Zipf's law. A start's time is from
 from __future__ import annotations
 
 import asyncio
-import csv
 import random
 import shutil
 import statistics
@@ -25,10 +24,12 @@ from sllm_actor.cli.show import out
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 from sllm_actor.testing.questions import count, is_right
+from sllm_actor.testing.traces import function_counts
+from sllm_actor.testing.workloads import Length, gamma_arrivals, spread, zipf
 
 NODES, MODELS = ("n1", "n2", "n3"), 12
 POLICIES = ("startup_time", "availability", "locality_wait", "preempt")
-REQUESTS_PER_S, CV = 1.5, 8.0
+REQUESTS_PER_S = 1.5
 WARM_UP_STARTS = 50
 SECONDS, TINY_SECONDS = 600.0, 20.0
 KNOBS = (
@@ -70,27 +71,19 @@ class Started(NamedTuple):
 
 def shares(trace: Path | None) -> list[float]:
     """Give the part of all requests that each model has."""
-    if trace is None:
-        weights = [1 / (rank + 1) for rank in range(MODELS)]
-    else:
-        weights = [0.0] * MODELS
-        with trace.open(newline="") as lines:
-            for number, row in enumerate(csv.DictReader(lines)):
-                weights[number % MODELS] += sum(float(row[name]) for name in row if name.startswith("minute_"))
-    return [weight / sum(weights) for weight in weights]
+    return zipf(MODELS) if trace is None else spread(function_counts(trace), MODELS)
 
 
 def arrivals(seconds: float, parts: Sequence[float], seed: int) -> list[Arrival]:
     """Draw all requests, in order."""
-    draw, shape = random.Random(seed), 1 / CV**2
-    found = []
-    for model, part in enumerate(parts):
-        mean_s = 1 / (REQUESTS_PER_S * part)
-        at_s = draw.uniform(0, mean_s)
-        while at_s < seconds:
-            found.append(Arrival(at_s, model, draw.choice(NODES), draw.randrange(5, 60)))
-            at_s += draw.gammavariate(shape, mean_s / shape)
-    return sorted(found)
+    draw = random.Random(seed)
+    found = gamma_arrivals(draw, seconds=seconds, per_s=REQUESTS_PER_S, parts=parts, lengths=_count_to)
+    return [Arrival(one.at_s, one.model, draw.choice(NODES), one.new_tokens) for one in found]
+
+
+def _count_to(dice: random.Random) -> Length:
+    """Give an answer's length in numbers to count, which is what is asked."""
+    return Length(1, dice.randrange(5, 60))
 
 
 async def ask(session: aiohttp.ClientSession, url: str, arrival: Arrival, number: int, begin_s: float) -> Seen:

@@ -10,13 +10,47 @@ from typing import Any, cast
 
 import msgspec
 
+from sllm_actor.actors.starting import MAX_ATTEMPTS
 from sllm_actor.domain.tokens import pack_uint32
+from sllm_actor.errors import Draining, NoSuchActor, Preempted, SllmError
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 
 Answered = PromptLogprobs | Tokens | Embedded | Finished
 # The lowest number that a request may have.
 MOST_URGENT = -(2**31)
+
+
+# One that was ended so often for more urgent ones is so no more.
+MAX_PREEMPTIONS = 2
+# So many instances may leave before a request has a slot of one.
+MAX_TURNED_AWAY = 20
+
+
+class Tries:
+    """How often one request has been asked for anew, and why: it is asked for so often, and no more."""
+
+    def __init__(self) -> None:
+        self.preempted = 0
+        self._attempts = 1
+        self._turned_away = 0
+
+    @property
+    def spared(self) -> bool:
+        """Whether it was ended for others often enough."""
+        return self.preempted >= MAX_PREEMPTIONS
+
+    def again(self, gone: SllmError, *, begun: bool) -> bool:
+        """Take note of what an instance failed with; tell whether another one is to be asked."""
+        if isinstance(gone, Preempted):
+            self.preempted += 1
+            return True
+        # It left while the request waited for a slot, or was on its way to it.
+        if not begun and isinstance(gone, (Draining, NoSuchActor)) and self._turned_away < MAX_TURNED_AWAY:
+            self._turned_away += 1
+            return True
+        self._attempts += 1
+        return self._attempts <= MAX_ATTEMPTS
 
 
 class Given:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from sllm_actor.actors.node_keeper import COORDINATOR
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.errors import Conflict, SllmError
 from sllm_actor.messages.explanation import Explanation, MovedAnswer
@@ -21,7 +22,6 @@ from sllm_actor.runtime import ActorSystem, Clock
 
 log = logging.getLogger(__name__)
 
-COORDINATOR = "migration-coordinator"
 PAUSE_S = 0.5
 
 # Where each instance that moves goes on, by its id.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from sllm_actor.actors.migration_counts import MigrationCounts
+from sllm_actor.actors.nodes_desk import MANAGER
 from sllm_actor.actors.starting import Starting
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.errors import (
@@ -45,7 +46,6 @@ from sllm_actor.runtime import Actor, ActorRef, handles
 log = logging.getLogger(__name__)
 
 ROUTER = "router"
-MANAGER = "model-manager"
 MAX_DESTINATIONS = 3
 # An instance that has new requests whenever the last ones have moved takes no more of them then.
 MAX_SWEEPS = 3

@@ -23,7 +23,7 @@ from sllm_actor.runtime import ActorContext, Clock
 
 log = logging.getLogger(__name__)
 
-# A node tells so soon that an instance has left it.
+# A node tells so soon that an instance has left it, or that a start has begun.
 TOLD_WITHIN_S = 2.0
 
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
-from sllm_actor.actors.going_on import Answered, Given, most_urgent, rest_of
+from sllm_actor.actors.going_on import Answered, Given, Tries, most_urgent, rest_of
 from sllm_actor.actors.queued import CalledElsewhere, Queued
 from sllm_actor.actors.request_log import RequestLog, RequestRecord
 from sllm_actor.actors.routes import Routes
@@ -23,7 +23,6 @@ from sllm_actor.errors import (
     Draining,
     EngineDied,
     NoCapacity,
-    NoSuchActor,
     Preempted,
     RequestNotFound,
     SllmError,
@@ -50,11 +49,6 @@ from sllm_actor.messages.placement import HurryPlacement
 from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
-
-# One that was ended so often for more urgent ones is so no more.
-MAX_PREEMPTIONS = 2
-# So many instances may leave before a request has a slot of one.
-MAX_TURNED_AWAY = 20
 
 
 class _Start:
@@ -137,18 +131,17 @@ class Router(Actor):
         Each that has it has an epoch of its own: nothing counts but the tokens of the current one.
         """
         failed: tuple[str, ...] = ()
-        given, attempt, preempted, turned_away = Given(), 1, 0, 0
+        given, tries = Given(), Tries()
         moved: Migrated | None = None
         called: InstanceStarted | None = None
         tried: set[str] = set()
         while True:
             try:
                 instance = called or (_reached(moved) if moved else await self._instance(request, record, failed))
-            except NoCapacity:
-                # It had a place: it waits on for another one.
-                if not preempted or attempt == MAX_ATTEMPTS:
+            except NoCapacity as full:
+                # Who had a place waits on for another one.
+                if not tries.preempted or not tries.again(full, begun=record.begun):
                     raise
-                attempt += 1
                 continue
             self._log.route(record, instance)
             rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
@@ -172,16 +165,11 @@ class Router(Actor):
                     raise
                 self._routes.remove(instance.model, instance.instance_id)
                 failed = (*failed, instance.instance_id)
-                if isinstance(gone, Preempted):
-                    preempted += 1
-                    self._counts.preempted += 1
-                    request = request if preempted < MAX_PREEMPTIONS else most_urgent(request)
-                elif not record.begun and isinstance(gone, (Draining, NoSuchActor)) and turned_away < MAX_TURNED_AWAY:
-                    turned_away += 1  # It left while this one waited for a slot, or was on its way to it.
-                elif attempt == MAX_ATTEMPTS:
+                if not tries.again(gone, begun=record.begun):
                     raise
-                else:
-                    attempt += 1
+                if isinstance(gone, Preempted):
+                    self._counts.preempted += 1
+                    request = most_urgent(request) if tries.spared else request
                 if record.begun:
                     self._counts.recovered += 1
                     log.warning(

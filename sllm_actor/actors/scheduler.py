@@ -15,10 +15,10 @@ from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, Granted, adopted, granted
 from sllm_actor.actors.estimate_book import EstimateBook
 from sllm_actor.actors.making_room import MakingRoom
-from sllm_actor.actors.rooms import Rooms, Waiting, runs_already
+from sllm_actor.actors.rooms import TOLD_WITHIN_S, Rooms, Waiting, runs_already
 from sllm_actor.actors.scheduler_limits import Limits as Limits
 from sllm_actor.actors.start_counts import StartCounts
-from sllm_actor.domain import NodeId
+from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.errors import ModelTooLarge, NoCapacity, QueueFull
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.placement import (
@@ -58,8 +58,6 @@ log = logging.getLogger(__name__)
 
 # A placement whose start has not begun by then was given to somebody who has left.
 BEGIN_WITHIN_S = 10.0
-# So long others who want the model wait for a start of which its node has not told yet.
-TOLD_WITHIN_S = 2.0
 # A new leader waits so long for what the other members report before it decides.
 GATHER_S = 1.0
 
@@ -139,8 +137,10 @@ class Scheduler(Actor):
                 self.context.tasks.spawn(self._evict(report, one.instance), f"evict-{one.instance.instance_id}")
 
     def _scale_up(self, autoscaler: Autoscaler) -> None:
-        now_s = self._clock.monotonic_s()
+        now_s, full = self._clock.monotonic_s(), set[ModelName]()
         for question in autoscaler.missing(self._view, Counter(start.model for start in self._granted.values())):
+            if question.model in full:
+                continue
             # On a node that has none of it; where there is none, beside another.
             for asked in (question, msgspec.structs.replace(cast(Any, question), not_on=())):
                 wish = Waiting(asked, now_s, QUIET)
@@ -153,6 +153,8 @@ class Scheduler(Actor):
                 if isinstance(decision, Evict):
                     self._give_up(wish, decision)
                     break
+            else:
+                full.add(question.model)
 
     @handles(NodeReport)
     async def hear(self, report: NodeReport) -> None:

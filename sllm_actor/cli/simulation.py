@@ -12,7 +12,7 @@ from sllm_actor.cli.show import err, out, print_json, table
 from sllm_actor.errors import InvalidInput
 from sllm_actor.testing import traces, workloads
 from sllm_actor.testing.evaluation import Run, evaluate
-from sllm_actor.testing.evaluation_report import COLUMNS, page, rows
+from sllm_actor.testing.evaluation_report import COLUMNS, check_figures, page, rows
 from sllm_actor.testing.workloads import Arrival
 from sllm_actor.testing.world import SYSTEMS, Description, World, changed, read_description
 
@@ -70,6 +70,11 @@ def run(
     names = [name.strip() for name in systems.split(",")]
     if unknown := [name for name in names if name not in SYSTEMS]:
         raise InvalidInput(f"there is no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
+    if html is not None:
+        # Before minutes are spent.
+        check_figures()
+        if not html.parent.is_dir():
+            raise InvalidInput(f"{html.parent} is no folder to write {html.name} into")
     runs: dict[str, Run] = {}
     for changes, variant in variants.items():
         worlds = {f"{name} {changes}".strip(): World(variant, SYSTEMS[name]) for name in names}

@@ -12,7 +12,7 @@ from sllm_actor.actors.estimate_book import EstimateBook
 from sllm_actor.actors.migration_coordinator import ROUTER
 from sllm_actor.actors.migration_counts import MigrationCounts
 from sllm_actor.actors.node_keeper import COORDINATOR, NODE_KEEPER, NodeKeeper
-from sllm_actor.actors.nodes_desk import NodesDesk
+from sllm_actor.actors.nodes_desk import MANAGER, NodesDesk
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.actors.scheduler import Limits as SchedulerLimits
@@ -59,7 +59,7 @@ async def spawn_actors(parts: Parts) -> Actors:
     place, way, tiers = cluster.place, cluster.way, parts.tiers
     starter, limits = make_starter(config, clock, tiers, parts.engines), manager_limits_of(config)
     manager = await system.spawn(
-        ModelManager(place, way, parts.registry, tiers, starter, clock, limits, room, parts.starts), "model-manager"
+        ModelManager(place, way, parts.registry, tiers, starter, clock, limits, room, parts.starts), MANAGER
     )
     nodes = await _spawn_operators(parts, manager)
     starting = Starting(

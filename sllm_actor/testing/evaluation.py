@@ -18,7 +18,7 @@ import msgspec
 
 from sllm_actor.domain import RequestId, Sampling, Timeline
 from sllm_actor.domain.tokens import pack_uint32
-from sllm_actor.errors import SllmError
+from sllm_actor.errors import DeadlineExceeded, SllmError
 from sllm_actor.messages.generation import Generate, Tokens
 from sllm_actor.metadata import Put
 from sllm_actor.runtime.tasks import TaskScope
@@ -194,12 +194,18 @@ class _Evaluation:
             arrived_s=self._clock.monotonic_s(),
         )
         try:
-            async with aclosing(node.router.stream(request)) as items:
+            async with (
+                asyncio.timeout(self._world.description.timeout_s) as limit,
+                aclosing(node.router.stream(request)) as items,
+            ):
                 async for item in items:
                     if isinstance(item, Tokens) and not first_s:
                         first_s = self._now_s()
+                        limit.reschedule(None)
         except SllmError as failure:
             error = failure.code
+        except TimeoutError:
+            error = DeadlineExceeded.code
         timeline: Timeline = node.actor("router")._log.timeline(request_id)
         tiers = [span.tier for span in timeline.spans if span.name == "load"]
         tier = (tiers[-1] if tiers else JOINED) if timeline.cold else WARM

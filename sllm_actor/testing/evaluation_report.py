@@ -6,6 +6,7 @@ The figures are matplotlib's (the extra `simulate`), as SVG, so that a browser n
 from __future__ import annotations
 
 import html
+import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,11 +49,7 @@ def _shown(key: str, value: Any) -> str:
 
 
 def page(title: str, command: str, described: Any, runs: Mapping[str, Run]) -> str:
-    """Make the page.
-
-    Raises:
-        InvalidInput: matplotlib is not installed.
-    """
+    """Make the page; needs what `check_figures` looks for."""
     figures = [
         ("From a request's arrival to its first token: the share of requests that took at most so long",
          _svg(lambda axes: _cdf(axes, {name: run.waits_s() for name, run in runs.items()}))),
@@ -75,11 +72,18 @@ def page(title: str, command: str, described: Any, runs: Mapping[str, Run]) -> s
     )
 
 
+def check_figures() -> None:
+    """See that figures can be made.
+
+    Raises:
+        InvalidInput: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InvalidInput("figures need matplotlib: pip install 'sllm_actor[simulate]'")
+
+
 def _svg(draw: Callable[[Any], None]) -> str:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InvalidInput("figures need matplotlib: pip install 'sllm_actor[simulate]'") from None
+    import matplotlib
     from matplotlib.figure import Figure
 
     # The same runs give the same bytes.

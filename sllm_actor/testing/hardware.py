@@ -14,7 +14,7 @@ from sllm_actor.units import GIB
 # Of the memory's bandwidth while decoding one request, and of the dense 16-bit operations while prompts are read.
 DECODE_SHARE, PREFILL_SHARE = 0.6, 0.5
 # What the others leave of a disk's or a network's bandwidth. Safetensors reads 3.6 to 4.7 times slower than
-# ServerlessLLM's loader on one disk (OSDI '24, section 7.2), which uses all of it.
+# ServerlessLLM's loader on one disk (OSDI '24), which uses all of it.
 SAFETENSORS_SHARE = 1 / 4
 # An engine's other work at a start: its context is warm, its skeleton is there.
 ATTACH_S = 0.1
@@ -55,10 +55,15 @@ DEVICES = {
     "h100": Device(memory_bytes=80 * GIB, memory_bytes_per_s=3.35e12, flops=989e12, copy_bytes_per_s=55e9),
     "h200": Device(memory_bytes=141 * GIB, memory_bytes_per_s=4.8e12, flops=989e12, copy_bytes_per_s=55e9),
 }
+# A usual server of eight, four disks of 6 GB/s as RAID 0, 100 Gbit/s.
+_LARGE = Machine(
+    device="h100", devices=8, host_pool_bytes=1536 * 10**9, ssd_bytes=15 * 10**12, ssd_bytes_per_s=24e9,
+    remote_bytes_per_s=12.5e9,
+)  # fmt: skip
 # The paper's two testbeds (OSDI '24, section 7.1): one server with 8 A5000, 1 TB of memory and two PCIe 4.0 NVMe disks
-# as RAID 0 (12 GB/s, section 7.2), 1 Gbit/s to where models are stored; and four servers with 4 A40 each, 512 GB of
+# as RAID 0 (12 GB/s), 1 Gbit/s to where models are stored; and four servers with 4 A40 each, 512 GB of
 # memory, a 2 TB PCIe 4.0 NVMe disk (taken as half of that RAID), 10 Gbit/s. A quarter of memory is left to everything
-# else. The others: a usual server of eight, four disks of 6 GB/s as RAID 0, 100 Gbit/s.
+# else.
 MACHINES = {
     "a5000": Machine(
         device="a5000", devices=8, host_pool_bytes=768 * 10**9, ssd_bytes=4 * 10**12, ssd_bytes_per_s=12e9,
@@ -68,14 +73,8 @@ MACHINES = {
         device="a40", devices=4, host_pool_bytes=384 * 10**9, ssd_bytes=2 * 10**12, ssd_bytes_per_s=6e9,
         remote_bytes_per_s=1.25e9,
     ),
-    "h100": Machine(
-        device="h100", devices=8, host_pool_bytes=1536 * 10**9, ssd_bytes=15 * 10**12, ssd_bytes_per_s=24e9,
-        remote_bytes_per_s=12.5e9,
-    ),
-    "h200": Machine(
-        device="h200", devices=8, host_pool_bytes=1536 * 10**9, ssd_bytes=15 * 10**12, ssd_bytes_per_s=24e9,
-        remote_bytes_per_s=12.5e9,
-    ),
+    "h100": _LARGE,
+    "h200": msgspec.structs.replace(_LARGE, device="h200"),
 }  # fmt: skip
 # Parameters as the published configurations give them, two bytes each.
 SHAPES = {

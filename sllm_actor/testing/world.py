@@ -1,8 +1,8 @@
 """A cluster to be simulated: machines, models, where their bytes lie, and the system that serves them.
 
-`ours` and the schedulers beside it are this program's own actors with their policies; Ray Serve and KServe are the
-same actors as the paper models them: whatever is free takes a model, which comes at the speed of a stock loader, each
-time from afar (but for Ray Serve with a cache on its SSD), and is in no host memory behind it.
+`ours` and the schedulers beside it are this program's own actors with their policies; Ray Serve is the same actors as
+the paper models it: whatever is free takes a model, which comes at the speed of a stock loader, each time from afar
+(but for one with a cache on its SSD), and is in no host memory behind it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What is simulated. `copies` of each model lie on SSDs in the beginning, dealt to the nodes in turn.
 
     An instance answers `concurrency` requests at once, and stays for `keep_alive_s` behind the last, or for as long as
-    its bytes take from the SSD, as in the paper, where that is "load". Who waits longer than `timeout_s` has failed.
-    What is not said of a machine is as in the preset of its name.
+    its bytes take from the SSD, as in the paper, where that is "load". Who waits longer than `timeout_s` for a first
+    token fails. What is not said of a machine is as in the preset of its name.
     """
 
     machine: str = "a40"
@@ -93,7 +93,6 @@ SYSTEMS = {
     "preempt": System("preempt"),
     "ray_serve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False),
     "ray_serve_cache": System("availability", SAFETENSORS_SHARE, host=False),
-    "kserve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False),
 }
 
 
