@@ -157,13 +157,20 @@ def test_of_many_actors_the_fullest_are_shown() -> None:
             "loads": {"ssd": {"count": 2, "seconds": 1.5, "bytes": 7}},
             "estimate_errors": {"bounds": (0.1, 1.0), "tiers": {"ssd": {"counts": [1, 2, 1], "sum": 4.5}}},
         },
-        "migrations": {"outcomes": {"moved": 3, "aborted": 1}, "rounds": 7, "tokens": 900, "bytes": 3600},
+        "migrations": {
+            "outcomes": {"moved": 3, "aborted": 1},
+            "rounds": 7,
+            "tokens": 900,
+            "bytes": 3600,
+            "recomputed_s": 1.5,
+        },
         "streams": {"live": 4, "left": 1, "resumed": 2, "failures": 0, "lag_s": 0.25},
         "connections": {"counts": {"open": 1}, "closed": {}},
     }
     samples = parsed(render(Metrics().registry, seen).decode())
     moved = [value for name, value in samples.items() if "sllm:migrations_total" in str(name) and "moved" in str(name)]
     assert moved == [3]
+    assert value(samples, "migration_recompute_seconds_total") == 1.5
     depths = [labels for name, labels in samples if name == "sllm:actor_mailbox_depth"]
     assert len(depths) == MAX_ACTORS
     assert value(samples, "actor_mailbox_depth", actor="a999") == 999

@@ -13,7 +13,7 @@ from planted_bugs import PLANTS, PROMISED_SEEDS, Plant, end_without_a_word, with
 from sllm_actor.testing.cluster_moves import Met, Step, cell, empty_cells, table
 from sllm_actor.testing.cluster_simulation import SimulationFoundProblems, check_seed, plan_of, run_seed
 from sllm_actor.testing.process_loop import ProcessLoop, context_of
-from sllm_actor.testing.simulated_cluster import MOVING, Plan
+from sllm_actor.testing.simulated_cluster import MOVING, Plan, SimulatedCluster
 from sllm_actor.testing.virtual_loop import START_S, VirtualLoop, run_virtual
 
 SEEDS = 20
@@ -47,6 +47,31 @@ def test_promises_to_clients_hold_whatever_breaks(first: int) -> None:
 @pytest.mark.parametrize("seed", [84, 94, 225])
 def test_an_engine_that_dies_while_its_model_starts_costs_a_pause(seed: int) -> None:
     check_seed(seed, Plan())
+
+
+@pytest.mark.parametrize(("silent", "followed"), [(False, True), (True, False)])
+def test_a_leader_whose_machine_says_that_it_is_gone_is_followed_before_its_lease_ends(
+    silent: bool, followed: bool
+) -> None:
+    """The store ends a lease of 2 s at least 1.5 s after the crash: it is kept alive every half second."""
+
+    async def main() -> bool:
+        cluster = SimulatedCluster(0, Plan())
+        await cluster.start_all()
+        while (leader := cluster.leader()) is None:
+            await cluster.clock.sleep(0.1)
+        await cluster.clock.sleep(1.0)
+        cluster.crash(leader, silent=silent)
+        await cluster.clock.sleep(1.0)
+        another_leads = cluster.leader() is not None
+        for name in cluster.names:
+            if name != leader:
+                await cluster.leave(name)
+        await cluster.bury()
+        await cluster.truth.close()
+        return another_leads
+
+    assert run_virtual(main, kind=ProcessLoop) == followed
 
 
 def test_a_node_out_of_reach_is_not_asked_for_a_place_without_a_pause() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -17,7 +17,7 @@ from metadata_stores import LIMITS, UNPACKED, forget_changes, is_compacted, open
 
 from sllm_actor.errors import Fenced, LeaseLost, MetadataFailed, MetadataInvalid
 from sllm_actor.metadata import Absent, CreatedAt, Delete, HasValue, Kind, LeaseId, Present, Put, Store, Unchanged
-from sllm_actor.metadata.election import Leader, Seat, campaign, commit_fenced, observe, resign
+from sllm_actor.metadata.election import Leader, Seat, campaign, commit_fenced, observe, resign, unseat
 from sllm_actor.metadata.follow import follow
 from sllm_actor.metadata.store import Changes, Condition, Listing, Operation, prefix_end
 from sllm_actor.runtime import SystemClock
@@ -392,15 +392,30 @@ async def test_who_leads_is_told_at_once_and_whenever_it_changes(store: Store) -
     assert await anext(leaders) is None
     leases = [await store.grant(60) for _ in range(2)]
     first = await campaign(store, "e", leases[0].id, b"one")
-    assert await anext(leaders) == Leader(b"one", first.epoch)
+    assert await anext(leaders) == Leader(b"one", first.key, first.epoch)
     second = asyncio.ensure_future(campaign(store, "e", leases[1].id, b"two"))
     while len((await store.list("elections/e/")).facts) < 2:
         await asyncio.sleep(0)
     await resign(store, first)
-    assert await anext(leaders) == Leader(b"two", (await second).epoch)
+    assert await anext(leaders) == Leader(b"two", (await second).key, (await second).epoch)
     await store.revoke(leases[1].id)
     assert await anext(leaders) is None
     await leaders.aclose()
+    await wipe(store)
+
+
+async def test_a_leader_that_is_unseated_is_fenced_and_followed_though_its_lease_lives(store: Store) -> None:
+    leases = [await store.grant(3600) for _ in range(2)]
+    first = await campaign(store, "e", leases[0].id, b"one")
+    second = asyncio.ensure_future(campaign(store, "e", leases[1].id, b"two"))
+    one = Leader(b"one", first.key, first.epoch)
+    assert not await unseat(store, replace(one, epoch=first.epoch + 1))
+    assert await unseat(store, one)
+    assert (await second).epoch > first.epoch
+    assert not await unseat(store, one)
+    with pytest.raises(Fenced):
+        await commit_fenced(store, first, [], [Put("owned", b"late")])
+    assert (await commit_fenced(store, await second, [], [])).done
     await wipe(store)
 
 

@@ -210,6 +210,7 @@ def _rows(report: Report, tokens: int, made: list[Move]) -> None:
         ("stop and compute anew", "s", [one.anew_s for one in made]),
         ("from the wish to the hand-over", "s", [one.took_s for one in made]),
         ("rounds", "", [float(one.told["rounds"]) for one in made]),
+        ("computed twice", "s", [one.told["recomputed_s"] for one in made]),
         ("moved", "bytes", [float(one.told["bytes_moved"]) for one in made]),
     ):
         report.row(

@@ -16,7 +16,7 @@ from sllm_actor.engine.streams import AnswerStream
 from sllm_actor.errors import Conflict, DestinationFailed, MigrationFailed, SllmError
 from sllm_actor.messages.generation import Generate, Migrated
 from sllm_actor.messages.migration import ExtendPrepared, HandedOver, LiveRequest, MigrateOut, Prepare
-from sllm_actor.runtime import ActorRef
+from sllm_actor.runtime import ActorRef, Clock
 
 
 class Live:
@@ -43,11 +43,15 @@ class Live:
 class HandingOver:
     """One migration, from the first round to the hand-over. Where it fails, the answer goes on here."""
 
-    def __init__(self, live: Live, message: MigrateOut, target: ActorRef, limits: MigrationLimits) -> None:
+    def __init__(
+        self, live: Live, message: MigrateOut, target: ActorRef, limits: MigrationLimits, clock: Clock
+    ) -> None:
         self._live = live
         self._message = message
         self._target = target
         self._limits = limits
+        self._clock = clock
+        self._recomputed_s = 0.0
         self._sent = live.token_ids()
         self._moved_bytes = 0
 
@@ -78,14 +82,17 @@ class HandingOver:
             rounds=rounds,
             tokens=len(live.request.prompt) // 4 + len(self._sent),
             bytes_moved=self._moved_bytes,
+            recomputed_s=self._recomputed_s,
         )
 
     async def _rounds(self, steps: Any) -> int:
         """Let the destination catch up, until little is missing, or it never will be less; give the rounds."""
         for number in range(1, self._limits.max_rounds + 1):
+            begun_s = self._clock.monotonic_s()
             with self._blaming_destination():
                 async with asyncio.timeout(self._limits.round_timeout_s):
                     await anext(steps)
+            self._recomputed_s += self._clock.monotonic_s() - begun_s
             behind = self._behind()
             if len(behind) <= self._limits.threshold_tokens or number == self._limits.max_rounds:
                 break

@@ -196,7 +196,7 @@ class InferenceWorker(Actor):
         if live is None:
             raise RequestNotFound(f"no request {message.request_id} generates here", param="request_id")
         target = self.context.system.ref(message.worker, message.address or None)
-        return await HandingOver(live, message, target, self._migration).run()
+        return await HandingOver(live, message, target, self._migration, self._clock).run()
 
     @handles(Retire, concurrent=True)
     async def retire(self, message: Retire) -> None:

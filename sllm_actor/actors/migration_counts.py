@@ -13,6 +13,7 @@ class MigrationCounts:
     def __init__(self) -> None:
         self.aborted = 0
         self._moved = self._rounds = self._tokens = self._bytes = 0
+        self._recomputed_s = 0.0
 
     def moved(self, handed: HandedOver) -> None:
         """Note one that has come to its good end."""
@@ -20,6 +21,7 @@ class MigrationCounts:
         self._rounds += handed.rounds
         self._tokens += handed.tokens
         self._bytes += handed.bytes_moved
+        self._recomputed_s += handed.recomputed_s
 
     def observe(self) -> dict[str, Any]:
         """Give the counts."""
@@ -28,4 +30,5 @@ class MigrationCounts:
             "rounds": self._rounds,
             "tokens": self._tokens,
             "bytes": self._bytes,
+            "recomputed_s": self._recomputed_s,
         }

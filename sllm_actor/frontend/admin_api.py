@@ -292,5 +292,6 @@ async def migrate(request: web.Request) -> web.Response:
             "rounds": moved.rounds,
             "tokens": moved.tokens,
             "bytes_moved": moved.bytes_moved,
+            "recomputed_s": moved.recomputed_s,
         }
     )

@@ -66,6 +66,10 @@ def _migrations(seen: Mapping[str, Any]) -> Iterator[Metric]:
     yield _counter("migration_rounds", "Times that a destination caught up, and the last time.", seen["rounds"])
     yield _counter("migration_tokens", "Tokens of moved requests, prompts included.", seen["tokens"])
     yield _counter("migration_bytes", "What was sent of them: tokens, and no keys and values.", seen["bytes"])
+    yield _counter(
+        "migration_recompute_seconds", "Time in which destinations computed what sources had already.",
+        seen["recomputed_s"],
+    )  # fmt: skip
 
 
 def _streams(seen: Mapping[str, Any]) -> Iterator[Metric]:

@@ -28,6 +28,7 @@ REF = "#/components/schemas/{name}"
 
 STRING: dict[str, Any] = {"type": "string"}
 INTEGER: dict[str, Any] = {"type": "integer"}
+NUMBER: dict[str, Any] = {"type": "number"}
 OBJECT: dict[str, Any] = {"type": "object"}
 NULLABLE_STRING: dict[str, Any] = {"type": ["string", "null"]}
 ANY: dict[str, Any] = {}
@@ -193,7 +194,8 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
     ("post", "/admin/requests/{request_id}/migrate"): (
         "Move a running request; answered when it goes on there.", MigrationRequest, 200,
         _object(
-            request_id=STRING, node=STRING, instance_id=STRING, rounds=INTEGER, tokens=INTEGER, bytes_moved=INTEGER
+            request_id=STRING, node=STRING, instance_id=STRING, rounds=INTEGER, tokens=INTEGER, bytes_moved=INTEGER,
+            recomputed_s=NUMBER,
         ),
         (*_ADMIN, 408, 409, 413),
     ),

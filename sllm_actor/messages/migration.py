@@ -43,13 +43,17 @@ class MigrateOut:
 
 @message("migration.handed_over")
 class HandedOver:
-    """The destination has it: after so many rounds, in which so many tokens, prompt included, and bytes were moved."""
+    """The destination has it: after so many rounds, in which so many tokens, prompt included, and bytes were moved.
+
+    For `recomputed_s` it was busy with keys and values that the source had computed already, beside what else it did.
+    """
 
     node: NodeId
     instance_id: str
     rounds: int
     tokens: int
     bytes_moved: int
+    recomputed_s: float
 
 
 @message("migration.prepare")

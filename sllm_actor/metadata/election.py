@@ -33,9 +33,10 @@ ELECTIONS = "elections/"
 
 @dataclass(frozen=True, slots=True)
 class Leader:
-    """Who leads: what it campaigned with, and its epoch."""
+    """Who leads: what it campaigned with, the seat's key and its epoch."""
 
     value: bytes
+    key: str
     epoch: int
 
 
@@ -78,6 +79,15 @@ async def resign(store: Store, seat: Seat) -> None:
     await store.commit([seat.fence], [Delete(seat.key)])
 
 
+async def unseat(store: Store, leader: Leader) -> bool:
+    """Let the next candidate lead, where it is certain that this one can't; tell whether it led until now.
+
+    One that lives after all is fenced from here on, learns of it, and stands again behind the others.
+    """
+    outcome = await store.commit([CreatedAt(leader.key, leader.epoch)], [Delete(leader.key)])
+    return outcome.done
+
+
 async def commit_fenced(
     store: Store, seat: Seat, conditions: Sequence[Condition], operations: Sequence[Operation]
 ) -> Outcome:
@@ -101,7 +111,7 @@ async def observe(store: Store, name: str, clock: Clock) -> AsyncGenerator[Leade
     async with aclosing(follow(store, f"{ELECTIONS}{name}/", clock)) as views:
         async for view in views:
             first = _first(view.facts.values())
-            leader = None if first is None else Leader(first.value, first.created)
+            leader = None if first is None else Leader(first.value, first.key, first.created)
             if leader != known or not told:
                 known, told = leader, True
                 yield leader

@@ -21,10 +21,10 @@ from sllm_actor.config.private_files import read_private_file
 from sllm_actor.domain import NodeId
 from sllm_actor.domain.member import Member
 from sllm_actor.domain.roles import Role, Roles, roles_of
-from sllm_actor.errors import ConfigInvalid, Fenced, SllmError
+from sllm_actor.errors import ConfigInvalid, Fenced, MetadataFailed, SllmError
 from sllm_actor.messages.placement import MembersChanged
 from sllm_actor.metadata import EtcdAddress, EtcdStore, Outcome, SqliteStore, Store
-from sllm_actor.metadata.election import Seat, observe
+from sllm_actor.metadata.election import Leader, Seat, observe, unseat
 from sllm_actor.metadata.etcd_address import client_tls, parse_endpoints
 from sllm_actor.metadata.store import Condition, Operation
 from sllm_actor.runtime import ActorSystem, Clock
@@ -86,6 +86,7 @@ class Many:
         self._make: MakeScheduler | None = None
         self._seat: Seat | None = None
         self._leadership: Leadership | None = None
+        self._leader: Leader | None = None
         self._roles = roles_of(config.roles)
         works = Role.WORKER in self._roles
         member = Member(
@@ -100,6 +101,7 @@ class Many:
         self._led = True
         self.membership = Membership(store, clock, member, on_change=lambda _: self._tell_members())
         system.vouch_with(self._is_member)
+        system.hear_of_silence(self._nobody_listens)
         self._book = RouteBook(store, self.membership, clock, self.routes.publish)
 
     async def join(self) -> None:
@@ -206,6 +208,7 @@ class Many:
     async def _watch_leader(self) -> None:
         async with aclosing(observe(self.store, ELECTION, self._clock)) as leaders:
             async for leader in leaders:
+                self._leader = leader
                 if leader is None:
                     self.way.lead_to(None)
                     continue
@@ -214,6 +217,24 @@ class Many:
                 except (SllmError, UnicodeDecodeError) as error:
                     log.error("who leads can't be found: %s", error)
                     self.way.lead_to(None)
+
+    def _nobody_listens(self, node: str, endpoint: str) -> None:
+        """See to it that another one leads where the leader's process has ended: its lease may last for long yet."""
+        leader = self._leader
+        if (
+            leader is not None
+            and leader.value == f"{node}@{endpoint}".encode()
+            and self._leadership is not None
+            and self.membership.standing is not None
+        ):
+            self._scope.spawn(self._unseat(leader, node, endpoint), "unseat")
+
+    async def _unseat(self, leader: Leader, node: str, endpoint: str) -> None:
+        try:
+            if await unseat(self.store, leader):
+                log.warning("%s, who led, listens at %s no more: another one may lead", node, endpoint)
+        except MetadataFailed as failed:
+            log.warning("%s listens no more, and can't be kept from leading: %s", node, failed.message)
 
 
 Cluster = Alone | Many

@@ -98,6 +98,8 @@ class Dialling:
         except HandshakeRefused as error:
             return error
         except OSError as error:
+            if isinstance(error, ConnectionRefusedError):
+                self._remotes.nobody_listens(peer.node, peer.endpoint)
             return NodeUnreachable(f"{peer.node} can't be reached at {peer.endpoint}: {error.strerror or error}")
         finally:
             if not link.is_open:

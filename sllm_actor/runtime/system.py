@@ -80,6 +80,10 @@ class ActorSystem:
         """Have somebody say which incarnations (node, uid) live: they are let in again after a time without a link."""
         self._remotes.vouched = vouched
 
+    def hear_of_silence(self, hear: Callable[[str, str], None]) -> None:
+        """Call `hear` with a node and its endpoint whenever the machine there says that nobody listens."""
+        self._remotes.nobody_listens = hear
+
     def fresh_context(self) -> contextvars.Context:
         """Give the context of a handler, free of whoever happened to wake it."""
         return self._context.copy()
