@@ -215,6 +215,17 @@ async def test_what_a_node_told_before_it_left_does_not_bring_it_back(system: Ac
     assert (await ask(system, question())).node == "node-2"
 
 
+async def test_nothing_is_placed_on_a_member_whose_process_is_gone_until_it_reports_again(system: ActorSystem) -> None:
+    members = {NodeId("node-1"): 3}
+    scheduler(system).tell(MembersChanged(epochs=members))
+    scheduler(system).tell(report(slots=1, epoch=3))
+    scheduler(system).tell(MembersChanged(epochs=members, gone=(NodeId("node-1"),)))
+    with pytest.raises(NoCapacity):
+        await ask(system, question(timeout_s=0.01))
+    scheduler(system).tell(report(slots=1, epoch=3))
+    assert (await ask(system, question())).node == "node-1"
+
+
 async def test_a_node_that_came_back_unseen_has_nothing_of_its_earlier_life(system: ActorSystem) -> None:
     scheduler(system).tell(MembersChanged(epochs={NodeId("node-1"): 3}))
     scheduler(system).tell(report(slots=1, epoch=3))

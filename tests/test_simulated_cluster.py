@@ -27,7 +27,7 @@ FOUND = {
     "held_tokens_given_twice": (2, "has parked another answer"),
     "prepared_never_ends": (1, "does not end"),
     "prepared_keeps_its_slot": (1, "does not end"),
-    "waits_for_its_router_for_ever": (5, "still has"),
+    "waits_for_its_router_for_ever": (30, "still has"),
     "two_owners": (0, "in epoch 0"),
     "repeated_tokens": (0, "repeats or leaves out no token"),
     "forgotten_tokens": (0, "repeats or leaves out no token"),

@@ -23,7 +23,7 @@ from sllm_actor.cli.show import out
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 from sllm_actor.testing.node_process import NodeProcess
 
-GATEWAY, OTHERS = "n1", ("n2", "n3")
+NAMES = ("n1", "n2", "n3")
 MODEL = "opt"
 PROMPT_TOKENS, BEFORE_TOKENS, ANSWER_TOKENS, TINY_ANSWER_TOKENS = 64, 48, 160, 80
 VOCABULARY_TOKENS = 50_000
@@ -34,12 +34,16 @@ KNOBS = (
 
 
 class Death(NamedTuple):
-    """One of them, in seconds: from the kill to where another start is asked for, to the next token, and the gaps."""
+    """One of them, in seconds: from the kill to where another start is asked for, to the next token, and the gaps.
+
+    `prefill_s` is the computing of prompt and tokens where it goes on: the estimate is of the start alone.
+    """
 
     leads: bool
     detected_s: float
     pause_s: float
     estimated_start_s: float
+    prefill_s: float
     usual_gap_s: float
     tokens: int
 
@@ -64,23 +68,24 @@ def stream(node: NodeProcess, request_id: str, prompt: list[int], tokens: int, c
 
 def placed(cluster: NodeCluster, victim: str) -> None:
     """Have the model run on one node alone."""
-    gateway, avoided = cluster.nodes[GATEWAY], [name for name in (GATEWAY, *OTHERS) if name != victim]
+    avoided = [name for name in NAMES if name != victim]
+    gateway = cluster.nodes[avoided[0]]
     gateway.call("POST", f"/admin/models/{MODEL}/unload")
     for name in avoided:
         gateway.call("POST", f"/admin/nodes/{name}/cordon")
-    until("the others are cordoned", lambda: all(cluster.shown(GATEWAY)[name]["cordoned"] for name in avoided))
+    until("the others are cordoned", lambda: all(cluster.shown(avoided[0])[name]["cordoned"] for name in avoided))
     stream(gateway, f"warm-{victim}-{time.monotonic_ns()}", [5, 6, 7], 1, [])
     for name in avoided:
         gateway.call("POST", f"/admin/nodes/{name}/uncordon")
-    until("they are not any more", lambda: not any(one["cordoned"] for one in cluster.shown(GATEWAY).values()))
+    until("they are not any more", lambda: not any(one["cordoned"] for one in cluster.shown(avoided[0]).values()))
 
 
 def die(cluster: NodeCluster, draw: random.Random, number: int, tokens: int) -> Death:
     """Kill the node of a stream in its middle."""
-    leader, gateway = cluster.leader(GATEWAY), cluster.nodes[GATEWAY]
-    victim = next(name for name in OTHERS if name != leader)
-    if number % 2 and leader in OTHERS:
-        victim = leader
+    leader = cluster.leader(NAMES[0])
+    victim = leader if number % 2 else next(name for name in NAMES if name != leader)
+    asked = next(name for name in NAMES if name != victim)
+    gateway = cluster.nodes[asked]
     placed(cluster, victim)
     request_id, come = f"death-{number}", list[float]()
     prompt = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(PROMPT_TOKENS)]
@@ -94,13 +99,15 @@ def die(cluster: NodeCluster, draw: random.Random, number: int, tokens: int) -> 
     decision = gateway.call("GET", f"/admin/explain/{request_id}")["decision"]
     starts = [span["begin_s"] for span in timeline["spans"] if span["begin_s"] > killed_s]
     pause_s = max(later - max(earlier, killed_s) for earlier, later in itertools.pairwise(come) if later > killed_s)
+    behind = [one for one in timeline["spans"] if one["name"] == "prefill" and one["begin_s"] > killed_s]
+    prefill_s = sum(one["end_s"] - one["begin_s"] for one in behind)
     gaps = [later - earlier for earlier, later in itertools.pairwise(come) if later < killed_s]
     detected_s, usual_gap_s = min(starts) - killed_s, statistics.median(gaps)
-    found = Death(victim == leader, detected_s, pause_s, decision["predicted_s"], usual_gap_s, len(come))
+    found = Death(victim == leader, detected_s, pause_s, decision["predicted_s"], prefill_s, usual_gap_s, len(come))
     out.print(f"{request_id} of {victim}: {json.dumps(found._asdict())}")
     cluster.start(victim)
-    until("all are there again", lambda: all(one["reported"] for one in cluster.shown(GATEWAY).values()))
-    until("it is known", lambda: victim in cluster.shown(GATEWAY))
+    until("all are there again", lambda: all(one["reported"] for one in cluster.shown(asked).values()))
+    until("it is known", lambda: victim in cluster.shown(asked))
     return found
 
 
@@ -110,10 +117,10 @@ def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
     folder = weights.checkpoint(work_dir, "opt-125m", "fp32", False)
     with (
         tempfile.TemporaryDirectory() as data,
-        running_cluster(Path(data), Path(".servers"), (GATEWAY, *OTHERS), KNOBS) as cluster,
+        running_cluster(Path(data), Path(".servers"), NAMES, KNOBS) as cluster,
     ):
-        cluster.nodes[GATEWAY].deploy(folder.absolute(), MODEL)
-        for name in OTHERS:  # So that every node has the checkpoint, and the estimates have something to go by.
+        cluster.nodes[NAMES[0]].deploy(folder.absolute(), MODEL)
+        for name in NAMES:  # So that every node has the checkpoint, and the estimates have something to go by.
             placed(cluster, name)
         deaths = [die(cluster, draw, number, tokens) for number in range(repeats)]
     report.ratio("detected_s", [one.detected_s for one in deaths])
@@ -127,6 +134,7 @@ def _rows(report: Report, who: str, deaths: list[Death]) -> None:
     for what, values in (
         ("until it is missed", [one.detected_s for one in deaths]),
         ("one start, as estimated", [one.estimated_start_s for one in deaths]),
+        ("prompt and tokens computed there", [one.prefill_s for one in deaths]),
         ("until the stream goes on", [one.pause_s for one in deaths]),
         ("usual gap", [one.usual_gap_s for one in deaths]),
     ):
@@ -134,5 +142,9 @@ def _rows(report: Report, who: str, deaths: list[Death]) -> None:
             killed=who, measured=what, unit="s", median=round(statistics.median(values), 4),
             min=round(min(values), 4), max=round(max(values), 4), n=len(values),
         )  # fmt: skip
-    shares = [one.pause_s / (one.detected_s + one.estimated_start_s) for one in deaths]
-    report.ratio(f"pause_over_detection_and_estimate.{who.replace(' ', '_')}", shares)
+    name = who.replace(" ", "_")
+    bounds = [one.detected_s + one.estimated_start_s for one in deaths]
+    shares = [one.pause_s / bound for one, bound in zip(deaths, bounds, strict=True)]
+    report.ratio(f"pause_over_detection_and_estimate.{name}", shares)
+    shares = [one.pause_s / (bound + one.prefill_s) for one, bound in zip(deaths, bounds, strict=True)]
+    report.ratio(f"pause_over_detection_estimate_and_prefill.{name}", shares)

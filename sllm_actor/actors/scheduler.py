@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -65,7 +65,8 @@ GATHER_S = 1.0
 class Scheduler(Actor):
     """Owns the cluster view, what was learned of starts, the last decisions, and who waits.
 
-    One leads at a time, in an `epoch` of its own; `members` are the nodes in theirs, none where a node is alone.
+    One leads at a time, in an `epoch` of its own; `members` are the nodes in theirs, none where a node is alone. Those
+    that are `gone` are members as long as their leases last, but nobody waits for what they report.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Scheduler(Actor):
         members: Mapping[NodeId, int] | None = None,
         autoscaler: Autoscaler | None = None,
         book: EstimateBook | None = None,
+        gone: Collection[NodeId] = (),
     ) -> None:
         self._clock = clock
         self._limits = limits
@@ -92,7 +94,7 @@ class Scheduler(Actor):
         self._pace = Pace()
         self._epoch = epoch
         self._members = dict(members or {})
-        self._awaited = set(self._members)
+        self._awaited = self._members.keys() - set(gone)
         self._newest_epoch = max(self._members.values(), default=0)
         self._begun: set[str] = set()
         self._turns = TakingTurns(limits.switch_hold_s)
@@ -195,10 +197,11 @@ class Scheduler(Actor):
 
     @handles(MembersChanged)
     async def members_changed(self, message: MembersChanged) -> None:
-        """Forget who has left, and what was to start there."""
+        """Forget who has left or is gone, and what was to start there. One that lives after all reports again."""
         now_s = self._clock.monotonic_s()
         for node, view in list(self._view.nodes.items()):
-            if node in message.epochs and view.report.epoch >= message.epochs[node]:
+            stays = node in message.epochs and node not in message.gone
+            if stays and view.report.epoch >= message.epochs[node]:
                 continue
             for placement_id in [key for key, start in self._granted.items() if start.node == node]:
                 self._ended(placement_id, "failed", now_s)
@@ -206,7 +209,7 @@ class Scheduler(Actor):
             self._turns.forget(node)
         self._members = dict(message.epochs)
         self._newest_epoch = max(self._newest_epoch, *self._members.values(), 0)
-        self._awaited &= self._members.keys()
+        self._awaited &= self._members.keys() - set(message.gone)
         self._serve()
 
     def _ended(self, placement_id: str, outcome: str, now_s: float) -> None:

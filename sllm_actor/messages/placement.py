@@ -161,9 +161,10 @@ class ReportNow:
 
 @message("placement.members")
 class MembersChanged:
-    """Told to the Scheduler: who is a member now, each in its epoch."""
+    """Told to the Scheduler: who is a member now, each in its epoch, and whose process has ended before its lease."""
 
     epochs: dict[NodeId, int]
+    gone: tuple[NodeId, ...] = ()
 
 
 @message("placement.nodes")

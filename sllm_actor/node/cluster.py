@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from random import SystemRandom
@@ -37,7 +37,8 @@ MAX_PASSWORD_BYTES = 4096
 # Without a leader for so many times of a lease: whoever was to follow has had its time.
 PATIENCE_LEASES = 3.0
 
-MakeScheduler = Callable[[int, Mapping[NodeId, int]], Scheduler]
+# Of an epoch, the members in theirs, and those of them whose processes are gone.
+MakeScheduler = Callable[[int, Mapping[NodeId, int], Collection[NodeId]], Scheduler]
 
 
 class Alone(NamedTuple):
@@ -65,7 +66,7 @@ class Alone(NamedTuple):
         return await self.store.commit(conditions, operations)
 
     async def lead(self, system: ActorSystem, make: MakeScheduler) -> None:
-        self.way.lead_to(await system.spawn(make(0, {}), "scheduler"))
+        self.way.lead_to(await system.spawn(make(0, {}, ()), "scheduler"))
 
     async def step_down(self) -> None:
         """Nobody has to be told."""
@@ -87,6 +88,8 @@ class Many:
         self._seat: Seat | None = None
         self._leadership: Leadership | None = None
         self._leader: Leader | None = None
+        # The epochs of members whose processes are gone: nobody listens at their endpoints any more.
+        self._silent: dict[NodeId, int] = {}
         self._roles = roles_of(config.roles)
         works = Role.WORKER in self._roles
         member = Member(
@@ -186,17 +189,26 @@ class Many:
     async def _begin(self, seat: Seat) -> None:
         assert self._make is not None
         name = _scheduler_name(seat.epoch)
-        await self._system.spawn(self._make(seat.epoch, self._epochs()), name)
+        await self._system.spawn(self._make(seat.epoch, self._epochs(), self._gone()), name)
         if self._seat != seat:
             await self._system.stop(name)
 
     def _epochs(self) -> dict[NodeId, int]:
         return {node: joined.epoch for node, joined in self.membership.members.items()}
 
+    def _gone(self) -> tuple[NodeId, ...]:
+        """List the members whose processes have ended: their machines say that nobody listens there."""
+        members = self.membership.members.items()
+        return tuple(node for node, joined in members if self._silent.get(node) == joined.epoch)
+
     def _tell_members(self) -> None:
+        members = self.membership.members
+        self._silent = {node: epoch for node, epoch in self._silent.items() if node in members}
         self._look_for_controllers()
         if self._seat is not None and _scheduler_name(self._seat.epoch) in self._system.cells:
-            self._system.ref(_scheduler_name(self._seat.epoch)).tell(MembersChanged(epochs=self._epochs()))
+            self._system.ref(_scheduler_name(self._seat.epoch)).tell(
+                MembersChanged(epochs=self._epochs(), gone=self._gone())
+            )
 
     def _look_for_controllers(self) -> None:
         """Say so once where nobody can lead."""
@@ -221,6 +233,10 @@ class Many:
     def _nobody_listens(self, node: str, endpoint: str) -> None:
         """See to it that another one leads where the leader's process has ended: its lease may last for long yet."""
         leader = self._leader
+        joined = self.membership.members.get(NodeId(node))
+        if joined is not None and joined.member.endpoint == endpoint and self._silent.get(NodeId(node)) != joined.epoch:
+            self._silent[NodeId(node)] = joined.epoch
+            self._tell_members()
         if (
             leader is not None
             and leader.value == f"{node}@{endpoint}".encode()

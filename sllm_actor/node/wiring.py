@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -97,7 +97,7 @@ async def spawn_actors(parts: Parts) -> Actors:
     return Actors(router, manager, coordinator, nodes, room)
 
 
-def _scheduler(parts: Parts, epoch: int, members: Mapping[NodeId, int]) -> Scheduler:
+def _scheduler(parts: Parts, epoch: int, members: Mapping[NodeId, int], gone: Collection[NodeId]) -> Scheduler:
     config = parts.config
     autoscaler = Autoscaler(parts.registry.models, parts.clock, instance_takes=config.max_requests_per_instance)
     limits = SchedulerLimits(
@@ -111,7 +111,7 @@ def _scheduler(parts: Parts, epoch: int, members: Mapping[NodeId, int]) -> Sched
         move_timeout_s=config.migration_timeout_s,
     )
     book = EstimateBook(parts.cluster.store, parts.cluster.commit, parts.clock)
-    return Scheduler(parts.clock, limits, parts.starts, epoch, members, autoscaler, book)
+    return Scheduler(parts.clock, limits, parts.starts, epoch, members, autoscaler, book, gone)
 
 
 async def _spawn_operators(parts: Parts, manager: ActorRef) -> ActorRef:
