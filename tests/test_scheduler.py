@@ -195,6 +195,16 @@ async def test_a_model_too_large_for_those_heard_of_waits_for_the_members_that_h
         await ask(system, question(host_bytes=90 * MIB))
 
 
+@pytest.mark.parametrize("wish", [{"only_on": "node-2"}, {"not_on": (NodeId("node-1"),)}])
+async def test_who_may_not_have_what_is_free_holds_up_nobody(system: ActorSystem, wish: dict[str, Any]) -> None:
+    scheduler(system).tell(report())
+    waiting = asyncio.ensure_future(ask(system, msgspec.structs.replace(cast(Any, question("a")), **wish)))
+    await all_wait(system)
+    assert (await ask(system, question("b"))).node == "node-1"
+    scheduler(system).tell(report(name="node-2"))
+    assert (await waiting).node == "node-2"
+
+
 async def test_where_there_is_no_worker_a_model_waits_for_one(system: ActorSystem) -> None:
     scheduler(system).tell(report(slots=0))
     waiting = asyncio.ensure_future(ask(system, question()))

@@ -35,7 +35,7 @@ from sllm_actor.messages.placement import (
 from sllm_actor.policy.cluster_view import ClusterView, Grant
 from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.explaining import refused, why_in_vain
-from sllm_actor.policy.offers import allows
+from sllm_actor.policy.offers import allows, is_restricted
 from sllm_actor.policy.placement import (
     ABLE,
     QUIET,
@@ -200,8 +200,7 @@ class Scheduler(Actor):
         """Forget who has left or is gone, and what was to start there. One that lives after all reports again."""
         now_s = self._clock.monotonic_s()
         for node, view in list(self._view.nodes.items()):
-            stays = node in message.epochs and node not in message.gone
-            if stays and view.report.epoch >= message.epochs[node]:
+            if node not in message.gone and view.report.epoch >= message.epochs.get(node, float("inf")):
                 continue
             for placement_id in [key for key, start in self._granted.items() if start.node == node]:
                 self._ended(placement_id, "failed", now_s)
@@ -209,14 +208,13 @@ class Scheduler(Actor):
             self._turns.forget(node)
         self._members = dict(message.epochs)
         self._newest_epoch = max(self._newest_epoch, *self._members.values(), 0)
-        self._awaited &= self._members.keys() - set(message.gone)
+        self._awaited &= message.epochs.keys() - set(message.gone)
         self._serve()
 
     def _ended(self, placement_id: str, outcome: str, now_s: float) -> None:
-        """Compare what was expected of a start with what it took, and learn from that."""
-        start = self._granted.pop(placement_id, None)
+        """Learn from what a start took, compared with what was expected."""
         self._begun.discard(placement_id)
-        if start is None:
+        if (start := self._granted.pop(placement_id, None)) is None:
             return
         observed_s = now_s - start.granted_s
         self._decisions.end(start.request_id, outcome, observed_s)
@@ -240,7 +238,7 @@ class Scheduler(Actor):
         now_s = self._clock.monotonic_s()
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=self._pace.next_s(now_s))
-        waiting = Waiting(question, now_s, QUIET if question.not_on or question.only_on else ABLE)
+        waiting = Waiting(question, now_s, QUIET if is_restricted(question) else ABLE)
         self._waiting.append(waiting)
         self._serve()
         if self._limits.placement_policy == "locality_wait" and not waiting.answer.done() and waiting.recheck is None:
@@ -374,8 +372,8 @@ class Scheduler(Actor):
         question = waiting.question
         placement_id = f"placement-{self._life}-{next(self._placements)}"
         lease_s = min(self._limits.lease_s, BEGIN_WITHIN_S)
-        grant = Grant(start.report.node, question.host_bytes, now_s + lease_s, question.slots)
-        self._view.grant(placement_id, grant)
+        room = Grant(start.report.node, question.host_bytes, now_s + lease_s, question.slots)
+        self._view.grant(placement_id, room)
         self._granted[placement_id] = granted(question, start, now_s)
         self._decisions.note(start.explanation)
         return Placement(

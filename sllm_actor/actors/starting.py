@@ -94,6 +94,8 @@ class Starting:
                 log.warning("%s could not start %s: %s; another place is asked for", placement.node, served, gone)
                 # From here; the leader may well reach it, and not know yet that nothing is to be started there.
                 if isinstance(gone, NodeUnreachable | Draining):
+                    if only_on:
+                        raise
                     question = msgspec.structs.replace(question, not_on=(*question.not_on, placement.node))
                 continue
             break

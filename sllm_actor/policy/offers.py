@@ -183,6 +183,11 @@ def _take(best: list[Offer], offer: Offer | None, most: int) -> None:
     del best[most:]
 
 
+def is_restricted(question: PlaceModel) -> bool:
+    """Tell whether whoever asks would not have it everywhere."""
+    return bool(question.not_on or question.only_on)
+
+
 def allows(question: PlaceModel, node: NodeId) -> bool:
     """Tell whether whoever asks would have it there."""
     return node not in question.not_on and question.only_on in ("", node)

@@ -9,7 +9,7 @@ from sllm_actor.messages.explanation import Explanation, Term
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.explaining import explain
-from sllm_actor.policy.offers import Action, Offer
+from sllm_actor.policy.offers import Action, Offer, is_restricted
 from sllm_actor.policy.policies import POLICIES, Situation
 from sllm_actor.units import format_bytes
 
@@ -47,7 +47,7 @@ class MakeRoom(NamedTuple):
 class Wait(NamedTuple):
     """There is no room, and none to be made, or it is being made already.
 
-    Where only a better place is awaited, it does not hold up those who asked later.
+    Where only a better place is awaited, or some places would not do, it does not hold up those who asked later.
     """
 
     reason: str
@@ -61,7 +61,7 @@ def decide(situation: Situation, policy: str, given_up: tuple[str, ...] = ()) ->
     """Place one start; `given_up` are instances that have left for it already."""
     choice = POLICIES[policy](situation)
     if choice.taken is None:
-        return Wait(choice.why, choice.holds_up)
+        return Wait(choice.why, choice.holds_up and not is_restricted(situation.question))
     offer, report = choice.taken, situation.view.nodes[choice.taken.node].report
     explanation = explain(situation, policy, choice, given_up)
     if offer.action is Action.START:
