@@ -33,11 +33,12 @@ class _Snapshot:
 def render(registry: CollectorRegistry, seen: Mapping[str, Any]) -> bytes:
     """Write a registry's metrics and those of the node's observation `seen` as Prometheus reads them. May be long."""
     node = CollectorRegistry()
-    node.register(_Snapshot(list(_families(seen))))
+    node.register(_Snapshot(list(families(seen))))
     return generate_latest(registry) + generate_latest(node)
 
 
-def _families(seen: Mapping[str, Any]) -> Iterator[Metric]:
+def families(seen: Mapping[str, Any]) -> Iterator[Metric]:
+    """Give the metrics of the node's observation `seen`."""
     yield from _starts(seen["starts"])
     yield from _migrations(seen["migrations"])
     yield from _streams(seen["streams"])
