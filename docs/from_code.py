@@ -29,7 +29,8 @@ from sllm_actor.frontend.metrics import Metrics
 from sllm_actor.frontend.node_metrics import families
 from sllm_actor.units import GIB, KIB, MIB
 
-ROOT = Path(__file__).parent.parent
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 PAGES_OF_ROOT = {"README.md": "readme.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Languages of code blocks that nobody need colour.
 PLAIN = ("mermaid", "header", "hex")
@@ -252,10 +253,22 @@ class Root(SphinxDirective):
         return self.parse_text_to_nodes(root_page(self.arguments[0]), allow_section_headings=True)
 
 
-def relinked(_: Sphinx, __: str, source: list[str]) -> None:
-    """Lead links to files above the manual to their pages in it."""
-    for file, page in PAGES_OF_ROOT.items():
-        source[0] = re.sub(rf"\]\((?:\.\./)+{re.escape(file)}", f"](/{page}", source[0])
+def unplaced(index: str) -> str:
+    """Give a list of the pages that the index does not name; empty where it has all."""
+    placed = set(re.findall(r"^[\w/]+$", index, re.MULTILINE))
+    pages = (path.relative_to(DOCS).with_suffix("").as_posix() for path in sorted(DOCS.rglob("*.md")))
+    left = [
+        page for page in pages if page not in placed | {"index"} and not page.startswith(("reference/", "decisions/"))
+    ]
+    return "\n```{toctree}\n:caption: More\n:maxdepth: 1\n\n" + "\n".join(left) + "\n```\n" if left else ""
+
+
+def relinked(_: Sphinx, page: str, source: list[str]) -> None:
+    """Lead links to files above the manual to their pages in it, and the index to every page."""
+    if page == "index":
+        source[0] += unplaced(source[0])
+    for file, of_root in PAGES_OF_ROOT.items():
+        source[0] = re.sub(rf"\]\((?:\.\./)+{re.escape(file)}", f"](/{of_root}", source[0])
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

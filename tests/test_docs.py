@@ -80,5 +80,5 @@ def test_links_between_the_documents_lead_somewhere(page: Path) -> None:
 
 def test_no_document_still_has_a_figure_to_fill_in() -> None:
     for page in PAGES:
-        text = re.sub(r"```.*?```|`SLLM_\w+`", "", page.read_text(), flags=re.DOTALL)
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
         assert not re.search(r"\b[A-Z]+_[A-Z]+_[A-Z]+\b", text)
