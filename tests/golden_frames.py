@@ -1,7 +1,7 @@
 """One whole conversation with everything fixed, frame by frame as our encoder writes it.
 
-`tests/golden_frames.json` has what it must be: `PYTHONPATH=. python tests/golden_frames.py` prints it anew after a
-change of the protocol, which is then a new version of it.
+`tests/golden/VERSION/frames.json` has what it must be: `tests/golden_files.py` writes it after a change of the
+protocol, which is then a new version of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sllm_actor.runtime.transfers import Outgoing
 from sllm_actor.runtime.values import Blob, FreeForm
 from sllm_actor.runtime.wire import Wire
 
-FILE = Path(__file__).with_name("golden_frames.json")
+FILE = Path(__file__).parent / "golden/0.1.0/frames.json"
 SECRET = b"a golden secret of just 32 bytes"
 DIALER = hello("client", uid=1, nonce=bytes(range(32)))
 ACCEPTOR = hello("server", uid=2**40 + 1, nonce=bytes(range(32, 64)), endpoint="tcp://127.0.0.1:8401")
@@ -116,5 +116,5 @@ def frames() -> dict[str, bytes]:
     return {**handshake_frames(), **letter_frames(), **transfer_frames()}
 
 
-if __name__ == "__main__":
-    print(json.dumps({name: data.hex() for name, data in frames().items()}, indent=1))
+def written() -> str:
+    return json.dumps({name: data.hex() for name, data in frames().items()}, indent=1) + "\n"
