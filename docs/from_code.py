@@ -34,20 +34,18 @@ ROOT = DOCS.parent
 PAGES_OF_ROOT = {"README.md": "readme.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Languages of code blocks that nobody need colour.
 PLAIN = ("mermaid", "header", "hex")
-# A node that has seen nothing: its metrics have names, kinds and labels, and no values.
-NOTHING_SEEN: dict[str, Any] = {
-    "starts": {
-        "placements": 0, "recovered": 0, "preempted": 0, "rooms": {}, "failed": {}, "loads": {},
-        "estimate_errors": {"bounds": (), "tiers": {}},
-    },
-    "migrations": {"outcomes": {}, "rounds": 0, "tokens": 0, "bytes": 0},
-    "streams": {"live": 0, "left": 0, "resumed": 0, "failures": 0, "lag_s": 0},
-    "in_progress": {}, "waiting": {},
-    "loop_lag": {"worst_s": 0, "faults": 0},
-    "connections": {"counts": {}, "closed": {}},
-    "loader": {"pool": {"size_bytes": 0, "free_bytes": 0}},
-    "system": SimpleNamespace(actors=(), links=(), dead_letters=0),
-}  # fmt: skip
+class Nothing(dict[str, Any]):
+    """What a node has seen that has seen nothing: whatever is asked for is there, and empty."""
+
+    def __missing__(self, _: str) -> Nothing:
+        return Nothing()
+
+
+# Its metrics have names, kinds and labels.
+NOTHING_SEEN = Nothing(
+    starts=Nothing(estimate_errors={"bounds": (), "tiers": {}}),
+    system=SimpleNamespace(actors=(), links=(), dead_letters=0),
+)
 
 
 def cell(text: object) -> str:
