@@ -7,11 +7,13 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import NamedTuple
 
+from sllm_actor.cli import surroundings
+from sllm_actor.cli.findings import Finding
 from sllm_actor.cli.show import out, print_json, table
 from sllm_actor.config import Config, Resolved
 from sllm_actor.config.load import knobs
@@ -29,15 +31,6 @@ HUGE_PAGE_BYTES = 2 * MIB
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 CALIBRATE = "sllm-node calibrate, with the node stopped"
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-
-
-class Finding(NamedTuple):
-    """One check. `level`: ok, warning (works, slower or smaller), or error (a node would not start)."""
-
-    check: str
-    level: str
-    found: str
-    mend: str = ""
 
 
 def _python(_: Config) -> Finding:
@@ -157,9 +150,11 @@ def _direct_io(config: Config) -> Finding:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     except OSError as error:
+        # What has no O_DIRECT refuses it after it has made the file.
+        with suppress(OSError):
+            path.unlink()
         return Finding("direct reads", "warning", f"refused: {error.strerror}", "put models on ext4 or xfs")
-    finally:
-        path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     os.close(fd)
     return Finding("direct reads", "ok", "O_DIRECT works where the data folder lies")
 
@@ -182,7 +177,7 @@ def _disk_profile(config: Config) -> Finding:
 
 CHECKS: tuple[Callable[[Config], Finding], ...] = (
     _python, _packages, _native, _memory, _memlock, _huge_pages, _io_uring, _open_files, _port, _data_folder,
-    _copies, _direct_io, _disk_profile,
+    _copies, _direct_io, _disk_profile, surroundings.driver, surroundings.clock, surroundings.metadata,
 )  # fmt: skip
 
 

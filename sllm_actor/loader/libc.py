@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from collections.abc import Sequence
 
 from sllm_actor.errors import ConfigInvalid, ReadFailed
@@ -16,6 +17,8 @@ _MADV_POPULATE_READ = 22
 _MAP_NORESERVE, _MAP_FIXED = 0x4000, 0x10
 _PROT_NONE = 0
 _CACHESTAT = 451
+# sys/timex.h, on machines with 64-bit longs: nothing is set, as its first field, `modes`, is 0.
+_TIMEX_BYTES, _MAX_ERROR_AT, _TIME_ERROR = 256, 24, 5
 _IO_URING_SETUP, _IO_URING_PARAMS_BYTES = 425, 120
 
 
@@ -131,6 +134,14 @@ def io_uring_refusal() -> str:
         return os.strerror(ctypes.get_errno())
     os.close(fd)
     return ""
+
+
+def clock_error_s() -> float | None:
+    """Return how far the clock may be off at most, as the kernel knows from who keeps it right; None if nobody does."""
+    state = ctypes.create_string_buffer(_TIMEX_BYTES)
+    if ctypes.CDLL(None).adjtimex(state) in (-1, _TIME_ERROR):
+        return None
+    return int.from_bytes(state.raw[_MAX_ERROR_AT : _MAX_ERROR_AT + 8], sys.byteorder) / 1e6
 
 
 def unmap(address: int, length_bytes: int) -> None:

@@ -21,6 +21,7 @@ from sllm_actor.metadata.etcd_wire import (
     KeptAlive,
     Nothing,
     RangeAnswer,
+    StatusAnswer,
     commit_body,
     fact_of,
     get_body,
@@ -51,6 +52,7 @@ FACTS = b"sllm/facts/"
 RECEIPTS = b"sllm/receipts/"
 RANGE, COMMIT = "/v3/kv/range", "/v3/kv/txn"
 GRANT, KEEP_ALIVE, REVOKE = "/v3/lease/grant", "/v3/lease/keepalive", "/v3/lease/revoke"
+STATUS = "/v3/maintenance/status"
 
 
 class EtcdStore:
@@ -173,6 +175,14 @@ class EtcdStore:
         raw = FACTS + check_watch(prefix, from_revision, self._limits)
         async for changes in etcd_watch.watch(self._client, raw, FACTS, from_revision, self._clock, self._limits):
             yield changes
+
+    async def version(self) -> str:
+        """Give the version that the member which answers says it is of.
+
+        Raises:
+            MetadataFailed: nobody answers, or it is refused.
+        """
+        return (await self._client.call(STATUS, lambda _: {}, StatusAnswer)).version
 
     async def close(self) -> None:
         """Close every connection. Receipts end with their lease."""

@@ -88,6 +88,12 @@ class Token(msgspec.Struct, frozen=True):
     token: str = ""
 
 
+class StatusAnswer(msgspec.Struct, frozen=True):
+    """What a member says of itself."""
+
+    version: str = ""
+
+
 class Nothing(msgspec.Struct, frozen=True):
     """An answer that says no more than that it was done."""
 

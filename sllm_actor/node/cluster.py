@@ -280,7 +280,7 @@ async def open_cluster(
             withdrawn=lambda gone: routes.remove(gone.model, gone.instance_id),
         )
         return Alone(store, place, SchedulerWay(clock, 0.0), routes)
-    shared = EtcdStore(_address(config), clock, SystemRandom())
+    shared = EtcdStore(etcd_address(config), clock, SystemRandom())
     stack.push_async_callback(shared.close)
     many = Many(shared, system, clock, config)
     stack.push_async_callback(many.close)
@@ -288,7 +288,12 @@ async def open_cluster(
     return many
 
 
-def _address(config: Config) -> EtcdAddress:
+def etcd_address(config: Config) -> EtcdAddress:
+    """Give where etcd is and how one proves oneself to it, as the knobs say.
+
+    Raises:
+        ConfigInvalid: the address, or the files that go with it, can't be used.
+    """
     endpoints = parse_endpoints(config.metadata)
     tls = None
     if endpoints[0].scheme == "https":
