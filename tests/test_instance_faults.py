@@ -88,7 +88,7 @@ class DyingEngine:
 class NoSsd:
     """An SSD tier that has nothing and is never asked to keep anything."""
 
-    quota_bytes = used_bytes = 0
+    quota_bytes = used_bytes = revision = 0
     given_up = ()
 
     def holds(self, model_id: str) -> bool:

@@ -146,8 +146,8 @@ async def test_the_report_has_the_queue_of_the_disk_that_a_checkpoint_lies_on(
             (model,) = registry.models()
             await registry.wanted(model)
             async with on_disks_of(node.tiers, near):
-                found |= registry.disk_queues_s()
-            assert registry.disk_queues_s() == {}
+                found |= registry.on_disk.queues_s()
+            assert registry.on_disk.queues_s() == {}
             await registry.close()
         assert found.keys() == {near.fingerprint}
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 
 from sllm_actor.actors.bases import base_of, check_unused
+from sllm_actor.actors.on_disk import OnDisk, Wanted
 from sllm_actor.actors.registration import Examiner, read_off_loop
 from sllm_actor.actors.same_model import runs_alike, same_but_time, source_of
 from sllm_actor.actors.shared_models import MODELS, SharedModels, based_on
 from sllm_actor.checkpoint.adapter import LoraConfig
-from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.domain import Model, ModelName, TierChoice
 from sllm_actor.errors import (
     CheckpointChanged,
@@ -42,26 +42,22 @@ from sllm_actor.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-Wanted = Checkpoint | Card
-"""What the tiers are asked for: a folder, or the card of what is elsewhere."""
-
 
 class Registry:
     """Owns the registrations. One change of a name at a time.
 
-    Where other nodes share the store, what they change is `followed`, and a folder is on this node's disk only if it
-    was found there.
+    Where other nodes share the store, what they change is `followed`.
     """
 
     def __init__(self, store: Store, examiner: Examiner, tiers: Tiers, clock: Clock, *, shared: bool = False) -> None:
         self._store = store
         self._stored = SharedModels(store, followed=shared)
-        self._shared = shared
         self._examiner = examiner
         self._tiers = tiers
         self._clock = clock
         self._models: dict[ModelName, Model] = {}
         self._wanted: dict[ModelName, Wanted] = {}
+        self.on_disk = OnDisk(self._models, self._wanted, tiers, shared=shared)
         self._changing: set[ModelName] = set()
         self._examining = 0
         self._scope = TaskScope("registry")
@@ -85,6 +81,7 @@ class Registry:
             if model.card:
                 with contextlib.suppress(CheckpointInvalid):  # It is made anew when it is needed.
                     self._wanted[model.name] = await self._tiers.card(model.card)
+        self.on_disk.look_again()
         for held in self._tiers.ssd.given_up:
             names = ", ".join(self.names_by_model_id().get(held.model_id, ())) or held.model_id
             size, quota = format_bytes(held.size_bytes), format_bytes(self._tiers.ssd.quota_bytes)
@@ -103,6 +100,7 @@ class Registry:
             base = based_on(self._models, model)
             if base is not None and base.path != model.text_path:
                 self._models[name] = msgspec.structs.replace(model, text_path=base.path)
+        self.on_disk.look_again()
 
     async def followed(self) -> AsyncGenerator[tuple[ModelName, bool], None]:
         """Give the name of each model that another node has changed, once this one knows.
@@ -110,7 +108,8 @@ class Registry:
         With it goes whether what runs of it is now another one's, or nobody's.
         """
         for name in self._models:
-            self._look_for(name)
+            if name not in self._wanted:  # What `open` has read is known already.
+                self._look_for(name)
         async with aclosing(follow(self._store, MODELS, self._clock)) as views:
             async for view in views:
                 changed = self._stored.newer(view)
@@ -204,6 +203,7 @@ class Registry:
         known = self._models.get(model.name)
         if known is not None and same_but_time(known, model):
             self._wanted[model.name] = wanted  # The same bytes; perhaps other inodes.
+            self.on_disk.look_again()
             return known, False
         if known is not None and source_of(known) != model.source and not message.replace:
             raise ModelExists(
@@ -218,6 +218,7 @@ class Registry:
             await self._stored.put(model)
             self._models[model.name] = model
             self._wanted[model.name] = wanted
+            self.on_disk.look_again()
         return model, known is None or not runs_alike(known, model)
 
     @contextmanager
@@ -246,31 +247,9 @@ class Registry:
         await self._stored.delete(name)
         self._models.pop(name, None)  # Where the store is followed, this may be known before the call returns.
         self._wanted.pop(name, None)
+        self.on_disk.look_again()
         await self._sweep()
         return model
-
-    def is_on_disk(self, model: Model) -> bool:
-        """Tell whether this node's disk has the model's bytes."""
-        wanted = self._wanted.get(model.name)
-        if not model.card:
-            return not self._shared or wanted is not None
-        return isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted)
-
-    def fingerprints_on_disk(self) -> tuple[str, ...]:
-        """List the checkpoints that this node's disk has."""
-        return tuple({model.fingerprint: None for model in self._models.values() if self.is_on_disk(model)})
-
-    def disk_queues_s(self) -> dict[str, float]:
-        """Tell for which checkpoints the disk that has them is busy, and how long.
-
-        Of one that was not looked at since the node's start nobody knows yet where it lies.
-        """
-        told = {
-            model.fingerprint: self._tiers.disk_queue_s(self._wanted[model.name])
-            for model in self._models.values()
-            if model.name in self._wanted and self.is_on_disk(model)
-        }
-        return {fingerprint: queue_s for fingerprint, queue_s in told.items() if queue_s}
 
     def arriving(self, model: Model) -> tuple[int, int] | None:
         """Tell how much of a model has arrived from its source, and of how much; None where it is not on its way."""
@@ -333,6 +312,7 @@ class Registry:
             raise CheckpointChanged(f"{model.source} has changed since {model.name} was registered; deploy it again")
         if self.is_current(model):  # It may have been registered anew meanwhile, from elsewhere.
             self._wanted[model.name] = wanted
+            self.on_disk.look_again()
         return wanted
 
     async def _read_once(self, model: Model) -> Wanted:

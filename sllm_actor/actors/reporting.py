@@ -55,7 +55,7 @@ class Reporting:
     def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, ModelName]) -> None:
         """Tell of these from now on: at once, to each new leader, and whenever `tell` is called."""
         self._manager, self._instances, self._starting = manager, instances, starting
-        self._tiers.when_stored(self.tell)
+        self._tiers.when_stored(self._stored)
         self._way.listen(self.tell)
         self._registry.on_found = self.tell
         self.tell()
@@ -70,6 +70,10 @@ class Reporting:
             ):
                 await self._clock.sleep(LOOK_EVERY_S)
             self.tell()
+
+    def _stored(self) -> None:
+        self._registry.on_disk.look_again()
+        self.tell()
 
     def tell(self) -> None:
         """Tell all of it, unless this node is no member: then nothing may be placed here."""
@@ -89,15 +93,15 @@ class Reporting:
                 instances=tuple(one.view(pinned, now_s) for one in self._instances.values()),
                 pinned_host_bytes={
                     model.fingerprint: model.host_bytes
-                    for model in self._registry.models()
+                    for model in (self._registry.models() if pinned else ())
                     if model.fingerprint in pinned
                 },
                 ended_placements=tuple(placement_id for placement_id, _ in self._ended),
                 starting=self._under_way(),
                 host_fingerprints=tuple(resident.fingerprint for resident in residents),
-                ssd_fingerprints=self._registry.fingerprints_on_disk() if self._max_instances else (),
+                ssd_fingerprints=self._registry.on_disk.fingerprints() if self._max_instances else (),
                 ssd_bytes_per_s=self._ssd.bytes_per_s,
-                disk_queues_s=self._registry.disk_queues_s(),
+                disk_queues_s=self._registry.on_disk.queues_s(),
                 remote_bytes_per_s=self._remote.bytes_per_s,
                 remote_queue_s=self._tiers.queues().remote_s,
                 failed_placements=tuple(placement_id for placement_id, failed in self._ended if failed),

@@ -48,6 +48,8 @@ class RouteBook:
         self._wanted: dict[str, bytes] = {}
         self._written: dict[str, bytes] = {}
         self._written_under: Standing | None = None
+        # What was read of each key, and the revision that it was read at.
+        self._known: dict[str, tuple[int, InstanceStarted | None]] = {}
         self._changed = asyncio.Event()
         self._scope = TaskScope("routes")
 
@@ -111,18 +113,28 @@ class RouteBook:
     async def _follow(self) -> None:
         async with aclosing(follow(self._store, ROUTES, self._clock)) as views:
             async for view in views:
-                self._on_change(_read(view.facts))
+                self._on_change(self._read(view.facts))
+
+    def _read(self, facts: Mapping[str, Fact]) -> dict[str, InstanceStarted]:
+        """Read the routes that have changed; one that can't be read is of another version, and left out."""
+        known, self._known = self._known, {}
+        found: dict[str, InstanceStarted] = {}
+        for key, fact in facts.items():
+            before = known.get(key)
+            if before is None or before[0] != fact.changed:
+                before = fact.changed, _instance(fact)
+            self._known[key] = before
+            if before[1] is not None:
+                found[before[1].instance_id] = before[1]
+        return found
 
 
 def _key(instance: InstanceStarted) -> str:
     return f"{ROUTES}{instance.model}/{instance.instance_id}"
 
 
-def _read(facts: Mapping[str, Fact]) -> dict[str, InstanceStarted]:
-    """Read the routes; one that can't be read is of another version, and left out."""
-    found: dict[str, InstanceStarted] = {}
-    for fact in facts.values():
-        with suppress(msgspec.MsgspecError):
-            instance: InstanceStarted = msgspec.msgpack.decode(fact.value, type=InstanceStarted)
-            found[instance.instance_id] = instance
-    return found
+def _instance(fact: Fact) -> InstanceStarted | None:
+    with suppress(msgspec.MsgspecError):
+        instance: InstanceStarted = msgspec.msgpack.decode(fact.value, type=InstanceStarted)
+        return instance
+    return None

@@ -27,7 +27,7 @@ def standing(
         state = ModelState.HOST
     else:
         on_disk = ModelState.SSD if model.card else ModelState.COLD
-        state = on_disk if registry.is_on_disk(model) else ModelState.REMOTE
+        state = on_disk if registry.on_disk.has(model) else ModelState.REMOTE
     arriving = registry.arriving(model)
     return ModelStatus(
         model=model,

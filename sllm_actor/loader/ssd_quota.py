@@ -110,6 +110,8 @@ class Quota:
     def __init__(self, quota_bytes: int) -> None:
         self.quota_bytes = quota_bytes
         self.models: dict[str, HeldModel] = {}
+        # Counts the changes of `models`' keys.
+        self.revision = 0
         self.partials: dict[str, HeldPartial] = {}
         self.given_up: tuple[SsdEntry, ...] = ()
 
@@ -127,6 +129,7 @@ class Quota:
         if isinstance(held, HeldModel):
             assert held.model_id not in self.models, "a model is held once"
             self.models[held.model_id] = held
+            self.revision += 1
         else:
             assert held.key not in self.partials, "a partial is held once"
             self.partials[held.key] = held
@@ -135,6 +138,7 @@ class Quota:
         """Forget it."""
         if isinstance(held, HeldModel):
             del self.models[held.model_id]
+            self.revision += 1
         else:
             del self.partials[held.key]
 

@@ -21,14 +21,7 @@ from sllm_actor.loader.holder import LOAD, Holder
 from sllm_actor.loader.ssd_layout import MODELS, PARTIAL, TRASH, Trash
 from sllm_actor.loader.ssd_partial import Gate, SsdPartial, expected_digests, take_up
 from sllm_actor.loader.ssd_quota import Held, HeldModel, HeldPartial, Quota, SsdEntry, SsdLease
-from sllm_actor.loader.ssd_record import (
-    Plan,
-    PlannedFile,
-    Record,
-    check_model_id,
-    folder_name,
-    make_plan,
-)
+from sllm_actor.loader.ssd_record import Plan, PlannedFile, Record, check_model_id, folder_name, make_plan
 from sllm_actor.loader.ssd_uses import LastUses
 from sllm_actor.loader.ssd_work import DiskWork
 from sllm_actor.runtime.clock import Clock
@@ -111,6 +104,11 @@ class SsdTier:
                 folder, format_bytes(quota.used_bytes), format_bytes(quota_bytes),
             )  # fmt: skip
         return cls(folder, quota, clock, gate, work, lock)
+
+    @property
+    def revision(self) -> int:
+        """Count the changes of which whole models are here."""
+        return self._quota.revision
 
     @property
     def quota_bytes(self) -> int:

@@ -325,6 +325,10 @@ class Tiers:
         queue = self._local_queue
         return Queues(self._remote_queue.remaining_s(), {way: queue.remaining_s(way) for way in sorted(queue.ways)})
 
+    def has_disk_queue(self) -> bool:
+        """Tell whether any disk has something to read."""
+        return bool(self._local_queue.ways)
+
     def disk_queue_s(self, wanted: Checkpoint | Card) -> float:
         """Tell when the disks will be free that this node's copy of a checkpoint lies on."""
         disks = self._ssd_disks if isinstance(wanted, Card) else wanted.disks

@@ -95,11 +95,14 @@ def next_of(waiting: Sequence[Waiter], now_s: float) -> int:
 def fits_nowhere(question: PlaceModel, view: ClusterView) -> str:
     """Say why no node that has reported could start the model, whatever else left it; empty where one could."""
     print_, host_bytes = question.fingerprint, question.host_bytes
-    # One that has slots may come yet.
-    workers = [node for node in view.nodes.values() if node.report.slots]
-    if not workers or any(
-        host_bytes <= node.unpinned_bytes(print_) and question.slots <= node.report.slots for node in workers
+    if any(
+        host_bytes <= node.unpinned_bytes(print_) and question.slots <= node.report.slots
+        for node in view.nodes.values()
+        if node.report.slots
     ):
+        return ""
+    workers = [node for node in view.nodes.values() if node.report.slots]
+    if not workers:  # One that has slots may come yet.
         return ""
     nodes = [node for node in workers if question.slots <= node.report.slots]
     if not nodes:

@@ -167,17 +167,20 @@ class _Ssd:
     def __init__(self, quota_bytes: float) -> None:
         self.given_up: tuple[()] = ()
         self.quota_bytes = 0
+        self.revision = 0
         # What it has, the longest unused first.
         self.stored: dict[str, int] = {}
         self._most_bytes = quota_bytes
 
     def store(self, model_id: str, size_bytes: int) -> None:
         """Have a model, in place of the longest unused ones where there is no room; use one that it has."""
-        self.stored.pop(model_id, None)
+        known = self.stored.pop(model_id, None) is not None
         while self.stored and sum(self.stored.values()) + size_bytes > self._most_bytes:
             del self.stored[next(iter(self.stored))]
+            self.revision += 1
         if size_bytes <= self._most_bytes:
             self.stored[model_id] = size_bytes
+            self.revision += not known
 
     def entries(self) -> tuple[()]:
         return ()
@@ -228,6 +231,9 @@ class SimulatedTiers:
 
     def comes_from_afar(self, wanted: Card) -> bool:
         return not self.is_on_ssd(wanted) and wanted.model_id not in self.loader.held
+
+    def has_disk_queue(self) -> bool:
+        return False
 
     def disk_queue_s(self, wanted: Card) -> float:
         return 0.0

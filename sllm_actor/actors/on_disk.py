@@ -1,0 +1,65 @@
+"""Which registered models a node's disk has, as its reports tell it: looked through anew only where that may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sllm_actor.checkpoint.folder import Checkpoint
+from sllm_actor.domain import Model, ModelName
+from sllm_actor.loader.cards import Card
+from sllm_actor.loader.tiers import Tiers
+
+Wanted = Checkpoint | Card
+"""What the tiers are asked for: a folder, or the card of what is elsewhere."""
+
+
+class OnDisk:
+    """Looks at a registry's `models`, and at what is `wanted` of the tiers for each; the registry tells of changes.
+
+    Where nodes share the store, a folder is on this node's disk only if it was found there.
+    """
+
+    def __init__(
+        self, models: Mapping[ModelName, Model], wanted: Mapping[ModelName, Wanted], tiers: Tiers, *, shared: bool
+    ) -> None:
+        self._models = models
+        self._wanted = wanted
+        self._tiers = tiers
+        self._shared = shared
+        # The models that were found, and at which revision of the SSD.
+        self._found: tuple[int, tuple[Model, ...]] | None = None
+
+    def look_again(self) -> None:
+        """Hear that a registration, or what is known of its bytes, has changed."""
+        self._found = None
+
+    def has(self, model: Model) -> bool:
+        """Tell whether this node's disk has the model's bytes."""
+        wanted = self._wanted.get(model.name)
+        if not model.card:
+            return not self._shared or wanted is not None
+        return isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted)
+
+    def _all(self) -> tuple[Model, ...]:
+        revision = self._tiers.ssd.revision
+        if self._found is None or self._found[0] != revision:
+            self._found = revision, tuple(model for model in self._models.values() if self.has(model))
+        return self._found[1]
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """List the checkpoints that this node's disk has."""
+        return tuple(dict.fromkeys(model.fingerprint for model in self._all()))
+
+    def queues_s(self) -> dict[str, float]:
+        """Tell for which checkpoints the disk that has them is busy, and how long.
+
+        Of one that was not looked at since the node's start nobody knows yet where it lies.
+        """
+        if not self._tiers.has_disk_queue():
+            return {}
+        told = {
+            model.fingerprint: self._tiers.disk_queue_s(self._wanted[model.name])
+            for model in self._all()
+            if model.name in self._wanted
+        }
+        return {fingerprint: queue_s for fingerprint, queue_s in told.items() if queue_s}
