@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from sllm_actor.errors import InvalidInput
+from sllm_actor.errors import ConfigInvalid, InvalidInput
+from sllm_actor.loader.device_profile import Alone, DeviceIdentity, DeviceProfile
 from sllm_actor.testing.evaluation import WARM, Run, evaluate
-from sllm_actor.testing.hardware import DEVICES, MACHINES, SHAPES, devices_for
+from sllm_actor.testing.hardware import CONTAINER_S, DEVICES, MACHINES, SHAPES, devices_for
 from sllm_actor.testing.node_process import CLI
-from sllm_actor.testing.workloads import Arrival
-from sllm_actor.testing.world import SYSTEMS, Description, Models, World, changed, read_description
+from sllm_actor.testing.oracle import least_ends_s, least_mean_wait_s
+from sllm_actor.testing.workloads import LENGTHS, Arrival, gamma_arrivals, zipf
+from sllm_actor.testing.world import SYSTEMS, Description, Models, World, calibrated, changed, read_description
 
 SMALL = Description(nodes=2, models=(Models(shape="opt-6.7b", count=4),))
 BURST = [Arrival(0.01 * number, 0, 50, 100) for number in range(8)]
@@ -93,6 +98,60 @@ def test_what_is_described_and_changed_is_checked(tmp_path: Path) -> None:
             read_description(path)
     with pytest.raises(InvalidInput, match="a model needs 3 devices, and a node has 1"):
         World(Description(models=(Models(shape="opt-66b", count=1),), devices=1), SYSTEMS["ours"])
+
+
+def test_no_run_is_sooner_than_the_oracle_and_one_alone_is_hardly_later() -> None:
+    world = World(SMALL, SYSTEMS["ours"])
+    # 13.3 GB at 6 GB/s, attached within 0.1 s, and the prompt of 50 tokens.
+    alone = [Arrival(0.0, 0, 50, 10)]
+    assert 2.3 < least_mean_wait_s(world, alone) < run(alone).waits_s()[0] < 1.1 * least_mean_wait_s(world, alone)
+    # Of a burst on few devices, most wait for those before them.
+    few = changed(SMALL, "devices=1")
+    crowd = [Arrival(0.0, 0, 50, 100) for _ in range(12)]
+    least_s = least_mean_wait_s(World(few, SYSTEMS["ours"]), crowd)
+    mean_s = sum(run(crowd, described=few).waits_s()) / len(crowd)
+    assert 3 * least_mean_wait_s(world, alone) < least_s < mean_s
+    assert least_mean_wait_s(world, []) == 0.0
+
+
+def test_the_least_sum_of_ends_is_that_of_the_shortest_rest_first() -> None:
+    # On one slot: the long one begins, lets the short one pass, and ends last. Two slots are one of twice the speed.
+    assert least_ends_s([(0.0, 5.0), (1.0, 1.0)], 1) == 2.0 + 6.0
+    assert least_ends_s([(0.0, 5.0), (1.0, 1.0)], 2) == 1.5 + 3.0
+    assert least_ends_s([(3.0, 1.0), (0.0, 1.0)], 1) == 1.0 + 4.0
+
+
+def test_a_container_is_started_before_each_model_of_kserve() -> None:
+    arrivals = [Arrival(0.0, 0, 50, 10)]
+    kserve, ray_serve = (run(arrivals, system).waits_s()[0] for system in ("kserve", "ray_serve"))
+    assert kserve == pytest.approx(ray_serve + CONTAINER_S, abs=0.1)
+
+
+def test_a_calibration_of_a_real_node_is_the_simulated_ones_disk(tmp_path: Path) -> None:
+    profile = DeviceProfile(
+        device=DeviceIdentity(filesystem_id=1, kind="ext4", source="/dev/nvme0n1", size_bytes=10**12), reader="pread",
+        direct=True, chunk_bytes=2**24, reads=(Alone(1, 1e9), Alone(4, 3e9)), writes=(Alone(1, 1e9),), together=(),
+        reading_threads=4, measured_at=datetime(2026, 1, 1, tzinfo=UTC), package_version="1",
+    )  # fmt: skip
+    path = tmp_path / "disk_profile.json"
+    path.write_bytes(msgspec.json.encode(profile))
+    described = calibrated(SMALL, path)
+    assert described.hardware.ssd_bytes_per_s == 3e9
+    first = run([Arrival(0.0, 0, 50, 10)], described=described).seen[0]
+    assert 4.4 < first.wait_s < 4.8
+    path.write_text("{}")
+    with pytest.raises(ConfigInvalid, match="damaged"):
+        calibrated(SMALL, path)
+    ran = cli("--calibration", tmp_path / "none.json")
+    assert ran.returncode == 1 and "none.json: No such file" in ran.stderr
+
+
+def test_many_models_are_registered_and_two_runs_of_many_nodes_are_the_same_to_the_byte() -> None:
+    many = Description(nodes=12, machine="h100", models=(Models(shape="opt-6.7b", count=120),), concurrency=4)
+    dice = random.Random(7)
+    arrivals = gamma_arrivals(dice, seconds=5, per_s=20, parts=zipf(120), lengths=LENGTHS["gsm8k"])
+    first, again = (msgspec.msgpack.encode(run(arrivals, described=many)) for _ in range(2))
+    assert first == again and len(arrivals) > 30
 
 
 def cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,9 @@ def simulate(
         list[str] | None, typer.Option("--what-if", metavar="NAME=VALUE,…", help="A variant beside it; repeatable.")
     ] = None,
     systems: Annotated[str, typer.Option(help="Who serves: our policies, and other systems, with commas.")] = "ours",
+    calibration: Annotated[
+        Path | None, typer.Option(help="The disk_profile.json of a real node, whose SSD each has: sllm-node calibrate.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Requests of a trace: Azure's .csv, Mooncake's .jsonl.")] = None,
     functions: Annotated[Path | None, typer.Option(help="Azure's functions trace: each model's popularity.")] = None,
     lengths: Annotated[str, typer.Option(help="gsm8k, sharegpt, or a trace whose lengths are drawn.")] = "gsm8k",
@@ -33,4 +36,4 @@ def simulate(
 
     workload = Workload(trace, functions, lengths, rate, seconds, seed)
     with refusals(as_json=as_json):
-        run(cluster, what_if or [], systems, workload, html, as_json=as_json)
+        run(cluster, calibration, what_if or [], systems, workload, html, as_json=as_json)

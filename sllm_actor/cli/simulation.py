@@ -14,7 +14,7 @@ from sllm_actor.testing import traces, workloads
 from sllm_actor.testing.evaluation import Run, evaluate
 from sllm_actor.testing.evaluation_report import COLUMNS, check_figures, page, rows
 from sllm_actor.testing.workloads import Arrival
-from sllm_actor.testing.world import SYSTEMS, Description, World, changed, read_description
+from sllm_actor.testing.world import SYSTEMS, Description, World, calibrated, changed, read_description
 
 # So much longer than it is needed is a workload drawn, and its beginning taken: few bursts make many requests or few.
 DRAWN = 4
@@ -58,14 +58,18 @@ class Workload(NamedTuple):
 
 
 def run(
-    cluster: Path | None, what_if: list[str], systems: str, workload: Workload, html: Path | None, *, as_json: bool
-) -> None:
+    cluster: Path | None, calibration: Path | None, what_if: list[str], systems: str, workload: Workload,
+    html: Path | None, *, as_json: bool,
+) -> None:  # fmt: skip
     """Run every system in the cluster, and in each of its variants, and print what they came to.
 
     Raises:
         InvalidInput: what is described can't be.
+        ConfigInvalid: the calibration can't be read.
     """
     described = read_description(cluster) if cluster else Description()
+    if calibration is not None:
+        described = calibrated(described, calibration)
     variants = {"": described} | {changes: changed(described, changes) for changes in what_if}
     names = [name.strip() for name in systems.split(",")]
     if unknown := [name for name in names if name not in SYSTEMS]:

@@ -113,7 +113,20 @@ def read_profile(folder: Path) -> DeviceProfile | None:
     Raises:
         ConfigInvalid: it can't be read, is damaged or of another version, or was measured on another device.
     """
-    path = folder / NAME
+    profile = profile_in(folder / NAME)
+    if profile is not None and profile.device != (device := device_of(folder)):
+        raise ConfigInvalid(
+            f"{folder / NAME} was measured on another device: {profile.device.source}, not {device.source}"
+        )
+    return profile
+
+
+def profile_in(path: Path) -> DeviceProfile | None:
+    """Read the profile in a file, of whichever device; None where there is no file. Blocks.
+
+    Raises:
+        ConfigInvalid: it can't be read, is damaged or of another version.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -128,10 +141,7 @@ def read_profile(folder: Path) -> DeviceProfile | None:
         os.close(fd)
     if len(raw) > MAX_FILE_BYTES:
         raise ConfigInvalid(f"{path} is longer than {MAX_FILE_BYTES} bytes")
-    profile = _decode(path, raw)
-    if profile.device != (device := device_of(folder)):
-        raise ConfigInvalid(f"{path} was measured on another device: {profile.device.source}, not {device.source}")
-    return profile
+    return _decode(path, raw)
 
 
 def _decode(path: Path, raw: bytes) -> DeviceProfile:

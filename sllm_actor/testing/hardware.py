@@ -16,6 +16,9 @@ DECODE_SHARE, PREFILL_SHARE = 0.6, 0.5
 # What the others leave of a disk's or a network's bandwidth. Safetensors reads 3.6 to 4.7 times slower than
 # ServerlessLLM's loader on one disk (OSDI '24), which uses all of it.
 SAFETENSORS_SHARE = 1 / 4
+# A pod until its server's libraries are imported. Assumed: a cold import of torch and transformers takes 8.6 s on the
+# machine where this was written, and a pod takes some seconds to be scheduled.
+CONTAINER_S = 12.0
 # An engine's other work at a start: its context is warm, its skeleton is there.
 ATTACH_S = 0.1
 

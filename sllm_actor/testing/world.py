@@ -2,7 +2,7 @@
 
 `ours` and the schedulers beside it are this program's own actors with their policies; Ray Serve is the same actors as
 the paper models it: whatever is free takes a model, which comes at the speed of a stock loader, each time from afar
-(but for one with a cache on its SSD), and is in no host memory behind it.
+(but for one with a cache on its SSD), and is in no host memory behind it. KServe starts a container beside that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ from msgspec import Meta
 from sllm_actor.config import Config
 from sllm_actor.domain import Model, Scaling
 from sllm_actor.errors import InvalidInput
+from sllm_actor.loader.device_profile import profile_in
 from sllm_actor.runtime import Limits
-from sllm_actor.testing.hardware import DEVICES, MACHINES, SAFETENSORS_SHARE, SHAPES, Machine, devices_for, speed_of
+from sllm_actor.testing.hardware import (
+    CONTAINER_S,
+    DEVICES,
+    MACHINES,
+    SAFETENSORS_SHARE,
+    SHAPES,
+    Machine,
+    devices_for,
+    speed_of,
+)
 from sllm_actor.testing.simulated_engine import Speed
 from sllm_actor.testing.simulated_node import PORT, Means, model_of
 from sllm_actor.testing.simulated_tiers import SimulatedCard, folder_of
@@ -78,12 +88,16 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class System(NamedTuple):
-    """Who serves: a placement policy, what share of a disk's bandwidth is used, and which tiers are kept."""
+    """Who serves: a placement policy, what share of a disk's bandwidth is used, and which tiers are kept.
+
+    Each start begins with a container where that takes time (`container_s`).
+    """
 
     policy: str
     share: float = 1.0
     host: bool = True
     ssd: bool = True
+    container_s: float = 0.0
 
 
 SYSTEMS = {
@@ -93,6 +107,7 @@ SYSTEMS = {
     "preempt": System("preempt"),
     "ray_serve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False),
     "ray_serve_cache": System("availability", SAFETENSORS_SHARE, host=False),
+    "kserve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False, container_s=CONTAINER_S),
 }
 
 
@@ -110,6 +125,7 @@ class World:
             raise InvalidInput(f"a model needs {self.devices_each} devices, and a node has {machine.devices}")
         self.models: list[Model] = []
         self._speeds: dict[str, Speed] = {"": Speed()}
+        self._bare_speeds: dict[str, Speed] = {}
         for models in description.models:
             shape = SHAPES[models.shape]
             if shape.size_bytes > machine.host_pool_bytes:
@@ -121,13 +137,27 @@ class World:
                 model = model_of(f"{models.shape}-{number:05}", shape.size_bytes, keep_alive_s)
                 scaling = Scaling(max_instances=description.nodes * self.instances)
                 self.models.append(msgspec.structs.replace(model, scaling=scaling))
-                self._speeds[str(folder_of(model.name))] = speed_of(shape, device, self.devices_each, TOKENS_A_TURN)
+                path, bare = str(folder_of(model.name)), speed_of(shape, device, self.devices_each, TOKENS_A_TURN)
+                attach_s = bare.attach_s + system.container_s
+                self._bare_speeds[path] = bare
+                self._speeds[path] = msgspec.structs.replace(bare, attach_s=attach_s)
         self.cards = [SimulatedCard(model.card, model.size_bytes) for model in self.models]
 
     @property
     def instances(self) -> int:
         """How many instances a node has devices for."""
         return self.machine.devices // self.devices_each
+
+    @property
+    def best_bytes_per_s(self) -> float:
+        """How fast a model that nobody has loaded yet can come at best: from an SSD where one has it."""
+        machine = self.machine
+        on_ssd = self.description.copies > 0
+        return max(machine.ssd_bytes_per_s if on_ssd else 0.0, machine.remote_bytes_per_s)
+
+    def speed(self, model: int) -> Speed:
+        """Tell how fast the how many-th model computes on a device of its own, started by this program."""
+        return self._bare_speeds[str(folder_of(self.models[model].name))]
 
     def stored(self, name: str) -> list[str]:
         """List what lies on a node's SSD in the beginning."""
@@ -187,6 +217,19 @@ def read_description(path: Path) -> Description:
         return msgspec.toml.decode(raw, type=Description)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path}: {error}") from None
+
+
+def calibrated(description: Description, path: Path) -> Description:
+    """Give what is described with the SSD that `sllm-node calibrate` has measured, whose profile is in a file.
+
+    Raises:
+        InvalidInput: there is no such file.
+        ConfigInvalid: it is no profile that this package reads.
+    """
+    profile = profile_in(path)
+    if profile is None:
+        raise InvalidInput(f"{path}: No such file or directory")
+    return msgspec.structs.replace(description, ssd_bytes_per_s=profile.read_bytes_per_s)
 
 
 def changed(description: Description, changes: str) -> Description:
