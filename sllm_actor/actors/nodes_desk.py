@@ -143,4 +143,7 @@ def _shown(node: NodeId, address: str, roles: Roles, leads: bool, report: NodeRe
         host_pool_bytes=report.host_pool_bytes,
         checkpoints=len({*report.host_fingerprints, *report.ssd_fingerprints}),
         roles=named,
+        host_fingerprints=report.host_fingerprints,
+        ssd_fingerprints=report.ssd_fingerprints,
+        starting=tuple(one.model for one in report.starting),
     )

@@ -230,12 +230,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 10.0
     send_buffer_bytes: Annotated[
         int,
-        Meta(
-            ge=4 * KIB,
-            le=GIB,
-            title="bytes",
-            description="what a client may leave unread, here and in the kernel",
-        ),
+        Meta(ge=4 * KIB, le=GIB, title="bytes", description="what a client may leave unread, here and in the kernel"),
     ] = 256 * KIB
     stream_open_after_s: Annotated[
         float,
@@ -283,12 +278,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Text, Meta(pattern=r"^(text|json)\Z", title="text|json", description="lines of the log, for people or programs")
     ] = "text"
     otlp_endpoint: Annotated[
-        Text,
-        Meta(
-            title="URL",
-            description="where OpenTelemetry spans go, by OTLP over HTTP; empty: nowhere",
-        ),
+        Text, Meta(title="URL", description="where OpenTelemetry spans go, by OTLP over HTTP; empty: nowhere")
     ] = ""
+
+    max_watchers: Annotated[
+        int, Meta(ge=1, le=1000, title="pages", description="pages that may watch this node at once")
+    ] = 32
+    watch_interval_s: Annotated[
+        float, Meta(ge=0.05, le=60, title="s", description="how often those who watch are told of changes")
+    ] = 0.5
 
     # Other nodes.
     peer_reads: Annotated[

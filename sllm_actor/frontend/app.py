@@ -11,7 +11,8 @@ from aiohttp import web
 
 from sllm_actor.domain.roles import Role
 from sllm_actor.errors import InvalidRequest, SllmError
-from sllm_actor.frontend import access_log, admin_api, http_errors, openai_api
+from sllm_actor.frontend import access_log, admin_api, events_api, http_errors, openai_api, page
+from sllm_actor.frontend.board import Board
 from sllm_actor.frontend.connections import Connection
 from sllm_actor.frontend.gateway import GATEWAY, REQUEST_ID, Gateway, json_response, request_id_of, trace_of
 from sllm_actor.frontend.turns import REQUEST_UNITS
@@ -97,7 +98,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     if not gateway.access.needs_key and not _is_own_name(request.host):
         # A page elsewhere whose name was pointed at loopback must not reach a node without a key.
         raise InvalidRequest(f"the Host header {request.host!r} is not a name of this node")
-    if request.path in OPEN_PATHS:
+    if request.path in OPEN_PATHS or page.is_open(request.path):
         return await handler(request)
     visit = VISIT.get()
     key = visit.key = gateway.access.admit(request.headers.get("Authorization", ""), request.path)
@@ -125,8 +126,9 @@ def build_app(gateway: Gateway, log: logging.Logger) -> web.Application:
     middlewares = [attend, answer_errors, guard]
     app = web.Application(middlewares=middlewares, client_max_size=gateway.limits.max_body_bytes, logger=log)
     app[GATEWAY] = gateway
-    app.add_routes(openai_api.routes)
-    app.add_routes(admin_api.routes)
+    app[events_api.BOARD] = Board(gateway)
+    for routes in (openai_api.routes, admin_api.routes, events_api.routes, page.routes):
+        app.add_routes(routes)
     return app
 
 

@@ -57,6 +57,8 @@ class Limits(NamedTuple):
     stream_open_after_s: float
     heartbeat_interval_s: float
     request_timeout_s: float
+    max_watchers: int
+    watch_interval_s: float
 
     @property
     def deploy_timeout_s(self) -> float:

@@ -171,6 +171,7 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
     ),
     ("get", "/admin/tiers"): ("Show what each tier holds.", None, 200, OBJECT, _ADMIN),
     ("get", "/admin/runtime"): ("Show actors, links and the loop.", None, 200, OBJECT, _ADMIN),
+    ("get", "/admin/events"): ("Watch: a snapshot, then what changes, as events.", None, 200, None, _ADMIN),
     ("get", "/admin/instances"): ("List instances.", None, 200, _object(instances=_list(OBJECT)), _ADMIN),
     ("get", "/admin/nodes"): ("List the nodes of the cluster.", None, 200, _object(nodes=_list(OBJECT)), _ADMIN),
     ("post", "/admin/nodes/{node}/cordon"): (
@@ -203,6 +204,7 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
 TEXTS = {
     "/metrics": "text/plain",
     "/openapi.yaml": "application/yaml",
+    "/admin/events": "text/event-stream",
     "/admin/pull": "application/x-ndjson",
     "/v1/streams/{stream_id}": "text/event-stream",
 }

@@ -13,7 +13,10 @@ class ShowNodes:
 
 @message("operations.shown")
 class NodeShown:
-    """A member of the cluster; of one that is not `reported`, no more is known than that."""
+    """A member of the cluster; of one that is not `reported`, no more is known than that.
+
+    `host_fingerprints` and `ssd_fingerprints` are the checkpoints that it has, `starting` the models that it starts.
+    """
 
     node: NodeId
     address: str
@@ -27,6 +30,9 @@ class NodeShown:
     host_pool_bytes: int
     checkpoints: int
     roles: tuple[str, ...]
+    host_fingerprints: tuple[str, ...] = ()
+    ssd_fingerprints: tuple[str, ...] = ()
+    starting: tuple[str, ...] = ()
 
 
 @message("operations.cordon")
