@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from sllm_actor.checkpoint.digests import digest
-from sllm_actor.checkpoint.folder import Checkpoint, read_config, read_folder
+from sllm_actor.checkpoint.folder import STORE_INDEX_NAME, Checkpoint, read_config, read_folder
 from sllm_actor.checkpoint.layout import FileLayout, is_pad, lay_out, pad_count
 from sllm_actor.checkpoint.manifest import (
     DEFAULT_CHUNK_BYTES,
@@ -27,6 +27,7 @@ from sllm_actor.checkpoint.manifest import (
     MIN_CHUNK_BYTES,
     Manifest,
     Origin,
+    OriginFormat,
     OtherRecord,
     PartitionKind,
     belongs,
@@ -39,12 +40,14 @@ from sllm_actor.checkpoint.partitions import Piece, Plan, by_layers, check_count
 from sllm_actor.checkpoint.pickles import PickledFiles
 from sllm_actor.checkpoint.sentence_layout import find_pooling
 from sllm_actor.checkpoint.staging import staged
+from sllm_actor.checkpoint.store_files import TOKENIZER_FOLDER, StoreFiles
 from sllm_actor.checkpoint.tensor_parallel import for_tensor_parallel
 from sllm_actor.checkpoint.verify import verify_files
 from sllm_actor.checkpoint.writer import check_free, write_bytes, write_in_new_folder, write_weights
 from sllm_actor.domain.sentence_modules import MAX_MODULES_BYTES
 from sllm_actor.errors import (
     AdapterInvalid,
+    CheckpointEmpty,
     CheckpointInvalid,
     CheckpointUnsplittable,
     InvalidInput,
@@ -134,7 +137,7 @@ def convert(
         else:
             plan = by_layers(original.tensors, partitions)
         layouts = _layouts(plan, original)
-        work = _Work(original, checkpoint, plan, layouts, _others(folder), chunk_bytes)
+        work = _Work(original, checkpoint, plan, layouts, _others(folder, original.format), chunk_bytes)
         with staged(place, replace=replace, check_old=_check_replaceable) as stage:
             manifest = _write(stage, work, on_progress)
     return Conversion(
@@ -197,9 +200,14 @@ def _opened(folder: Path) -> Iterator[tuple[Original, Checkpoint | None, Mapping
         checkpoint: Checkpoint | None = read_folder(folder)
     except PickleCheckpoint:
         checkpoint = None
+    except CheckpointEmpty:
+        if not (folder / STORE_INDEX_NAME).is_file():
+            raise
+        checkpoint = None
+    config: Mapping[str, object]
     if checkpoint is None:
-        config: Mapping[str, object] = read_config(folder)[0]
-        original = PickledFiles(folder)
+        original = _to_convert(folder)
+        config = _config_of(folder, original)
     else:
         if checkpoint.adapter is not None:
             raise AdapterInvalid(
@@ -210,6 +218,18 @@ def _opened(folder: Path) -> Iterator[tuple[Original, Checkpoint | None, Mapping
         config, original = checkpoint.config, SafetensorsFolder(checkpoint)
     with contextlib.closing(original):
         yield original, checkpoint, config
+
+
+def _to_convert(folder: Path) -> Original:
+    return StoreFiles(folder) if (folder / STORE_INDEX_NAME).is_file() else PickledFiles(folder)
+
+
+def _config_of(folder: Path, original: Original) -> Mapping[str, object]:
+    try:
+        return read_config(folder)[0]
+    except BaseException:
+        original.close()
+        raise
 
 
 def _layouts(plan: Plan, original: Original) -> tuple[FileLayout, ...]:
@@ -276,12 +296,17 @@ def _index(layouts: Sequence[FileLayout], plan: Plan) -> bytes:
     return json.dumps(index, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def _others(folder: Path) -> list[_Beside]:
+def _others(folder: Path, format: OriginFormat) -> list[_Beside]:
     """List what is copied beside the weights; the index is written anew."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if belongs(path.name) and path.name != INDEX_NAME)
+        beside = [path for path in folder.iterdir() if belongs(path.name) and path.name != INDEX_NAME]
+        tokenizer = folder / TOKENIZER_FOLDER
+        if format is OriginFormat.SLLM_STORE and tokenizer.is_dir():
+            taken = {path.name for path in beside}
+            beside += [path for path in tokenizer.iterdir() if belongs(path.name) and path.name not in taken]
         pooling = find_pooling(folder)
-        found = [(name, folder / name) for name in (*names, *([pooling] if pooling is not None else []))]
+        found = [(path.name, path) for path in sorted(beside, key=lambda path: path.name)]
+        found += [(pooling, folder / pooling)] if pooling is not None else []
         files = [_Beside(name, path, path.stat().st_size) for name, path in found if path.is_file()]
     except OSError as wrong:
         raise ReadFailed(f"{folder} can't be read: {wrong.strerror}") from wrong

@@ -40,6 +40,8 @@ MAX_SHARDS = 10_000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}\.safetensors")
 _SHARD_OF_SET = re.compile(r"model-[0-9]{5}-of-([0-9]{5})\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
+# What ServerlessLLM's sllm-store calls the index of the tensors that it has saved.
+STORE_INDEX_NAME = "tensor_index.json"
 
 
 class WeightFile(msgspec.Struct, frozen=True):
@@ -116,7 +118,7 @@ def read_folder(path: Path) -> Checkpoint:
     Raises:
         AdapterInvalid: it is a LoRA adapter, of a kind that is not served.
         CheckpointMissing: no such folder.
-        CheckpointEmpty: no weights in it.
+        CheckpointEmpty: no weights in it, or in a layout that is converted only; the message says how.
         PickleCheckpoint: its weights are pickled; the message says how to convert them.
         CheckpointTruncated, CheckpointHeaderInvalid: a weight file is damaged.
         CheckpointConfigInvalid: config.json or the index can't be used.
@@ -202,6 +204,7 @@ def _weight_names(folder: Path, manifest: Manifest | None) -> tuple[list[str], d
     shards = [match for match in map(_SHARD_OF_SET.fullmatch, present) if match]
     if shards:
         return _whole_set(folder, [match.group() for match in shards], int(shards[0].group(1))), {}
+    _refuse_store(folder, present)
     pickles = [found.name for pattern in _PICKLES for found in sorted(folder.glob(pattern))]
     if pickles:
         raise PickleCheckpoint(_how_to_convert(folder, pickles[0]))
@@ -234,13 +237,29 @@ def _whole_set(folder: Path, shards: list[str], count: int) -> list[str]:
     return shards
 
 
+def _refuse_store(folder: Path, present: list[str]) -> None:
+    if STORE_INDEX_NAME in present:
+        raise CheckpointEmpty(
+            f"{folder} has its weights as ServerlessLLM's sllm-store saves them ({STORE_INDEX_NAME}). "
+            + _conversion_of(folder)
+        )
+    if (folder / "rank_0" / STORE_INDEX_NAME).exists():
+        raise CheckpointEmpty(
+            f"{folder} has tensors that vLLM has fused and ServerlessLLM's sllm-store has saved (rank_0), which can't "
+            "be converted; take the checkpoint that it was made from"
+        )
+
+
 def _how_to_convert(folder: Path, pickle: str) -> str:
+    return f"{folder} has its weights as pickle ({pickle}), which can run code and is never loaded. " + _conversion_of(
+        folder
+    )
+
+
+def _conversion_of(folder: Path) -> str:
     target = folder.with_name(f"{folder.name}-safetensors")
     command = shlex.join(["sllm-node", "convert", str(folder), str(target)])
-    return (
-        f"{folder} has its weights as pickle ({pickle}), which can run code and is never loaded. "
-        f"Convert it, then register {target}:\n{command}"
-    )
+    return f"Convert it, then register {target}:\n{command}"
 
 
 def _read_index(index: Path) -> tuple[list[str], dict[str, str]]:

@@ -65,6 +65,7 @@ class PartitionKind(StrEnum):
 class OriginFormat(StrEnum):
     SAFETENSORS = "safetensors"
     PICKLE = "pickle"
+    SLLM_STORE = "sllm_store"
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

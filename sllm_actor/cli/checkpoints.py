@@ -118,7 +118,7 @@ def _verification(found: Verification) -> dict[str, Any]:
 
 
 DEFAULT_CHUNK = "4MiB"
-Source = Annotated[Path, typer.Argument(help="A folder with safetensors, or with .bin or .pt files.")]
+Source = Annotated[Path, typer.Argument(help="A folder with safetensors, .bin or .pt files, or sllm-store's.")]
 Target = Annotated[Path, typer.Argument(help="The folder to make.")]
 Partitions = Annotated[int, typer.Option("--partitions", min=1, help="Files to spread the layers over.")]
 TensorParallel = Annotated[int, typer.Option("--tensor-parallel", min=1, help="Ranks to slice tensors for.")]
