@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 the node, or what was asked of it, refused; 2 wrong usage;
 from __future__ import annotations
 
 import os
-import re
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -17,15 +16,16 @@ import typer
 from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes, simulate
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
-from sllm_actor.cli.pull import default_name, pull_model
+from sllm_actor.cli.deploying import deploy_all, print_deployed, registration
+from sllm_actor.cli.pull import pull_model
 from sllm_actor.cli.run import run_model
-from sllm_actor.cli.show import duration, out, print_json, print_tiers, purpose_of, state, table
+from sllm_actor.cli.show import duration, out, print_json, print_tiers, state, table
+from sllm_actor.cli.sllm_config import read_deployment
 from sllm_actor.config import Resolved, resolve
 from sllm_actor.errors import SllmError
 from sllm_actor.units import format_bytes, parse_bytes
 
 T = TypeVar("T")
-OWNER_AND_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 app = typer.Typer(
     name="sllm-node", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,6 +54,13 @@ Roles = Annotated[
 ]
 Source = Annotated[
     str, typer.Argument(help="A checkpoint folder, builtin:demo, or hf://, https://, s3:// or sllm:// and where it is.")
+]
+Deployed = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="As of 'pull'; with --config: instead of the file's own.")
+]
+TheirConfig = Annotated[
+    Path | None,
+    typer.Option("--config", help="What 'sllm deploy --config' of ServerlessLLM takes; flags are above it."),
 ]
 Name = Annotated[str, typer.Option("--name", help="Its name; the last part of the source by default.")]
 KeepAlive = Annotated[str, typer.Option(help="Idle time before it is unloaded: 5m, 1h, forever.")]
@@ -177,9 +184,10 @@ def calibrate(
 
 @app.command()
 def deploy(
-    source: Source, name: Name = "", base: Base = "", keep_alive: KeepAlive = "", replace: Replace = False,
-    replicas: Replicas = None, min_instances: MinInstances = None, max_instances: MaxInstances = None,
-    target_concurrency: Target = None, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
+    source: Deployed = "", config: TheirConfig = None, name: Name = "", base: Base = "", keep_alive: KeepAlive = "",
+    replace: Replace = False, replicas: Replicas = None, min_instances: MinInstances = None,
+    max_instances: MaxInstances = None, target_concurrency: Target = None, url: Url = DEFAULT_URL, api_key: Key = "",
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check a checkpoint or a LoRA adapter and register it; it is loaded when the first request for it comes.
 
@@ -190,36 +198,32 @@ def deploy(
     Example: sllm-node deploy ./my-adapter --name sql --base opt
 
     Example: sllm-node deploy ./opt-125m --name opt --min-instances 1 --max-instances 4
+
+    Example: sllm-node deploy --config serverlessllm.json
     """
     if replicas is not None and (min_instances is not None or max_instances is not None):
         raise typer.BadParameter("--replicas N stands for --min-instances N --max-instances N", param_hint="--replicas")
+    if not source and config is None:
+        raise typer.BadParameter("a checkpoint, or --config with a file of ServerlessLLM's", param_hint="SOURCE")
     scaling = {
         "min_instances": min_instances if replicas is None else replicas,
         "max_instances": max_instances if replicas is None else replicas,
         "target_concurrency": target_concurrency,
     }
-    body = registration(source, name, keep_alive, base=base, replace=replace)
-    body |= {knob: value for knob, value in scaling.items() if value is not None}
-    answer = ask(url, api_key, lambda client: client.call("POST", "/admin/models", body), as_json=as_json)
-    if as_json:
-        print_json(answer)
+    said = {knob: value for knob, value in scaling.items() if value is not None}
+    if config is None:
+        body = registration(source, name, keep_alive, base=base, replace=replace) | said
+        answer = ask(url, api_key, lambda client: client.call("POST", "/admin/models", body), as_json=as_json)
+        print_json(answer) if as_json else print_deployed(answer["model"])
         return
-    model = answer["model"]
-    kind = f"adapter of {model['base']}" if model["base"] else model["architecture"]
-    facts = f"{kind}, {model['dtype']}, {format_bytes(model['size_bytes'])}"
-    out.print(f"deployed [bold]{model['name']}[/bold]: {facts}{purpose_of(model)}")
-
-
-def registration(source: str, name: str, keep_alive: str, *, base: str, replace: bool) -> dict[str, Any]:
-    """Give the body of a registration; a folder's name is made absolute here, as the node runs elsewhere."""
-    if ":" not in source or source.startswith((".", "/", "~")):
-        folder = Path(source).expanduser()
-        if OWNER_AND_NAME.fullmatch(source) and not folder.exists():
-            raise typer.BadParameter(f"there is no folder {source}; did you mean hf://{source}?", param_hint="SOURCE")
-        source = str(folder.absolute())
-    chosen = name or (default_name(source) if ":" in source else Path(source).name)
-    body: dict[str, Any] = {"name": chosen, "source": source, "replace": replace} | ({"base": base} if base else {})
-    return body | {"keep_alive": keep_alive} if keep_alive else body
+    if base:
+        raise typer.BadParameter("adapters are in the file, or are deployed by themselves", param_hint="--base")
+    over = registration(source, name, keep_alive, base="", replace=replace) if source else {}
+    over |= {"name": name} if name else {}
+    over |= {"keep_alive": keep_alive} if keep_alive else {}
+    with refusals(as_json=as_json):
+        plan = read_deployment(config, over | said, named=bool(name))
+    ask(url, api_key, lambda client: deploy_all(client, plan, replace=replace, as_json=as_json), as_json=as_json)
 
 
 @app.command()
