@@ -34,6 +34,8 @@ ROOT = DOCS.parent
 PAGES_OF_ROOT = {"README.md": "readme.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Languages of code blocks that nobody need colour.
 PLAIN = ("mermaid", "header", "hex")
+
+
 class Nothing(dict[str, Any]):
     """What a node has seen that has seen nothing: whatever is asked for is there, and empty."""
 
