@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,3 +124,20 @@ def test_the_commands_in_it_name_stages_that_it_has_and_images_that_the_manifest
     ]
     renamed = {f"{entry['newName']}:{entry['newTag']}" for one in overlays for entry in one.get("images", ())}
     assert {image for _, image in built} == renamed | (run - {"sllm-node:0.1.0"})
+
+
+def lint(path: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("hadolint")
+    return subprocess.run([program, "--no-color", path], capture_output=True, text=True, timeout=60)
+
+
+def test_hadolint_finds_nothing_to_say() -> None:
+    linted = lint(DOCKERFILE)
+    assert (linted.returncode, linted.stdout) == (0, "")
+
+
+def test_hadolint_would_find_a_step_that_leaves_lists_behind(tmp_path: Path) -> None:
+    worse = tmp_path / "Dockerfile"
+    worse.write_text(DOCKERFILE.read_text().replace(" && rm -rf /var/lib/apt/lists/*", ""))
+    linted = lint(worse)
+    assert linted.returncode == 1 and "DL3009" in linted.stdout

@@ -148,3 +148,12 @@ def test_a_tree_without_a_library_is_no_pure_wheel(pure_wheel: Path, tmp_path: P
         shutil.rmtree(record)
     said = ask(tmp_path)
     assert said.returncode == 1 and "is not built" in said.stderr
+
+
+def test_cibuildwheel_builds_one_wheel_for_each_kind_of_machine() -> None:
+    program = Path(sys.executable).with_name("cibuildwheel")
+    said = subprocess.run(
+        [program, "--platform", "linux", "--print-build-identifiers", ROOT],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert said.stdout.split() == ["cp311-manylinux_x86_64", "cp311-manylinux_aarch64"]
