@@ -34,6 +34,7 @@ SLOW_FILES = (
     "test_cluster_streams", "test_kill_storm", "test_engine", "test_moves_at_every_token", "test_keeping",
     "test_native_wheel", "test_cluster", "test_simulated_rooms", "test_evaluation", "test_remote_kinds",
     "test_http_source", "test_hub_source", "test_streams", "test_roles", "test_loader", "test_parked", "test_device",
+    "test_page",
 )  # fmt: skip
 StartNode = Callable[..., AbstractContextManager[NodeProcess]]
 

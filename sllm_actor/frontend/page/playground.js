@@ -43,9 +43,12 @@ export function makePlayground() {
     } catch (error) {
       // What has no answer is not part of the conversation.
       turns.pop();
-      line.classList.add("failed");
-      if (error.name !== "AbortError") line.append(error.message);
-      else status.textContent = "Stopped.";
+      if (error.name === "AbortError") {
+        status.textContent = "Stopped.";
+      } else {
+        line.classList.add("failed");
+        line.append(error.message);
+      }
       if (!line.textContent) line.remove();
     } finally {
       running = null;
