@@ -30,9 +30,11 @@ def take(cluster: NodeCluster, page: Page, folder: Path) -> None:
     expect(page.locator("[data-model]")).to_have_count(2)
     page.screenshot(path=folder / "page-idle.png")
     page.locator("#play-form select").select_option("opt-125m")
-    page.get_by_label("Message").fill("Once upon a time")
+    page.get_by_label("Message").fill("Once upon a time " * 120)
     page.get_by_role("button", name="Send").click()
-    expect(page.locator("[data-start] .fall .load").first).to_be_attached(timeout=60_000)
+    # So long a prompt is computed for seconds.
+    expect(page.locator("[data-start] .fall .attach").first).to_be_attached(timeout=60_000)
+    assert page.locator("[data-start] .busy").count() == 1
     page.screenshot(path=folder / "page-start.png", full_page=True)
     page.get_by_role("button", name="Stop").click()
     page.locator("#play-form select").select_option("demo")
@@ -43,8 +45,8 @@ def take(cluster: NodeCluster, page: Page, folder: Path) -> None:
     expect(page.locator("#move-list .row")).to_have_count(1)
     page.screenshot(path=folder / "page-migration.png", full_page=True)
     for path in folder.glob("page-*.png"):
-        # As few colours as there are, nearly: a third of the bytes.
-        Image.open(path).quantize(64).save(path, optimize=True)
+        # There are few colours: half of the bytes are enough.
+        Image.open(path).quantize(256).save(path, optimize=True)
 
 
 def main(folder: Path) -> None:
