@@ -21,6 +21,28 @@ from sllm_actor.checkpoint.safetensors_header import Tensor
 from sllm_actor.errors import CheckpointChanged, CheckpointHeaderInvalid, ReadFailed
 
 BLOCK_BYTES = 4 * 2**20
+
+
+def read_blocks(fd: int, path: Path, begin: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Give bytes of an open file as they fill the buffer, which the next block overwrites.
+
+    Raises:
+        ReadFailed: they can't be read.
+        CheckpointChanged: the file ends before them.
+    """
+    end = begin + length
+    while begin < end:
+        block = buffer[: end - begin]
+        try:
+            got = os.preadv(fd, [block], begin)
+        except OSError as wrong:
+            raise ReadFailed(f"{path} can't be read: {wrong.strerror}") from wrong
+        if got == 0:
+            raise CheckpointChanged(f"{path} has become shorter while it was read")
+        yield block[:got]
+        begin += got
+
+
 MAX_PAD_BYTES = 64
 
 
@@ -112,20 +134,7 @@ class SafetensorsFolder:
         assert runs.begin + runs.stride * max(0, runs.count - 1) + runs.length <= tensor.end - tensor.begin
         fd, path = self._fds[file.name], self._checkpoint.file_path(file)
         for begin, length in runs.ranges():
-            yield from self._read_range(fd, path, tensor.begin + begin, length)
-
-    def _read_range(self, fd: int, path: Path, begin: int, length: int) -> Iterator[memoryview]:
-        end = begin + length
-        while begin < end:
-            block = self._buffer[: min(BLOCK_BYTES, end - begin)]
-            try:
-                got = os.preadv(fd, [block], begin)
-            except OSError as wrong:
-                raise ReadFailed(f"{path} can't be read: {wrong.strerror}") from wrong
-            if got == 0:
-                raise CheckpointChanged(f"{path} has become shorter while it was read")
-            yield block[:got]
-            begin += got
+            yield from read_blocks(fd, path, tensor.begin + begin, length, self._buffer)
 
     def _check_unchanged(self, file: WeightFile) -> None:
         found = os.fstat(self._fds[file.name])

@@ -21,7 +21,7 @@ from sllm_actor.checkpoint.digests import digest
 from sllm_actor.checkpoint.folder import MAX_INDEX_BYTES, MAX_SHARDS, STORE_INDEX_NAME
 from sllm_actor.checkpoint.layout import Described
 from sllm_actor.checkpoint.manifest import OriginFormat
-from sllm_actor.checkpoint.originals import BLOCK_BYTES
+from sllm_actor.checkpoint.originals import BLOCK_BYTES, read_blocks
 from sllm_actor.checkpoint.partitions import Runs
 from sllm_actor.checkpoint.store_index import StoredTensor, parse_index
 from sllm_actor.errors import (
@@ -114,16 +114,8 @@ class StoreFiles:
         """Give bytes of all files as if they were one."""
         for fd, path, first, after in zip(self._fds, self._paths, self._begins, self._begins[1:], strict=False):
             at, end = max(begin, first), min(begin + length, after)
-            while at < end:
-                block = self._buffer[: min(BLOCK_BYTES, end - at)]
-                try:
-                    got = os.preadv(fd, [block], at - first)
-                except OSError as wrong:
-                    raise ReadFailed(f"{path} can't be read: {wrong.strerror}") from wrong
-                if got == 0:
-                    raise CheckpointChanged(f"{path} has become shorter while it was read")
-                yield block[:got]
-                at += got
+            if at < end:
+                yield from read_blocks(fd, path, at - first, end - at, self._buffer)
 
     def finish(self) -> None:
         """Check that no file has changed."""

@@ -89,7 +89,7 @@ class Many:
         self._leadership: Leadership | None = None
         self._leader: Leader | None = None
         # The epochs of members whose processes are gone: nobody listens at their endpoints any more.
-        self._silent: dict[NodeId, int] = {}
+        self._silent: set[int] = set()
         self._roles = roles_of(config.roles)
         works = Role.WORKER in self._roles
         member = Member(
@@ -198,12 +198,10 @@ class Many:
 
     def _gone(self) -> tuple[NodeId, ...]:
         """List the members whose processes have ended: their machines say that nobody listens there."""
-        members = self.membership.members.items()
-        return tuple(node for node, joined in members if self._silent.get(node) == joined.epoch)
+        return tuple(node for node, epoch in self._epochs().items() if epoch in self._silent)
 
     def _tell_members(self) -> None:
-        members = self.membership.members
-        self._silent = {node: epoch for node, epoch in self._silent.items() if node in members}
+        self._silent.intersection_update(self._epochs().values())
         self._look_for_controllers()
         if self._seat is not None and _scheduler_name(self._seat.epoch) in self._system.cells:
             self._system.ref(_scheduler_name(self._seat.epoch)).tell(
@@ -234,8 +232,8 @@ class Many:
         """See to it that another one leads where the leader's process has ended: its lease may last for long yet."""
         leader = self._leader
         joined = self.membership.members.get(NodeId(node))
-        if joined is not None and joined.member.endpoint == endpoint and self._silent.get(NodeId(node)) != joined.epoch:
-            self._silent[NodeId(node)] = joined.epoch
+        if joined is not None and joined.member.endpoint == endpoint and joined.epoch not in self._silent:
+            self._silent.add(joined.epoch)
             self._tell_members()
         if (
             leader is not None
