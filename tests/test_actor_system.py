@@ -448,15 +448,36 @@ async def test_an_actor_can_stop_itself() -> None:
     await system.close()
 
 
+class SlowToStop(Recorder):
+    async def stopped(self) -> None:
+        await self.gate.wait()
+        self.ends += 1
+
+
+@on_both_loops
+async def test_who_asks_an_actor_that_is_stopping_hears_at_once_that_it_has() -> None:
+    system = ActorSystem()
+    actor = SlowToStop()
+    ref = await system.spawn(actor, "slow")
+    assert await ref.ask(Note("before"), timeout_s=FOR_EVER_S) == "before"
+    stop = TaskScope("test").spawn(system.stop("slow"), "stop")
+    while not system.cells["slow"].closed:
+        await asyncio.sleep(0)
+    for asker in (ref, system.ref("slow")):
+        for _ in range(2):
+            with pytest.raises(ActorDied, match="slow has stopped"):
+                await asker.ask(Note("after"), timeout_s=5)
+            await turn()
+    actor.gate.set()
+    await stop
+    assert actor.seen == ["begin before", "end before"]
+    await system.close()
+
+
 @on_both_loops
 async def test_a_stop_whose_caller_is_cancelled_goes_on_to_its_end() -> None:
-    class Slow(Recorder):
-        async def stopped(self) -> None:
-            await self.gate.wait()
-            self.ends += 1
-
     system = ActorSystem()
-    actor = Slow()
+    actor = SlowToStop()
     await system.spawn(actor, "slow")
     impatient = TaskScope("test").spawn(system.stop("slow"), "impatient")
     await turn()

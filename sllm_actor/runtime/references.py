@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sllm_actor.errors import ConfigInvalid, SllmError
+from sllm_actor.errors import ActorDied, ConfigInvalid, SllmError
 from sllm_actor.runtime.actor import PLAIN
 from sllm_actor.runtime.calls import CURRENT, Backlog, LocalStream, current_trace, too_late
 from sllm_actor.runtime.handshake import MAX_NAME_LENGTH
@@ -101,6 +101,8 @@ class ActorRef:
         cell = self._cell
         if cell is None or cell.closed:
             cell = self._cell = self._system.cell(self.name)
+            if cell.closed:
+                raise ActorDied(f"{self.name} has stopped")
         return cell
 
     async def ask(self, message: object, *, timeout_s: float) -> Any:
