@@ -90,6 +90,8 @@ class Many:
         self._leader: Leader | None = None
         # The epochs of members whose processes are gone: nobody listens at their endpoints any more.
         self._silent: set[int] = set()
+        # The epochs of those who lost their seat for that: one that has another since lives, whatever its machine says.
+        self._unseated: set[int] = set()
         self._roles = roles_of(config.roles)
         works = Role.WORKER in self._roles
         member = Member(
@@ -201,7 +203,8 @@ class Many:
         return tuple(node for node, epoch in self._epochs().items() if epoch in self._silent)
 
     def _tell_members(self) -> None:
-        self._silent.intersection_update(self._epochs().values())
+        for known in (self._silent, self._unseated):
+            known.intersection_update(self._epochs().values())
         self._look_for_controllers()
         if self._seat is not None and _scheduler_name(self._seat.epoch) in self._system.cells:
             self._system.ref(_scheduler_name(self._seat.epoch)).tell(
@@ -232,20 +235,24 @@ class Many:
         """See to it that another one leads where the leader's process has ended: its lease may last for long yet."""
         leader = self._leader
         joined = self.membership.members.get(NodeId(node))
-        if joined is not None and joined.member.endpoint == endpoint and joined.epoch not in self._silent:
+        if joined is None or joined.member.endpoint != endpoint:
+            return
+        if joined.epoch not in self._silent:
             self._silent.add(joined.epoch)
             self._tell_members()
         if (
             leader is not None
             and leader.value == f"{node}@{endpoint}".encode()
+            and joined.epoch not in self._unseated
             and self._leadership is not None
             and self.membership.standing is not None
         ):
-            self._scope.spawn(self._unseat(leader, node, endpoint), "unseat")
+            self._scope.spawn(self._unseat(leader, node, endpoint, joined.epoch), "unseat")
 
-    async def _unseat(self, leader: Leader, node: str, endpoint: str) -> None:
+    async def _unseat(self, leader: Leader, node: str, endpoint: str, epoch: int) -> None:
         try:
             if await unseat(self.store, leader):
+                self._unseated.add(epoch)
                 log.warning("%s, who led, listens at %s no more: another one may lead", node, endpoint)
         except MetadataFailed as failed:
             log.warning("%s listens no more, and can't be kept from leading: %s", node, failed.message)
