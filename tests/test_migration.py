@@ -54,6 +54,12 @@ def wanted(cluster: NodeCluster) -> str:
     return str(text)
 
 
+def moves(cluster: NodeCluster, asked: str) -> list[dict[str, Any]]:
+    """List the moves under way between any nodes, as one of them knows it."""
+    found: list[dict[str, Any]] = cluster.nodes[asked].call("GET", "/admin/migrations")["migrations"]
+    return found
+
+
 def test_an_answer_moves_where_it_is_told_to_and_its_client_sees_one_stream(
     cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
 ) -> None:
@@ -180,9 +186,13 @@ def test_where_the_destination_hangs_the_answer_goes_on_at_the_source(
     stream, request_id = begun(cluster, pool, "n1", "a")
     cluster.hold_up("n3")
     move = pool.submit(cluster.nodes["n1"].request, "POST", f"/admin/requests/{request_id}/migrate", {"to": "n3"})
+    eventually(lambda: len(moves(cluster, "n2")) == 1)
+    (shown,) = moves(cluster, "n2")
+    assert (shown["request_id"], shown["source"], shown["coordinator"]) == (request_id, "n2", "n1")
     assert stream.result() == (wanted, None)
     cluster.go_on("n3")
     assert move.result().status >= 400
+    eventually(lambda: moves(cluster, "n2") == [])
 
 
 @pytest.mark.parametrize("killed", ["source", "destination"])

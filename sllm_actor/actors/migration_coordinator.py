@@ -12,10 +12,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+import msgspec
+
+from sllm_actor.actors.migration_book import MigrationBook
 from sllm_actor.actors.migration_counts import MigrationCounts
 from sllm_actor.actors.nodes_desk import MANAGER
 from sllm_actor.actors.starting import Starting
 from sllm_actor.domain import ModelName, NodeId, RequestId
+from sllm_actor.domain.migration import MigrationRecord
 from sllm_actor.errors import (
     AlreadyThere,
     Conflict,
@@ -61,6 +65,7 @@ class MigrationCoordinator(Actor):
         members: Callable[[], Mapping[NodeId, str]],
         starting: Starting,
         counts: MigrationCounts,
+        book: MigrationBook,
         *,
         ask_timeout_s: float,
         migration_timeout_s: float,
@@ -71,6 +76,7 @@ class MigrationCoordinator(Actor):
         self._members = members
         self._starting = starting
         self._counts = counts
+        self._book = book
         self._ask_timeout_s = ask_timeout_s
         self._migration_timeout_s = migration_timeout_s
         self._stop_timeout_s = stop_timeout_s
@@ -161,19 +167,25 @@ class MigrationCoordinator(Actor):
         return live
 
     async def _locate(self, request_id: RequestId) -> RequestLocation:
-        """Ask every node's Router, since any may have taken the request."""
-        nodes = sorted({self._own, *self._members()})
+        """Ask every node's Router, since any may have taken the request; who has it need not wait for the others."""
         question = LocateRequest(request_id=request_id)
-        answers = await asyncio.gather(
-            *(self._at(node, ROUTER).ask(question, timeout_s=self._ask_timeout_s) for node in nodes),
-            return_exceptions=True,
-        )
-        for answer in answers:
-            if isinstance(answer, RequestLocation):
-                return answer
-            if not isinstance(answer, RequestNotFound | DeliveryFailed) and isinstance(answer, BaseException):
-                raise answer
+        asked = [
+            self.context.tasks.spawn(self._ask_router(node, question), "locate", lambda _: None)
+            for node in sorted({self._own, *self._members()})
+        ]
+        try:
+            for answer in asyncio.as_completed(asked):
+                with suppress(RequestNotFound, DeliveryFailed):
+                    found: RequestLocation = await answer
+                    return found
+        finally:
+            for task in asked:
+                task.cancel()
         raise RequestNotFound(f"no request {request_id} is generating", param="request_id")
+
+    async def _ask_router(self, node: NodeId, question: LocateRequest) -> RequestLocation:
+        location: RequestLocation = await self._at(node, ROUTER).ask(question, timeout_s=self._ask_timeout_s)
+        return location
 
     def _at(self, node: NodeId, actor: str) -> ActorRef:
         address = None if node == self._own else self._members().get(node)
@@ -185,29 +197,43 @@ class MigrationCoordinator(Actor):
         """Move one request, as `policy.migration` says: find it a destination, and another one where that is lost."""
         if not {self._own, *self._members()} - {at.node}:
             raise MigrationFailed(f"there is no other node for request {at.request_id}")
-        state, refused = State.PLACING if destination is None else State.RESUMING, list[NodeId]()
         async with self._room:
-            while True:
-                try:
-                    if destination is None:
-                        destination = await self._destination(at, to, refused)
-                        event = Event.READY
-                    else:
-                        handed = await self._hand_over(at, destination)
-                        event = Event.HANDED_OVER
-                except SllmError as error:
-                    event = _event_of(error, destination, bool(to) or len(refused) + 1 == MAX_DESTINATIONS)
-                    if step(state, event).state is State.ABORTED:
-                        self._counts.aborted += 1
-                        raise
-                    log.warning("%s is to go elsewhere: %s", at.request_id, error)
-                state, commands = step(state, event)
-                if state is State.MOVED:
-                    self._counts.moved(handed)
-                    return handed
-                if Command.CHOOSE_ANOTHER in commands and destination is not None:
-                    refused.append(destination.node)
-                    destination = None
+            record = MigrationRecord(
+                migration_id=f"{self._own}-{next(self._numbers)}", request_id=at.request_id, model=at.model,
+                source=at.node, destination=NodeId(""), coordinator=self._own, state=State.PLACING,
+            )  # fmt: skip
+            try:
+                return await self._step_by_step(at, to, destination, record)
+            finally:
+                self._book.forget(record)
+
+    async def _step_by_step(
+        self, at: RequestLocation, to: str, destination: InstanceStarted | None, record: MigrationRecord
+    ) -> HandedOver:
+        state, refused = State.PLACING if destination is None else State.RESUMING, list[NodeId]()
+        while True:
+            found = NodeId("") if destination is None else destination.node
+            self._book.note(msgspec.structs.replace(record, destination=found, state=state))
+            try:
+                if destination is None:
+                    destination = await self._destination(at, to, refused)
+                    event = Event.READY
+                else:
+                    handed = await self._hand_over(at, destination)
+                    event = Event.HANDED_OVER
+            except SllmError as error:
+                event = _event_of(error, destination, bool(to) or len(refused) + 1 == MAX_DESTINATIONS)
+                if step(state, event).state is State.ABORTED:
+                    self._counts.aborted += 1
+                    raise
+                log.warning("%s is to go elsewhere: %s", at.request_id, error)
+            state, commands = step(state, event)
+            if state is State.MOVED:
+                self._counts.moved(handed)
+                return handed
+            if Command.CHOOSE_ANOTHER in commands and destination is not None:
+                refused.append(destination.node)
+                destination = None
 
     async def _destination(self, at: RequestLocation, to: str, refused: Sequence[NodeId]) -> InstanceStarted:
         instance, _ = await self._starting.start(

@@ -7,9 +7,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sllm_actor.actors.migration_book import under_way
 from sllm_actor.actors.node_keeper import NODE_KEEPER
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.domain import NodeId
+from sllm_actor.domain.migration import MigrationRecord
 from sllm_actor.domain.roles import Roles
 from sllm_actor.errors import NodeNotFound, NoLeader, SllmError
 from sllm_actor.messages.instances import InstanceStatus, ListInstances, StopInstances
@@ -18,6 +20,7 @@ from sllm_actor.messages.operations import (
     CordonNode,
     Drain,
     DrainNode,
+    ListMigrations,
     NodeShown,
     Notice,
     NoticeNode,
@@ -25,6 +28,7 @@ from sllm_actor.messages.operations import (
     ShowNodes,
 )
 from sllm_actor.messages.placement import ListNodes, NodeReport
+from sllm_actor.metadata import Store
 from sllm_actor.runtime import Actor, ActorRef, handles
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,7 @@ class NodesDesk(Actor):
         members: Callable[[], Mapping[NodeId, str]],
         roles: Callable[[], Mapping[NodeId, Roles]],
         way: SchedulerWay,
+        store: Store,
         *,
         ask_timeout_s: float,
         stop_timeout_s: float,
@@ -49,6 +54,7 @@ class NodesDesk(Actor):
         self._members = members
         self._roles = roles
         self._way = way
+        self._store = store
         self._ask_timeout_s = ask_timeout_s
         self._stop_timeout_s = stop_timeout_s
 
@@ -91,6 +97,10 @@ class NodesDesk(Actor):
     async def instances(self, message: ListInstances) -> tuple[InstanceStatus, ...]:
         answers: list[tuple[InstanceStatus, ...]] = await self._ask_managers(message, self._ask_timeout_s)
         return tuple(instance for answer in answers for instance in answer)
+
+    @handles(ListMigrations, concurrent=True)
+    async def migrations(self, _: ListMigrations) -> tuple[MigrationRecord, ...]:
+        return await under_way(self._store)
 
     @handles(StopInstances, concurrent=True)
     async def stop(self, message: StopInstances) -> int:

@@ -33,7 +33,7 @@ from sllm_actor.messages.models import (
     TiersChanged,
     UnpinModel,
 )
-from sllm_actor.messages.operations import Cordon, Drain, Notice, NoticeTaken, ShowNodes
+from sllm_actor.messages.operations import Cordon, Drain, ListMigrations, Notice, NoticeTaken, ShowNodes
 from sllm_actor.runtime.threads import on_thread
 
 DESCRIPTION = SHIPPED.read_bytes()
@@ -254,6 +254,13 @@ def _seconds(given: str | None) -> float:
 async def _ask_nodes(request: web.Request, message: Cordon | Drain) -> Any:
     gateway = request.app[GATEWAY]
     return await gateway.nodes.ask(message, timeout_s=gateway.limits.deploy_timeout_s)
+
+
+@routes.get("/admin/migrations")
+async def migrations(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    running = await gateway.nodes.ask(ListMigrations(), timeout_s=gateway.limits.ask_timeout_s)
+    return json_response({"migrations": running})
 
 
 @routes.get("/admin/requests")

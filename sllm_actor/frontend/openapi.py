@@ -187,6 +187,9 @@ OPERATIONS: dict[tuple[str, str], tuple[str, type | None, int, Any, tuple[int, .
         "Say that a node will soon be gone: its answers go on elsewhere; answered when they do, or the time is over.",
         None, 200, _object(node=STRING, moved=INTEGER, stopped=INTEGER, left=INTEGER), _ADMIN,
     ),
+    ("get", "/admin/migrations"): (
+        "List the migrations that are under way.", None, 200, _object(migrations=_list(OBJECT)), _ADMIN,
+    ),
     ("get", "/admin/requests"): ("List requests.", None, 200, _object(requests=_list(OBJECT)), _ADMIN),
     ("get", "/admin/requests/{request_id}"): ("Show a request's timeline.", None, 200, OBJECT, _ADMIN),
     ("get", "/admin/explain/{request_id}"): (

@@ -35,6 +35,11 @@ class NodeShown:
     starting: tuple[str, ...] = ()
 
 
+@message("operations.migrations")
+class ListMigrations:
+    """Answered by a tuple of `MigrationRecord`: the migrations that are under way between any nodes."""
+
+
 @message("operations.cordon")
 class Cordon:
     """Let nothing be started on `node` from now on, or let it again; it holds over restarts.

@@ -10,7 +10,9 @@ from random import SystemRandom
 from typing import NamedTuple
 
 from sllm_actor.actors.leadership import Leadership
+from sllm_actor.actors.leased_facts import LeasedFacts
 from sllm_actor.actors.membership import Membership
+from sllm_actor.actors.migration_book import MigrationBook, NoBook, SharedBook
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.route_book import RouteBook
 from sllm_actor.actors.routes import Routes
@@ -52,6 +54,10 @@ class Alone(NamedTuple):
     @property
     def shared(self) -> bool:
         return False
+
+    @property
+    def moves(self) -> MigrationBook:
+        return NoBook()
 
     def peers(self) -> list[str]:
         return []
@@ -108,6 +114,8 @@ class Many:
         system.vouch_with(self._is_member)
         system.hear_of_silence(self._nobody_listens)
         self._book = RouteBook(store, self.membership, clock, self.routes.publish)
+        self._moves = LeasedFacts(store, self.membership, clock, "migrations")
+        self.moves: MigrationBook = SharedBook(self._moves)
 
     async def join(self) -> None:
         """Become a member, and learn of the others.
@@ -125,6 +133,7 @@ class Many:
             withdrawn=self._book.remove,
         )
         self._book.start()
+        self._moves.start()
         self._scope.spawn(self._watch_leader(), "leader")
 
     def _epoch(self) -> int | None:
@@ -178,6 +187,7 @@ class Many:
         """Take no more part."""
         await self.step_down()
         await self._book.stop()
+        await self._moves.stop()
         await self._scope.close()
 
     def _on_seat(self, seat: Seat | None) -> None:

@@ -88,6 +88,7 @@ async def spawn_actors(parts: Parts) -> Actors:
         cluster.members,
         starting,
         parts.migrations,
+        cluster.moves,
         ask_timeout_s=config.ask_timeout_s,
         migration_timeout_s=config.migration_timeout_s,
         stop_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,
@@ -128,6 +129,7 @@ async def _spawn_operators(parts: Parts, manager: ActorRef) -> ActorRef:
         cluster.members,
         cluster.roles,
         cluster.way,
+        cluster.store,
         ask_timeout_s=ask_timeout_s,
         stop_timeout_s=stop_timeout_s,
     )
