@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -20,6 +21,8 @@ from sllm_actor.testing.evaluation import WARM, Run, evaluate
 from sllm_actor.testing.hardware import CONTAINER_S, DEVICES, MACHINES, SHAPES, devices_for
 from sllm_actor.testing.node_process import CLI
 from sllm_actor.testing.oracle import least_ends_s, least_mean_wait_s
+from sllm_actor.testing.simulated_engine import Cores
+from sllm_actor.testing.virtual_loop import run_virtual
 from sllm_actor.testing.workloads import LENGTHS, Arrival, gamma_arrivals, zipf
 from sllm_actor.testing.world import SYSTEMS, Description, Models, World, calibrated, changed, read_description
 
@@ -29,6 +32,17 @@ BURST = [Arrival(0.01 * number, 0, 50, 100) for number in range(8)]
 
 def run(arrivals: list[Arrival], system: str = "ours", described: Description = SMALL) -> Run:
     return evaluate(World(described, SYSTEMS[system]), arrivals, seed=1)
+
+
+@pytest.mark.parametrize(("cores", "took_s"), [(1, [1.0, 4.0]), (2, [1.0, 2.0]), (8, [1.0, 2.0])])
+def test_engines_that_share_too_few_cores_take_longer(cores: int, took_s: list[float]) -> None:
+    """The second begins while the first computes."""
+
+    async def main() -> list[float]:
+        shared = Cores(cores)
+        return list(await asyncio.gather(shared.work(1.0), shared.work(2.0)))
+
+    assert run_virtual(main) == took_s
 
 
 def test_a_burst_for_one_model_spreads_over_the_instances_that_come_up() -> None:

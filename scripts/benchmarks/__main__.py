@@ -18,13 +18,14 @@ from benchmarks import (
     recover,
     remote,
     serve,
+    twin,
     weights,
 )
 from benchmarks.report import Report
 
 BENCHES = (
     "actors", "cluster-live", "coldstart", "gateway", "interference", "load", "lora", "migrate", "policy", "recover",
-    "remote", "serve", "weights",
+    "remote", "serve", "twin", "weights",
 )  # fmt: skip
 SECONDS = 0.8
 
@@ -47,13 +48,17 @@ def main() -> None:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="of cluster-live, load, interference, lora, migrate, recover, remote, serve and weights: much less of all",
+        help="of cluster-live, load, interference, lora, migrate, recover, remote, serve, twin, weights: much less",
     )
     parser.add_argument("--without-peers", action="store_true", help="of load: ours and the limits alone")
     parser.add_argument(
-        "--seconds", type=float, help="of actors: the length of one measurement; of cluster-live: that of each policy"
+        "--seconds",
+        type=float,
+        help="how long: of actors each measurement, of cluster-live each policy, of twin the requests",
     )
-    parser.add_argument("--trace", type=Path, metavar="CSV", help="of cluster-live: invocations of functions by minute")
+    parser.add_argument(
+        "--trace", type=Path, metavar="CSV", help="of cluster-live, twin: invocations of functions by minute"
+    )
     arguments = parser.parse_args()
     if arguments.repeats < (3 if arguments.name == "remote" else 5) and not arguments.tiny:
         parser.error("--repeats: a median of fewer than five (of remote, which takes minutes each, three) says little")
@@ -68,6 +73,9 @@ def main() -> None:
     elif arguments.name == "cluster-live":
         seconds = cluster_live.TINY_SECONDS if arguments.tiny else cluster_live.SECONDS
         cluster_live.run(report, arguments.seconds or seconds, arguments.trace, arguments.only)
+    elif arguments.name == "twin":
+        seconds = twin.TINY_SECONDS if arguments.tiny else twin.SECONDS
+        twin.run(report, arguments.seconds or seconds, arguments.trace)
     elif arguments.name == "load":
         chosen = load.Options(arguments.work_dir, arguments.only, arguments.tiny, not arguments.without_peers)
         load.run(report, arguments.repeats, chosen)

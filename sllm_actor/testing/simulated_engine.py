@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from contextvars import Context, copy_context
+from math import inf
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -82,6 +83,24 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     tokens_a_turn: int = 1
 
 
+class Cores:
+    """What the engines of one machine compute on, where that has no device for each: the more of them, the longer."""
+
+    def __init__(self, count: float = inf) -> None:
+        self._count = count
+        self._busy = 0
+
+    async def work(self, seconds: float) -> float:
+        """Compute what takes one so long that has a core for itself; give how long it took."""
+        self._busy += 1
+        try:
+            took_s = seconds * max(1.0, self._busy / self._count)
+            await asyncio.sleep(took_s)
+            return took_s
+        finally:
+            self._busy -= 1
+
+
 def answer_of(
     path: str, prompt: bytes, seed: int, max_tokens: int, ignore_eos: bool = False
 ) -> tuple[tuple[int, ...], FinishReason]:
@@ -115,7 +134,7 @@ class EngineProcess:
     What it says to its node comes in the context `there`.
     """
 
-    def __init__(self, there: Context, pid: int, speed_of: Callable[[str], Speed], node: Node) -> None:
+    def __init__(self, there: Context, pid: int, speed_of: Callable[[str], Speed], node: Node, cores: Cores) -> None:
         self.pid = pid
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.answer: Callable[[Any], None] = lambda _: None
@@ -128,6 +147,7 @@ class EngineProcess:
         self._node = node
         self._own = copy_context()
         self._speed_of = speed_of
+        self._cores = cores
         self._speed = speed_of("")
         self._problem = node.problem
         self._waiting: deque[_Row] = deque()
@@ -214,7 +234,7 @@ class EngineProcess:
             self._scope.spawn(self._hold(message.request_id, len(message.token_ids) // 4), "extend")
 
     async def _hold(self, request_id: RequestId, tokens: int) -> None:
-        await asyncio.sleep(self._speed.prefill_s_per_token * tokens)
+        await self._cores.work(self._speed.prefill_s_per_token * tokens)
         if request_id in self.parked:
             prompt, generated = self.parked[request_id]
             known_tokens = len(prompt + generated) // 4
@@ -223,7 +243,7 @@ class EngineProcess:
 
     async def _attach(self, limits: EngineLimits) -> None:
         copied_s = self.mapped_s + self._speed.copy_s - VirtualLoop.running().now_s
-        await asyncio.sleep(self._speed.attach_s + max(0.0, copied_s))
+        await self._cores.work(self._speed.attach_s + max(0.0, copied_s))
         self.slots = limits.slots
         self.attached_s = VirtualLoop.running().now_s
         self._say(EngineReady(spans=(), late_imports=()))
@@ -247,7 +267,7 @@ class EngineProcess:
         self._woken.set()
 
     async def _live(self) -> None:
-        await asyncio.sleep(self._speed.fork_s)
+        await self._cores.work(self._speed.fork_s)
         self._say(EngineHello())
         running: list[_Row] = []
         while True:
@@ -260,8 +280,7 @@ class EngineProcess:
                 await self._prefill(row)
                 running.append(row)
             turn_s = (self._speed.step_s + self._speed.row_s * len(running)) * self._tokens_of_turn(running)
-            await asyncio.sleep(turn_s)
-            self.busy_s += turn_s
+            self.busy_s += await self._cores.work(turn_s)
             for row in running:
                 if self._runs(row):
                     self._step(row, self._speed.tokens_a_turn)
@@ -277,8 +296,7 @@ class EngineProcess:
     async def _prefill(self, row: _Row) -> None:
         begin_s = VirtualLoop.running().now_s
         prefill_s = self._speed.prefill_s_per_token * (row.prompt_tokens + row.position)
-        await asyncio.sleep(prefill_s)
-        self.busy_s += prefill_s
+        self.busy_s += await self._cores.work(prefill_s)
         if self._runs(row):
             span = Span(name="prefill", begin_s=begin_s, end_s=VirtualLoop.running().now_s)
             self._say(Prefilled(request_id=row.request.request_id, span=span))
@@ -324,13 +342,15 @@ class SimulatedEngine(Engine):
                 yield item
 
 
-def fork(context: Context, pid: int, speed_of: Callable[[str], Speed], node: Node, echoes: bool) -> SimulatedEngine:
+def fork(
+    context: Context, pid: int, speed_of: Callable[[str], Speed], node: Node, cores: Cores, echoes: bool
+) -> SimulatedEngine:
     """Start a process that runs in a context of its own, for the node that calls this.
 
     `speed_of` tells how fast the model of a folder is; of "", how fast processes are forked.
     """
     there = copy_context()
-    return SimulatedEngine(context.run(EngineProcess, there, pid, speed_of, node), echoes)
+    return SimulatedEngine(context.run(EngineProcess, there, pid, speed_of, node, cores), echoes)
 
 
 def _ends(parked: tuple[bytes, bytes]) -> str:

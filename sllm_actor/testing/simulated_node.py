@@ -30,7 +30,7 @@ from sllm_actor.node.wiring import Actors, Parts, spawn_actors
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, Network, Security
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.testing.process_loop import context_of
-from sllm_actor.testing.simulated_engine import EngineProcess, Heard, SimulatedEngine, Speed, fork
+from sllm_actor.testing.simulated_engine import Cores, EngineProcess, Heard, SimulatedEngine, Speed, fork
 from sllm_actor.testing.simulated_store import MemoryStore, Way
 from sllm_actor.testing.simulated_tiers import SimulatedCard, SimulatedTiers, folder_of
 
@@ -82,7 +82,8 @@ def model_of(name: str, size_bytes: int, keep_alive_s: float) -> Model:
 class Means(msgspec.Struct, frozen=True, kw_only=True):
     """What nodes are made of: their knobs, bytes a second, room on their disks, how fast models compute.
 
-    With `echoes`, late tokens come where none should.
+    `cores` are what all of their engines compute on, where they have no devices of their own. With `echoes`, late
+    tokens come where none should.
     """
 
     config_of: Callable[[str], Config]
@@ -92,6 +93,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
     ssd_quota_bytes: float = inf
     keeps_host: bool = True
     speed_of: Callable[[str], Speed] = lambda _: Speed()
+    cores: Cores = msgspec.field(default_factory=Cores)
     echoes: bool = False
 
 
@@ -183,7 +185,7 @@ class SimulatedNode:
 
     def _fork(self) -> SimulatedEngine:
         context, pid = context_of(f"engine of {self.process}"), len(self.processes) + 1
-        engine = fork(context, pid, self._means.speed_of, self, self._means.echoes)
+        engine = fork(context, pid, self._means.speed_of, self, self._means.cores, self._means.echoes)
         self.processes.append(engine.process)
         return engine
 
