@@ -14,14 +14,22 @@ NAMES = ("n1", "n2", "n3")
 QUESTION, ANSWER = "What is 2 + 3?", "2 + 3 = 5"
 LONG = "Count from 1 to 500."
 PATIENCE_S = 60.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.05
 CHAT = "/v1/chat/completions"
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+    """Wait until something holds.
+
+    Each look costs its node as much as the test. So what takes long is looked at more and more seldom, and the
+    processor left to who brings it about.
+    """
     end_s = time.monotonic() + PATIENCE_S
+    pause_s = SHORTEST_PAUSE_S
     while not holds():
         assert time.monotonic() < end_s, "it never came true"
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
 
 
 def whole(cluster: NodeCluster) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import eventually
 from conftest import SMALL
 from hub_server import HubServer, Repo
 from lora_adapters import change_adapter, merged, save_adapter
@@ -261,10 +262,7 @@ def test_a_killed_engine_gives_the_memory_of_its_adapters_back_and_the_next_requ
     assert adapters_held(lora_node)["sql"] == 1
     instances = lora_node.call("GET", "/admin/instances")["instances"]
     os.kill(next(instance["pid"] for instance in instances if instance["model"] == "demo"), signal.SIGKILL)
-    for _ in range(100_000):
-        if not any(adapters_held(lora_node).values()):
-            break
-    assert not any(adapters_held(lora_node).values())
+    eventually(lambda: not any(adapters_held(lora_node).values()))
     assert ask(lora_node, "sql") == wanted
     lora_node.call("POST", "/admin/models/sql/unload")
     assert not any(adapters_held(lora_node).values())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from clusters import eventually
 from conftest import SMALL
 from metadata_stores import UNPACKED
 
@@ -17,7 +17,6 @@ from sllm_actor.testing.node_process import running_node
 
 NAMES = ("n1", "n2", "n3")
 KNOBS = (*SMALL, "listen=tcp://127.0.0.1:0", "lease_ttl_s=2", "max_instances=2", "warm_engines=1")
-PATIENCE_S = 60.0
 QUESTION, ANSWER = "What is 2 + 3?", "2 + 3 = 5"
 
 
@@ -30,9 +29,8 @@ def cluster(warm_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def deployed(cluster: NodeCluster, name: str) -> None:
     """Deploy a model through one node, and wait until all know it."""
     cluster.nodes["n1"].deploy("builtin:demo", name)
-    for node in cluster.nodes.values():
-        while node.request("GET", f"/v1/models/{name}").status == 404:
-            pass
+    nodes = cluster.nodes.values()
+    eventually(lambda: all(node.request("GET", f"/v1/models/{name}").status != 404 for node in nodes))
 
 
 def running(cluster: NodeCluster, asked: str = "n1") -> dict[str, str]:
@@ -46,17 +44,9 @@ def homes(cluster: NodeCluster, model: str) -> list[str]:
     return [node for instance_id, node in running(cluster).items() if instance_id.startswith(f"{model}-")]
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    end_s = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end_s, "it never came true"
-
-
 def test_the_nodes_know_each_other_and_one_of_them_leads(cluster: NodeCluster) -> None:
     for name in NAMES:
-        while not all(node["reported"] for node in cluster.shown(name).values()):
-            pass
+        eventually(lambda name=name: all(node["reported"] for node in cluster.shown(name).values()))  # type: ignore[misc]
         shown = cluster.shown(name)
         assert list(shown) == list(NAMES)
         assert sum(node["leads"] for node in shown.values()) == 1
@@ -79,19 +69,16 @@ def test_a_model_removed_through_one_node_is_gone_from_all(cluster: NodeCluster)
     deployed(cluster, "b")
     assert cluster.nodes["n3"].chat("b", QUESTION) == ANSWER
     cluster.nodes["n2"].call("DELETE", "/admin/models/b")
-    for node in cluster.nodes.values():
-        while node.request("GET", "/v1/models/b").status != 404:
-            pass
-    while [one for one in running(cluster) if one.startswith("b-")]:
-        pass
+    nodes = cluster.nodes.values()
+    eventually(lambda: all(node.request("GET", "/v1/models/b").status == 404 for node in nodes))
+    eventually(lambda: not any(one.startswith("b-") for one in running(cluster)))
 
 
 def test_nothing_is_started_on_a_cordoned_node_until_it_is_uncordoned(cluster: NodeCluster) -> None:
     deployed(cluster, "c")
     for name in ("n1", "n2"):
         cluster.nodes["n3"].call("POST", f"/admin/nodes/{name}/cordon")
-        while not cluster.shown("n3")[name]["cordoned"]:
-            pass
+        eventually(lambda name=name: cluster.shown("n3")[name]["cordoned"])  # type: ignore[misc]
     assert cluster.nodes["n1"].chat("c", QUESTION) == ANSWER
     assert set(running(cluster).values()) == {"n3"}
     for name in ("n1", "n2"):

@@ -14,6 +14,7 @@ from typing import Any, cast
 import aiohttp
 import pytest
 from aiohttp import web
+from clusters import eventually
 from conftest import SMALL
 
 from sllm_actor.frontend.connections import Connection, ConnectionLimits, Connections
@@ -132,15 +133,14 @@ def test_bodies_that_come_in_have_a_bound_in_all(node: NodeProcess) -> None:
             sock = stack.enter_context(dial(node))
             length = b"Content-Length: 4194304" if at else b"Transfer-Encoding: chunked"
             sock.sendall(HEAD + length + b"\r\n\r\n")
-        while (reply := node.request("POST", CHAT, b"{}")).status == 400:
-            pass
+        eventually(lambda: node.request("POST", CHAT, b"{}").status != 400)
+        reply = node.request("POST", CHAT, b"{}")
         assert (reply.status, reply.json()["error"]["code"]) == (503, "overloaded")
         assert reply.headers["Retry-After"] == "1"
         with dial(node) as sock:
             sock.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
             assert refusal(all_that_comes(sock))[0] == 503, "what comes of the body is read by nobody"
-    while small() == 503:
-        pass
+    eventually(lambda: small() != 503)
     assert small() == 400, "those who have left make room"
 
 

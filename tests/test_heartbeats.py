@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+from clusters import eventually
 from conftest import SMALL
 
 from sllm_actor.domain import Model, ModelName, ModelState
@@ -86,11 +87,9 @@ print("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
         place_taken(narrow) as taking,
         subprocess.Popen([sys.executable, "-c", program, narrow.url], stdout=subprocess.PIPE, text=True) as client,
     ):
-        while narrow.request("GET", "/admin/requests/o").status == 404:
-            pass
+        eventually(lambda: narrow.request("GET", "/admin/requests/o").status != 404)
         arrived_s = narrow.call("GET", "/admin/requests/o")["arrived_s"]
-        while time.monotonic() < arrived_s + 0.5:  # Comments have gone out by then.
-            narrow.call("GET", "/health")
+        eventually(lambda: time.monotonic() >= arrived_s + 0.5)  # Comments have gone out by then.
         taking.close()
         assert client.communicate(timeout=60)[0] == "1 + 1 = 2\n"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import eventually
 from conftest import SMALL
 from test_heartbeats import model
 
@@ -63,8 +64,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, key_file: Path, admin: dic
 def header(node: NodeProcess, key_file: Path, name: str, *options: str) -> dict[str, str]:
     """Make a key while the node runs, and wait until it is known."""
     given = {"Authorization": f"Bearer {keys(key_file, 'create', name, *options)['key']}"}
-    while node.request("GET", "/v1/models", headers=given).status == 401:
-        pass
+    eventually(lambda: node.request("GET", "/v1/models", headers=given).status != 401)
     return given
 
 
@@ -140,8 +140,7 @@ def test_requests_at_once_are_bounded(guarded: NodeProcess, key_file: Path) -> N
     with closing(guarded.stream(CHAT, long, erin)) as events:
         next(events)
         assert error_of(ask(guarded, erin)) == (429, "rate_limit_error", "rate_limit_exceeded")
-    while ask(guarded, erin).status == 429:
-        pass
+    eventually(lambda: ask(guarded, erin).status != 429)
 
 
 def test_a_key_with_a_least_priority_does_not_get_ahead_of_it(guarded: NodeProcess, key_file: Path) -> None:
@@ -172,8 +171,7 @@ def test_a_revoked_key_is_refused_soon_and_a_broken_file_changes_nothing(
 ) -> None:
     frank = header(guarded, key_file, "frank")
     assert keys(key_file, "revoke", "frank") == {"revoked": "frank"}
-    while guarded.request("GET", "/v1/models", headers=frank).status != 401:
-        pass
+    eventually(lambda: guarded.request("GET", "/v1/models", headers=frank).status == 401)
     whole = key_file.read_text()
     key_file.write_text("[[keys]]\nname = 5\n")
     grace = keys(key_file, "create", "grace")

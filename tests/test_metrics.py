@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from clusters import eventually
 from conftest import SMALL
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -69,8 +70,7 @@ def test_metrics_say_what_was_asked_and_answered(counted: NodeProcess) -> None:
     while value(during := look(counted), "request_success_total", model_name="demo", finished_reason="stop") < 4:
         pass
     events.close()
-    while counted.call("GET", "/admin/requests/leaver")["outcome"] == "running":
-        pass
+    eventually(lambda: counted.call("GET", "/admin/requests/leaver")["outcome"] != "running")
     while value(samples := look(counted), "request_success_total", model_name="demo", finished_reason="abort") < 1:
         pass
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import eventually
 from conftest import SMALL, StartNode
 
 from sllm_actor.sources.builtin import BUILTIN
@@ -58,10 +59,7 @@ def instances(node: NodeProcess) -> list[dict[str, Any]]:
 
 
 def wait_for_instances(node: NodeProcess, number: int) -> None:
-    for _ in range(100_000):
-        if len(instances(node)) == number:
-            return
-    raise AssertionError(f"there are {instances(node)}")
+    eventually(lambda: len(instances(node)) == number)
 
 
 def start_failing(*arguments: str | Path) -> dict[str, Any]:
@@ -77,12 +75,11 @@ def killing(node: NodeProcess, times: int) -> list[dict[str, Any]]:
     events = node.stream(CHAT, ask(KILLED.prompt))
     seen = [next(events)]
     for _ in range(times):
-        while not (running := [one["pid"] for one in instances(node) if one["active"]]):
-            pass
+        eventually(lambda: any(one["active"] for one in instances(node)))
+        running = next(one["pid"] for one in instances(node) if one["active"])
         seen.append(next(events))
-        os.kill(running[0], signal.SIGKILL)
-        while running[0] in [one["pid"] for one in instances(node)]:
-            pass
+        os.kill(running, signal.SIGKILL)
+        eventually(lambda pid=running: pid not in [one["pid"] for one in instances(node)])  # type: ignore[misc]
     return [*seen, *events]
 
 

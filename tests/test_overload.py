@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
+from clusters import eventually
 from conftest import SMALL
 
 from sllm_actor.actors.slots import Slots
@@ -49,17 +50,12 @@ def active(node: NodeProcess, model: str) -> int:
     return sum(instance["active"] for instance in instances if instance["model"] == model)
 
 
-def until(come_true: Callable[[], bool]) -> None:
-    while not come_true():
-        pass
-
-
 def queued(node: NodeProcess, threads: ThreadPoolExecutor, body: dict[str, Any], request_id: str = "") -> Any:
     """Ask on a thread and return once the request waits for its model's slot."""
     before = active(node, body["model"])
     headers = {"X-Request-Id": request_id} if request_id else {}
     asked = threads.submit(node.request, "POST", CHAT, body, headers)
-    until(lambda: active(node, body["model"]) > before)
+    eventually(lambda: active(node, body["model"]) > before)
     return asked
 
 

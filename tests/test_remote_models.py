@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import eventually
 from conftest import SMALL, StartNode
 from fault_proxy import Fault, FaultProxy
 from web_server import WebServer
@@ -334,8 +335,7 @@ def test_a_start_that_nobody_waits_for_ends_its_download_and_keeps_what_has_come
         asking = node.connect()
         body = json.dumps({"model": "demo", "prompt": QUESTION})
         asking.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        while not any(0 < entry["done_bytes"] < entry["size_bytes"] for entry in tiers(node)["ssd"]):
-            pass
+        eventually(lambda: any(0 < entry["done_bytes"] < entry["size_bytes"] for entry in tiers(node)["ssd"]))
         assert connections_to(proxy.port)
         if how == "leave":
             asking.close()
