@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from sllm_actor.testing.node_process import NodeProcess, running_node
 
 # Before anything imports torch: two workers on two cores, each with two threads that spin, hinder each other.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# An import of torch leaves it behind, and a template that began without it declines whoever has it.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor"))
 # Small, so that many nodes start quickly; engines with one thread, so that the tests fit two cores. What a slow machine
 # takes long for is no fault.
 SMALL = (
@@ -36,13 +39,27 @@ SLOW_FILES = (
     "test_http_source", "test_hub_source", "test_streams", "test_roles", "test_loader", "test_parked", "test_device",
     "test_page",
 )  # fmt: skip
+SHARED_TEMPLATE = "TESTS_SHARED_TEMPLATE"
 StartNode = Callable[..., AbstractContextManager[NodeProcess]]
+
+
+def warm_template() -> AbstractContextManager[str]:
+    return fork_template.running_template("sllm_actor.node.children", ENVIRONMENT)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warm one template for all workers, while they collect."""
+    if config.getoption("numprocesses", None):
+        template = ExitStack()
+        os.environ[SHARED_TEMPLATE] = template.enter_context(warm_template())
+        config.add_cleanup(template.close)
 
 
 @pytest.fixture(scope="session")
 def warm_starts() -> Iterator[None]:
     """From here on nodes get fork servers from a warm one: 9 s of processor time less for each."""
-    with fork_template.running_template("sllm_actor.node.children", ENVIRONMENT) as path:
+    shared = os.environ.get(SHARED_TEMPLATE)
+    with nullcontext(shared) if shared else warm_template() as path:
         os.environ[fork_template.VARIABLE] = path
         yield
         del os.environ[fork_template.VARIABLE]
