@@ -92,7 +92,7 @@ async def remove(self, name):
     self._wanted.pop(name, None)
     return model
 Registry.remove = remove
-""", "torn: the card of ", 7),
+""", "torn: the card of ", 5),
         # Registrations that only this process knows.
         ("""
 from sllm_actor.actors.shared_models import SharedModels
