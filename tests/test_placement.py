@@ -142,12 +142,30 @@ def test_a_long_queue_loses_to_a_slower_disk_and_a_short_one_does_not() -> None:
     assert started_on(decide(question(), [slower, node("b", ssd_bytes_per_s=4e9, queue_s=0.1)], [], NOBODY)) == "b"
 
 
-def test_a_node_without_a_known_bandwidth_comes_last() -> None:
-    unknown = node("a", ssd_bytes_per_s=0.0)
-    only = decide(question(), [unknown])
+def test_a_node_that_has_seen_no_bandwidth_is_expected_to_be_as_the_middle_one_of_the_others() -> None:
+    unseen = node("a", ssd_bytes_per_s=0.0)
+    others = [node(name, queue_s=1.0, ssd_bytes_per_s=seen) for name, seen in (("b", 2e9), ("c", 4e9), ("d", 1e9))]
+    decision = decide(question(size_bytes=4 * 10**9), [unseen, *others], [], NOBODY)
+    assert isinstance(decision, Start) and (decision.report.node, decision.estimate_s) == ("a", 2.0)
+    assert "4.0 GB at 2.00 GB/s" in decision.explanation.reason
+    fetching = [node("a", on_ssd=False, remote_bytes_per_s=0.0), node("b", on_ssd=False, remote_bytes_per_s=1e9)]
+    fetched = decide(question(size_bytes=4 * 10**9), fetching, [], NOBODY)
+    assert isinstance(fetched, Start) and (fetched.report.node, fetched.estimate_s) == ("a", 4.0)
+
+
+def test_where_no_node_has_seen_a_bandwidth_one_is_assumed_and_without_that_the_start_takes_for_ever() -> None:
+    unseen, view = node("a", ssd_bytes_per_s=0.0), ClusterView(2e9, 1e8)
+    only = decide(question(), [unseen])
     assert isinstance(only, Start) and only.estimate_s == float("inf")
-    assert started_on(decide(question(), [unknown, node("b", queue_s=1e6)], [], NOBODY)) == "b"
-    assert started_on(decide(question(), [unknown], [], NOBODY)) == "a"
+    view.hear(unseen, 0.0)
+    situation = Situation(view, Estimator(), question(size_bytes=4 * 10**9), now_s=0.0)
+    assumed = decide_in(situation, "startup_time")
+    assert isinstance(assumed, Start) and assumed.estimate_s == 2.0
+    # One that others have told of counts as long as they are there.
+    view.hear(node("b", on_ssd=False, ssd_bytes_per_s=4e9), 0.0)
+    assert view.nodes[NodeId("a")].ssd_bytes_per_s == 4e9
+    view.forget(NodeId("b"))
+    assert view.nodes[NodeId("a")].ssd_bytes_per_s == 2e9
 
 
 def test_equal_nodes_are_chosen_by_name_whatever_their_order() -> None:
@@ -317,6 +335,8 @@ def test_a_bandwidth_moves_towards_what_was_seen_and_ignores_what_tells_nothing(
     assert corrected(1e9, 10**9, 2.0) < 1e9
     assert corrected(1e9, SMALLEST_BYTES - 1, 1e-9) == 1e9
     assert corrected(1e9, 10**9, 0.0) == 1e9
+    # The first that is seen is not mixed with anything.
+    assert corrected(0.0, 10**9, 0.5) == 2e9 and corrected(0.0, SMALLEST_BYTES - 1, 0.5) == 0.0
     learned = 1e9
     for _ in range(50):
         learned = corrected(learned, 10**9, 0.25)

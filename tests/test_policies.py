@@ -110,9 +110,9 @@ def test_a_view_that_was_kept_up_to_date_is_one_that_was_made_anew(
     anew = view_of(newest.values())
     assert kept.nodes.keys() == anew.nodes.keys()
     for name, there in kept.nodes.items():
-        assert [getattr(there, slot) for slot in NodeView.__slots__] == [
-            getattr(anew.nodes[name], slot) for slot in NodeView.__slots__
-        ]
+        slots = [*NodeView.__slots__, "ssd_bytes_per_s", "remote_bytes_per_s"]
+        slots.remove("_ways")
+        assert [getattr(there, slot) for slot in slots] == [getattr(anew.nodes[name], slot) for slot in slots]
     assert kept.names == anew.names
     assert kept.by_remote_queue == anew.by_remote_queue
     assert kept.best_remote_bytes_per_s == anew.best_remote_bytes_per_s
@@ -301,7 +301,8 @@ def test_equal_nodes_say_that_their_names_decide_also_where_nothing_is_known_of_
     for reports in ([node("a"), node("b")], [node("a", ssd_bytes_per_s=0.0), node("b", ssd_bytes_per_s=0.0)]):
         flip = explained(reports).flip
         assert flip is not None and "their names decide" in flip.text
-    unknown = explained([node("a"), node("b", ssd_bytes_per_s=0.0)]).flip
+    fetches = node("b", on_ssd=False, remote_bytes_per_s=0.0)
+    unknown = explained([node("a", remote_bytes_per_s=0.0), fetches]).flip
     assert unknown is not None and unknown.text == "b might have been chosen had its bandwidth been known"
 
 

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from sllm_actor.actors.going_on import MAX_TURNED_AWAY, Tries
 from sllm_actor.actors.queued import CalledElsewhere, Queued
 from sllm_actor.actors.slots import Slots
 from sllm_actor.domain import ModelName
-from sllm_actor.errors import Draining
+from sllm_actor.errors import Draining, EngineDied, NoCapacity, NoSuchActor
 from sllm_actor.messages.instances import InstanceStarted
 
 MODEL = ModelName("m")
@@ -100,6 +101,25 @@ async def test_a_time_limit_of_his_own_is_no_call() -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
             await waits.queued.next_of(never(), MODEL, ("busy",), 0)
+
+
+def test_a_request_that_instances_leave_before_it_has_a_slot_is_refused_with_overload_and_not_with_their_end() -> None:
+    tries = Tries()
+    for number in range(MAX_TURNED_AWAY):
+        gone = Draining("it makes room") if number % 2 else NoSuchActor("it has left")
+        tries.note(gone, had_slot=False)
+    with pytest.raises(NoCapacity, match="21 instances of the model have made room") as refusal:
+        tries.note(NoSuchActor("it has left"), had_slot=False)
+    assert refusal.value.retry_after_s is not None
+
+
+def test_a_request_that_ends_with_three_instances_fails_with_what_the_last_one_did() -> None:
+    tries = Tries()
+    for end, had_slot in ((Draining("it stops"), True), (EngineDied("it died"), False)):
+        tries.note(end, had_slot=had_slot)
+    tries.note(Draining("it makes room"), had_slot=False)
+    with pytest.raises(EngineDied, match="it died, too"):
+        tries.note(EngineDied("it died, too"), had_slot=True)
 
 
 async def test_who_waits_for_a_slot_can_be_turned_away_and_who_has_one_keeps_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import pytest
@@ -11,8 +12,16 @@ from test_scheduler import HandClock, question, report
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import QueueFull
+from sllm_actor.messages.placement import NodeReport
+from sllm_actor.policy.cluster_view import ClusterView, NodeView
 from sllm_actor.policy.retrying import LEAST_S, MOST_S, UNKNOWN_S, Pace, placement_s, rest_s
 from sllm_actor.units import GIB
+
+
+def nodes(told: NodeReport) -> Collection[NodeView]:
+    view = ClusterView()
+    view.hear(told, 0.0)
+    return view.nodes.values()
 
 
 def refused(room: WaitingRoom, model: str) -> float:
@@ -50,11 +59,11 @@ def test_a_pace_is_of_the_last_places_and_slows_down_while_none_becomes_free() -
 def test_a_start_that_found_no_room_is_worth_another_try_when_it_could_have_been_done() -> None:
     asked = question("new")
     assert placement_s(asked, []) == UNKNOWN_S
-    assert placement_s(asked, [report()]) == UNKNOWN_S, "a small model is not what is waited for"
+    assert placement_s(asked, nodes(report())) == UNKNOWN_S, "a small model is not what is waited for"
     large = replace(cast(Any, asked), size_bytes=20 * GIB)
-    assert placement_s(large, [report()]) == pytest.approx(20 * GIB / 1e9)
+    assert placement_s(large, nodes(report())) == pytest.approx(20 * GIB / 1e9)
     huge = replace(cast(Any, asked), size_bytes=900 * GIB)
-    assert placement_s(huge, [report()]) == MOST_S
+    assert placement_s(huge, nodes(report())) == MOST_S
 
 
 @pytest.mark.parametrize(

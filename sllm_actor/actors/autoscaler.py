@@ -48,8 +48,10 @@ class Autoscaler:
             if model.name in self._rests:
                 continue
             running = self._running(view, model, now_s)
-            for _ in range(self._want(model, running) - len(running) - starting.get(model.name, 0)):
-                yield self._question(model, running)
+            there = len(running) + starting.get(model.name, 0)
+            for number in range(there, self._want(model, running)):
+                # Those that run at all times do so on different nodes; who is to help others is to come soonest.
+                yield self._question(model, running if number < model.scaling.min_instances else [])
 
     def surplus(self, view: ClusterView) -> Iterator[Running]:
         """Give an instance of each model of which one too many has been idle for long enough."""

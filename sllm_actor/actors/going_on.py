@@ -12,7 +12,7 @@ import msgspec
 
 from sllm_actor.actors.starting import MAX_ATTEMPTS
 from sllm_actor.domain.tokens import pack_uint32
-from sllm_actor.errors import Draining, NoSuchActor, Preempted, SllmError
+from sllm_actor.errors import Draining, NoCapacity, NoSuchActor, Preempted, SllmError
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, Tokens
 
@@ -25,6 +25,7 @@ MOST_URGENT = -(2**31)
 MAX_PREEMPTIONS = 2
 # So many instances may leave before a request has a slot of one.
 MAX_TURNED_AWAY = 20
+TURNED_AWAY_RETRY_S = 1.0
 
 
 class Tries:
@@ -40,17 +41,28 @@ class Tries:
         """Whether it was ended for others often enough."""
         return self.preempted >= MAX_PREEMPTIONS
 
-    def again(self, gone: SllmError, *, begun: bool) -> bool:
-        """Take note of what an instance failed with; tell whether another one is to be asked."""
+    def note(self, gone: SllmError, *, had_slot: bool) -> None:
+        """Take note of what an instance failed with, after which another one is to be asked.
+
+        Raises:
+            NoCapacity: instances leave for others all the time, before the request has a slot of one.
+            SllmError: what it failed with, where that was often enough.
+        """
         if isinstance(gone, Preempted):
             self.preempted += 1
-            return True
-        # It left while the request waited for a slot, or was on its way to it.
-        if not begun and isinstance(gone, (Draining, NoSuchActor)) and self._turned_away < MAX_TURNED_AWAY:
+        elif not had_slot and isinstance(gone, (Draining, NoSuchActor)):
+            # It left while the request waited for a slot, or was on its way to it.
             self._turned_away += 1
-            return True
-        self._attempts += 1
-        return self._attempts <= MAX_ATTEMPTS
+            if self._turned_away > MAX_TURNED_AWAY:
+                raise NoCapacity(
+                    f"{self._turned_away} instances of the model have made room for others before the request had a"
+                    " slot of one",
+                    retry_after_s=TURNED_AWAY_RETRY_S,
+                ) from gone
+        else:
+            self._attempts += 1
+            if self._attempts > MAX_ATTEMPTS:
+                raise gone
 
 
 class Given:

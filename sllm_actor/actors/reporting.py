@@ -10,7 +10,7 @@ from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.domain import ModelName
-from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Tiers
+from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.placement import NodeReport, StartingView
 from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import Clock
@@ -40,8 +40,8 @@ class Reporting:
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
         self._ended: deque[tuple[str, bool]] = deque(maxlen=ENDED_KEPT)
-        self._ssd = ObservedWay(FIRST_SSD_BYTES_PER_S, tiers.loader.paths().ssd)
-        self._remote = ObservedWay(FIRST_REMOTE_BYTES_PER_S, tiers.remote_path())
+        self._ssd = ObservedWay(tiers.loader.paths().ssd)
+        self._remote = ObservedWay(tiers.remote_path())
 
     def learn_bandwidth(self) -> None:
         """Take in what has been moved since the last time."""

@@ -140,16 +140,18 @@ class Router(Actor):
                 instance = called or (_reached(moved) if moved else await self._instance(request, record, failed))
             except NoCapacity as full:
                 # Who had a place waits on for another one.
-                if not tries.preempted or not tries.again(full, begun=record.begun):
+                if not tries.preempted:
                     raise
+                tries.note(full, had_slot=True)
                 continue
             self._log.route(record, instance)
             rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
-            moving, moved, called = moved, None, None
+            moving, moved, called, had_slot = moved, None, None, False
             tried.add(instance.instance_id)
             try:
                 async with aclosing(self._items(instance, rest, record, moving, tried)) as items:
                     async for item in items:
+                        had_slot = True
                         if isinstance(item, Migrated):
                             moved = item
                         elif given.is_new(item, record.epoch):
@@ -165,8 +167,7 @@ class Router(Actor):
                     raise
                 self._routes.remove(instance.model, instance.instance_id)
                 failed = (*failed, instance.instance_id)
-                if not tries.again(gone, begun=record.begun):
-                    raise
+                tries.note(gone, had_slot=had_slot)
                 if isinstance(gone, Preempted):
                     self._counts.preempted += 1
                     request = most_urgent(request) if tries.spared else request

@@ -20,6 +20,7 @@ from sllm_actor.actors.scheduler_limits import Limits as Limits
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.errors import ModelTooLarge, NoCapacity, QueueFull
+from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.placement import (
     HurryPlacement,
@@ -83,7 +84,7 @@ class Scheduler(Actor):
         self._clock = clock
         self._limits = limits
         self._counts = counts
-        self._view = ClusterView()
+        self._view = ClusterView(FIRST_SSD_BYTES_PER_S, FIRST_REMOTE_BYTES_PER_S)
         self._estimator = Estimator()
         self._decisions = DecisionLog(limits.decision_history)
         self._granted: dict[str, Granted] = {}
@@ -251,7 +252,7 @@ class Scheduler(Actor):
             why = why_in_vain(question, self._view)
             raise NoCapacity(
                 f"no node could start {question.model} within {question.timeout_s:g} s: {why}",
-                retry_after_s=placement_s(question, [node.report for node in self._view.nodes.values()]),
+                retry_after_s=placement_s(question, self._view.nodes.values()),
             ) from None
         finally:
             if waiting in self._waiting:

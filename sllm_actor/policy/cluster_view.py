@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
+from sllm_actor.policy.bandwidth import Bandwidths
 from sllm_actor.policy.estimator import beside
 
 
@@ -34,18 +35,37 @@ class Room(NamedTuple):
         return Room(self.slots + other.slots, self.host_bytes + other.host_bytes)
 
 
+class Ways(NamedTuple):
+    """What all nodes have seen of their disks, and of what they fetch."""
+
+    ssd: Bandwidths
+    remote: Bandwidths
+
+
 class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
     __slots__ = (
-        "at_work", "beside", "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd", "pinned_bytes",
-        "report", "staying",
+        "_ways",
+        "at_work",
+        "beside",
+        "busy",
+        "free",
+        "idle",
+        "idle_room",
+        "leaving_room",
+        "on_host",
+        "on_ssd",
+        "pinned_bytes",
+        "report",
+        "staying",
     )  # fmt: skip
 
     def __init__(
-        self, report: NodeReport, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str] = ()
+        self, report: NodeReport, ways: Ways, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str]
     ) -> None:
         self.report = report
+        self._ways = ways
         self.on_host = frozenset(report.host_fingerprints)
         self.on_ssd = frozenset(report.ssd_fingerprints)
         self.pinned_bytes = sum(report.pinned_host_bytes.values())
@@ -71,6 +91,16 @@ class NodeView:
         self.idle = tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
         self.idle_room = _room_of(idle)
 
+    @property
+    def ssd_bytes_per_s(self) -> float:
+        """How fast its disk has been seen to be, or else the disks of others."""
+        return self.report.ssd_bytes_per_s or self._ways.ssd.usual
+
+    @property
+    def remote_bytes_per_s(self) -> float:
+        """How fast it has been seen to fetch, or else others."""
+        return self.report.remote_bytes_per_s or self._ways.remote.usual
+
     def holds(self, fingerprint: str) -> bool:
         """Tell whether the node has a checkpoint in host memory or on its disk."""
         return fingerprint in self.on_host or fingerprint in self.on_ssd
@@ -95,9 +125,12 @@ def _room_of(instances: Iterable[InstanceView]) -> Room:
 
 
 class ClusterView:
-    """Owns the newest report of every node, the grants not yet used, which instances leave, and which are held."""
+    """Owns the newest report of every node, the grants not yet used, which instances leave, and which are held.
 
-    def __init__(self) -> None:
+    Until a node has told of a bandwidth, those given here are assumed; 0 is an unknown one.
+    """
+
+    def __init__(self, first_ssd_bytes_per_s: float = 0.0, first_remote_bytes_per_s: float = 0.0) -> None:
         self.nodes: dict[NodeId, NodeView] = {}
         self.grants: dict[str, Grant] = {}
         self.leaving: dict[NodeId, set[str]] = {}
@@ -108,14 +141,14 @@ class ClusterView:
         self.names: list[NodeId] = []
         # The nodes by their queue of fetches, each with how fast it fetches.
         self.by_remote_queue: list[tuple[float, NodeId, float]] = []
-        self._remote_bandwidths: list[float] = []
+        self._ways = Ways(Bandwidths(first_ssd_bytes_per_s), Bandwidths(first_remote_bytes_per_s))
 
     def hear(self, report: NodeReport, now_s: float) -> None:
         """Take in a node's newest report."""
         before = self.nodes.get(report.node)
         if report.node in self.leaving:
             self.leaving[report.node] &= {instance.instance_id for instance in report.instances}
-        view = NodeView(report, self._grants_of(report.node), *self._marked(report.node))
+        view = NodeView(report, self._ways, self._grants_of(report.node), *self._marked(report.node))
         self.nodes[report.node] = view
         self._heard_s[report.node] = now_s
         self._index(before, view)
@@ -150,10 +183,12 @@ class ClusterView:
             self.names.remove(before.report.node)
         if before is not None:
             del self.by_remote_queue[bisect_left(self.by_remote_queue, _queued(before.report))]
-            del self._remote_bandwidths[bisect_left(self._remote_bandwidths, before.report.remote_bytes_per_s)]
         if view is not None:
             insort(self.by_remote_queue, _queued(view.report))
-            insort(self._remote_bandwidths, view.report.remote_bytes_per_s)
+        old_ssd, old_remote = _bandwidths(before)
+        new_ssd, new_remote = _bandwidths(view)
+        self._ways.ssd.change(old_ssd, new_ssd)
+        self._ways.remote.change(old_remote, new_remote)
 
     def _index_models(self, before: NodeView | None, view: NodeView | None) -> None:
         old = {one.model for one in before.report.instances} if before is not None else set()
@@ -244,8 +279,12 @@ class ClusterView:
     @property
     def best_remote_bytes_per_s(self) -> float:
         """No node fetches faster."""
-        return self._remote_bandwidths[-1] if self._remote_bandwidths else 0.0
+        return self._ways.remote.best
 
 
 def _queued(report: NodeReport) -> tuple[float, NodeId, float]:
     return report.remote_queue_s, report.node, report.remote_bytes_per_s
+
+
+def _bandwidths(view: NodeView | None) -> tuple[float, float]:
+    return (view.report.ssd_bytes_per_s, view.report.remote_bytes_per_s) if view is not None else (0.0, 0.0)

@@ -85,8 +85,8 @@ def way_up(node: NodeView, question: PlaceModel) -> Way:
     if fingerprint in node.on_host:
         return Way(HOST, 0.0, 0, 0.0)
     if fingerprint in node.on_ssd:
-        return Way(SSD, report.disk_queues_s.get(fingerprint, 0.0), question.size_bytes, report.ssd_bytes_per_s)
-    return Way(SOURCE, report.remote_queue_s, question.size_bytes, report.remote_bytes_per_s)
+        return Way(SSD, report.disk_queues_s.get(fingerprint, 0.0), question.size_bytes, node.ssd_bytes_per_s)
+    return Way(SOURCE, report.remote_queue_s, question.size_bytes, node.remote_bytes_per_s)
 
 
 def startup_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: Way) -> float:

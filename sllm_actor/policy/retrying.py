@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from sllm_actor.messages.placement import NodeReport, PlaceModel
+from sllm_actor.messages.placement import PlaceModel
 from sllm_actor.policy.cluster_view import NodeView
 from sllm_actor.policy.offers import way_up
 
@@ -38,9 +38,9 @@ class Pace:
         return bounded((now_s - self._freed_s[0]) / len(self._freed_s))
 
 
-def placement_s(question: PlaceModel, reports: Sequence[NodeReport]) -> float:
+def placement_s(question: PlaceModel, nodes: Iterable[NodeView]) -> float:
     """Estimate when a start that found no room is worth another try: when the soonest node could have done with it."""
-    ways = [way_up(NodeView(report, (), ()), question) for report in reports]
+    ways = [way_up(node, question) for node in nodes]
     return bounded(max(min((way.queue_s + way.move_s for way in ways), default=0.0), UNKNOWN_S))
 
 

@@ -17,11 +17,12 @@ from sllm_actor.errors import CheckpointInvalid, NoCapacity
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.holder import LOAD, Holder
 from sllm_actor.loader.lease import HostLease, LoadReport, Resident
+from sllm_actor.loader.load_queue import LoadQueue
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.loader.mover import PathFacts, Paths
 from sllm_actor.loader.order import OnPlaced
-from sllm_actor.loader.tiers import Queues
+from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S, Queues
 from sllm_actor.runtime import Clock
 
 # What has arrived is told so often within one load.
@@ -65,11 +66,11 @@ def folder_of(name: str) -> Path:
 
 
 class Way:
-    """One disk or one network: a load at a time."""
+    """One disk or one network: a load at a time. How fast it is, is expected of it once it was seen to be."""
 
-    def __init__(self, bytes_per_s: float) -> None:
+    def __init__(self, bytes_per_s: float, first_bytes_per_s: float) -> None:
         self.bytes_per_s = bytes_per_s
-        self.turn = asyncio.Lock()
+        self.queue = LoadQueue(1, lambda _: self.facts().bytes_per_s or first_bytes_per_s)
         self.moved_bytes = 0
         self.busy_s = 0.0
 
@@ -203,8 +204,8 @@ class SimulatedTiers:
     ) -> None:
         self._cards = {card.key: card for card in cards}
         self._clock = clock
-        self._local = Way(ssd_bytes_per_s)
-        self._remote = Way(remote_bytes_per_s)
+        self._local = Way(ssd_bytes_per_s, FIRST_SSD_BYTES_PER_S)
+        self._remote = Way(remote_bytes_per_s, FIRST_REMOTE_BYTES_PER_S)
         self._loading: dict[str, asyncio.Lock] = {}
         self._on_stored: Callable[[], None] = lambda: None
         self.loader = SimulatedPool(pool_bytes, self._local, clock, keeps=keeps_host)
@@ -233,10 +234,10 @@ class SimulatedTiers:
         return not self.is_on_ssd(wanted) and wanted.model_id not in self.loader.held
 
     def has_disk_queue(self) -> bool:
-        return False
+        return bool(self._local.queue.ways)
 
     def disk_queue_s(self, wanted: Card) -> float:
-        return 0.0
+        return self._local.queue.remaining_s()
 
     def arriving(self, card: Card) -> tuple[int, int] | None:
         return None
@@ -248,7 +249,7 @@ class SimulatedTiers:
         return self._remote.facts()
 
     def queues(self) -> Queues:
-        return Queues(0.0, {})
+        return Queues(self._remote.queue.remaining_s(), {})
 
     async def lease(
         self,
@@ -293,12 +294,13 @@ class SimulatedTiers:
             return self.loader.lease(checkpoint, report)
 
     async def _move(self, way: Way, size_bytes: int, on_progress: OnProgress | None) -> None:
-        async with way.turn:
+        async with way.queue.turn(size_bytes) as turn:
             for part in range(1, PARTS + 1):
                 duration_s = size_bytes / PARTS / way.bytes_per_s
                 await self._clock.sleep(duration_s)
                 way.moved_bytes += size_bytes // PARTS
                 way.busy_s += duration_s
+                turn.arrive(part * size_bytes // PARTS)
                 if on_progress is not None:
                     on_progress(part * size_bytes // PARTS, size_bytes)
 
