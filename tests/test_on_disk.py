@@ -21,7 +21,7 @@ def print_of(name: str) -> str:
 def test_a_checkpoint_that_comes_to_the_disk_or_leaves_it_is_told_of_and_one_registered_later_too() -> None:
     cards = {name: SimulatedCard(name, SIZE_BYTES) for name in ("a", "b", "c")}
     tiers = SimulatedTiers(
-        cards.values(), ["a"], SystemClock(), pool_bytes=10**6, ssd_bytes_per_s=1e6, remote_bytes_per_s=1e6,
+        cards, ["a"], SystemClock(), pool_bytes=10**6, ssd_bytes_per_s=1e6, remote_bytes_per_s=1e6,
         ssd_quota_bytes=2 * SIZE_BYTES,
     )  # fmt: skip
     models: dict[ModelName, Model] = {ModelName(name): model_of(name, SIZE_BYTES, 1.0) for name in ("a", "b")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -30,6 +30,7 @@ from sllm_actor.messages.generation import Finished, Generate, GetTimeline, Toke
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
 from sllm_actor.messages.models import GetModel
 from sllm_actor.messages.placement import HurryPlacement, Placement, PlaceModel, RunsAlready
+from sllm_actor.metadata import Delete, Put
 from sllm_actor.policy.routing import SLACK, Candidate, choose
 from sllm_actor.runtime import Actor, ActorSystem, handles
 
@@ -222,19 +223,42 @@ def test_prompts_that_begin_alike_go_to_one_instance_and_others_spread() -> None
 
 def test_what_others_publish_comes_and_goes_and_what_failed_here_is_not_tried_again_for_it() -> None:
     routes, a, b = Routes(), instance("a"), instance("b")
-    routes.publish({"a": a})
+    routes.publish([a], [])
     assert routes.choose(ModelName("m"), b"") is a
     routes.remove(ModelName("m"), "a")
-    routes.publish({"a": a, "b": b})
+    routes.publish([b], [])
     assert routes.choose(ModelName("m"), b"") is b
-    routes.publish({"a": a})
+    routes.publish([], [b])
     assert routes.choose(ModelName("m"), b"") is None
+
+
+@in_a_house
+async def test_of_all_routes_only_what_comes_and_goes_is_told_also_of_one_that_is_written_again(house: House) -> None:
+    node, told = await house.node("a").start(), list[tuple[list[str], list[str]]]()
+
+    def hear(come: Sequence[InstanceStarted], gone: Sequence[InstanceStarted]) -> None:
+        told.append(([one.instance_id for one in come], [one.instance_id for one in gone]))
+
+    book = RouteBook(node.way, node.membership, house.clock, hear)
+    book.start()
+    first, second = (msgspec.msgpack.encode(instance(name)) for name in ("1", "2"))
+    for operations in (
+        [Put(f"{ROUTES}m/1", first)], [Put(f"{ROUTES}m/2", second), Put(f"{ROUTES}m/1", first)],
+        [Put(f"{ROUTES}m/3", b"of another version")], [Delete(f"{ROUTES}m/1"), Delete(f"{ROUTES}m/3")],
+    ):  # fmt: skip
+        seen = len(told)
+        await house.truth.commit([], operations)
+        while len(told) == seen:
+            await house.clock.sleep(0.01)
+    assert told[-4:] == [(["1"], []), (["2"], []), ([], []), ([], ["1"])]
+    await book.stop()
+    await node.stop()
 
 
 @in_a_house
 async def test_a_route_whose_writing_had_no_answer_is_removed_with_its_instance(house: House) -> None:
     node = await house.node("a").start()
-    book = RouteBook(node.way, node.membership, house.clock, lambda _: None)
+    book = RouteBook(node.way, node.membership, house.clock, None)
     book.start()
     node.way.cut = node.way.loses_answers = True
     node.way.patience_s = 0.5

@@ -50,6 +50,23 @@ def test_a_view_from_before_a_removal_does_not_bring_the_name_back(tmp_path: Pat
     asyncio.run(scenario())
 
 
+def test_what_was_removed_by_another_node_before_this_one_knew_that_it_had_put_it_is_gone_with_the_next_view(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        store = await SqliteStore.open(tmp_path / "m.db")
+        here, there = SharedModels(store, followed=True), SharedModels(store, followed=True)
+        await here.put(model("m"))
+        assert set(there.newer(await there.load())) == {M}
+        await there.delete(M)
+        # As a watch gives it that had the removal before `put` was answered.
+        view = (await here.load())._replace(listed=False)
+        assert here.newer(view) == {M: None} and here.newer(view) == {}
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_what_another_node_has_removed_is_told_once_and_forgotten(tmp_path: Path) -> None:
     async def scenario() -> None:
         store = await SqliteStore.open(tmp_path / "m.db")

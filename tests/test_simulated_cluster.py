@@ -24,7 +24,7 @@ FOUND = {
     "no_epoch_check": (1, "repeats or leaves out no token"),
     "last_tokens_not_sent": (1, "has parked another answer"),
     "last_tokens_not_taken": (1, "has parked another answer"),
-    "held_tokens_given_twice": (2, "has parked another answer"),
+    "held_tokens_given_twice": (3, "has parked another answer"),
     "prepared_never_ends": (1, "still has routes"),
     "prepared_keeps_its_slot": (7, "does not end"),
     "waits_for_its_router_for_ever": (5, "still has"),

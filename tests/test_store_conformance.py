@@ -16,12 +16,25 @@ from hypothesis import strategies as st
 from metadata_stores import LIMITS, UNPACKED, forget_changes, is_compacted, opened, values, watched, wipe
 
 from sllm_actor.errors import Fenced, LeaseLost, MetadataFailed, MetadataInvalid
-from sllm_actor.metadata import Absent, CreatedAt, Delete, HasValue, Kind, LeaseId, Present, Put, Store, Unchanged
+from sllm_actor.metadata import (
+    Absent,
+    CreatedAt,
+    Delete,
+    HasValue,
+    Kind,
+    LeaseId,
+    Present,
+    Put,
+    Store,
+    StoreLimits,
+    Unchanged,
+)
 from sllm_actor.metadata.election import Leader, Seat, campaign, commit_fenced, observe, resign, unseat
 from sllm_actor.metadata.follow import follow
 from sllm_actor.metadata.store import Changes, Condition, Listing, Operation, prefix_end
 from sllm_actor.runtime import SystemClock
 from sllm_actor.testing.etcd import EtcdCluster, running_etcd
+from sllm_actor.testing.simulated_store import MemoryStore
 
 KINDS = ["sqlite", "memory", "etcd"]
 CLOCK = SystemClock()
@@ -235,6 +248,29 @@ async def test_a_view_stays_true_while_its_facts_come_and_go(store: Store) -> No
     await store.commit([], [Delete("v/a"), Put("v/b", b"2"), Put("other", b"")])
     assert [fact.value for fact in (await anext(views)).facts.values()] == [b"2"]
     await views.aclose()
+
+
+async def test_a_view_names_what_may_have_changed_in_it_and_whether_it_was_listed_anew(store: Store) -> None:
+    await store.put("v/a", b"1")
+    await store.put("v/b", b"1")
+    views = follow(store, "v/", CLOCK)
+    first = await anext(views)
+    assert (set(first.changed), first.listed) == ({"v/a", "v/b"}, True)
+    await store.commit([], [Delete("v/a"), Put("v/c", b"2"), Put("other", b"")])
+    second = await anext(views)
+    assert (sorted(second.changed), second.listed) == (["v/a", "v/c"], False)
+    await views.aclose()
+
+
+async def test_who_watches_a_quiet_prefix_hears_of_it_after_more_changes_elsewhere_than_are_kept() -> None:
+    store = MemoryStore(CLOCK, StoreLimits(kept_changes=4))
+    from_revision = (await store.list("")).revision + 1
+    sleeping = asyncio.ensure_future(watched(store, "quiet/", from_revision, 1))
+    for number in range(10):
+        await store.put("loud", str(number).encode())
+    await store.put("quiet/a", b"1")
+    assert values(await sleeping) == [("quiet/a", b"1")]
+    await store.close()
 
 
 async def test_of_many_who_count_at_once_nobody_is_lost(store: Store) -> None:

@@ -171,7 +171,7 @@ class _TwinWorld(World):
             msgspec.structs.replace(model_of(f"m{number}", size_bytes, KEEP_ALIVE_S), scaling=scaling)
             for number in range(MODELS)
         ]
-        self.cards = [SimulatedCard(model.card, model.size_bytes) for model in self.models]
+        self.cards = {model.card: SimulatedCard(model.card, model.size_bytes) for model in self.models}
 
     def speed(self, model: int) -> Speed:
         return self._speed

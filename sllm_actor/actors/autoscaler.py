@@ -25,26 +25,29 @@ REST_S = 15.0
 class Autoscaler:
     """Looks at the view that the Scheduler keeps; what is to be placed and stopped is for the Scheduler to do."""
 
-    def __init__(self, models: Callable[[], Iterable[Model]], clock: Clock, *, instance_takes: int) -> None:
-        self._models = models
+    def __init__(
+        self, kept: Callable[[], Iterable[Model]], known: Callable[[ModelName], Model | None], clock: Clock, *,
+        instance_takes: int,
+    ) -> None:  # fmt: skip
+        self._kept = kept
+        self._known = known
         self._clock = clock
         self._instance_takes = instance_takes
         self._rests: dict[ModelName, float] = {}
         self._numbers = itertools.count(1)
 
-    def scaled(self) -> list[Model]:
-        """List the models that may run without being asked for, or several times."""
-        return [
-            model
-            for model in self._models()
-            if not model.base and (model.scaling.min_instances or model.scaling.max_instances > 1)
-        ]
+    def scaled(self, view: ClusterView) -> list[Model]:
+        """List the models of which something may have to start or stop: those that run, and those that always do."""
+        running = [model for name in view.models() if (model := self._known(name)) is not None]
+        several = [model for model in running if model.scaling.max_instances > 1]
+        found = {model.name: model for model in (*self._kept(), *several) if not model.base}
+        return [found[name] for name in sorted(found)]
 
     def missing(self, view: ClusterView, starting: Mapping[ModelName, int]) -> Iterator[PlaceModel]:
         """Give a question for each instance that should run beside those that do, or are being started."""
         now_s = self._clock.monotonic_s()
         self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
-        for model in self.scaled():
+        for model in self.scaled(view):
             if model.name in self._rests:
                 continue
             running = self._running(view, model, now_s)
@@ -56,7 +59,7 @@ class Autoscaler:
     def surplus(self, view: ClusterView) -> Iterator[Running]:
         """Give an instance of each model of which one too many has been idle for long enough."""
         now_s = self._clock.monotonic_s()
-        for model in self.scaled():
+        for model in self.scaled(view):
             running = self._running(view, model, now_s)
             one = surplus(model.scaling, running, self._want(model, running), model.keep_alive_s)
             if one is not None:

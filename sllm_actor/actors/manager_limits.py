@@ -16,3 +16,4 @@ class Limits(NamedTuple):
     engine_stop_timeout_s: float
     max_adapters_per_instance: int
     migration: MigrationLimits
+    report_every_s: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ class Membership:
         self._scope = TaskScope("membership")
         self._standing: Standing | None = None
         self._term = LeaseTerm(member.ttl_s, clock.monotonic_s())
-        self._members: View = {}
+        self._members: dict[NodeId, Joined] = {}
 
     @property
     def members(self) -> View:
@@ -229,9 +229,19 @@ class Membership:
     async def _look(self) -> None:
         async with aclosing(follow(self._store, NODES, self._clock)) as views:
             async for view in views:
-                before, self._members = self._members, _view(view.facts)
-                for change in differences(before, self._members):
+                before, after = self._take(view.facts, view.changed)
+                for change in differences(before, after):
                     self._on_change(change)
+
+    def _take(self, facts: Mapping[str, Fact], changed: Collection[str]) -> tuple[View, View]:
+        """Take over what has changed; give what was known of it before, and what is now."""
+        nodes = [NodeId(key.removeprefix(NODES)) for key in changed]
+        before = {node: self._members[node] for node in nodes if node in self._members}
+        after = _view({key: facts[key] for key in changed if key in facts})
+        for node in before:
+            del self._members[node]
+        self._members.update(after)
+        return before, after
 
 
 def _member(fact: Fact) -> Member:

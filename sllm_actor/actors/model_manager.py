@@ -15,7 +15,7 @@ from sllm_actor.actors.instance_starter import InstanceStarter, Started
 from sllm_actor.actors.manager_limits import Limits as Limits
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
-from sllm_actor.actors.reporting import REPORT_EVERY_S, Reporting
+from sllm_actor.actors.reporting import Reporting
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.standing import standing
 from sllm_actor.actors.start_counts import StartCounts
@@ -97,7 +97,7 @@ class ModelManager(Actor):
         self._starting = self._under_way.models
         self._times = LearnedTimes()
         self._instance_ids = itertools.count(1)
-        self._reporting = Reporting(place, way, registry, tiers, clock, limits.max_instances)
+        self._reporting = Reporting(place, way, registry, tiers, clock, limits)
 
     async def started(self) -> None:
         await self._registry.open()
@@ -185,7 +185,7 @@ class ModelManager(Actor):
                     continue
                 yield StartProgress(done_bytes=step.done, total_bytes=step.total)
                 # So that the Scheduler keeps its room, and knows how long the queues are.
-                if self._clock.monotonic_s() >= reported_s + REPORT_EVERY_S:
+                if self._clock.monotonic_s() >= reported_s + self._limits.report_every_s:
                     reported_s = self._clock.monotonic_s()
                     self._report()
 

@@ -31,8 +31,8 @@ class Place:
         self.withdrawn = withdrawn
         # Set by the operator: nothing is started here.
         self.cordoned = False
-        # How many threads of the machine run or wait for a core; nobody has looked yet.
-        self.core_threads: Callable[[], float] = lambda: 0.0
+        # Tells how many threads of the machine run or wait for a core, where somebody looks.
+        self.core_threads: Callable[[], float] | None = None
         self._epoch = epoch
         self._leader_epoch = 0
         epoch_now = epoch()
@@ -43,6 +43,11 @@ class Place:
     def alone(self) -> bool:
         """Whether there are no other nodes."""
         return not self.address
+
+    @property
+    def threads(self) -> float:
+        """How many threads run or wait for a core; 0 where nobody looks."""
+        return self.core_threads() if self.core_threads is not None else 0.0
 
     @property
     def epoch(self) -> int | None:

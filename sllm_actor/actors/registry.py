@@ -15,7 +15,7 @@ from sllm_actor.actors.bases import base_of, check_unused
 from sllm_actor.actors.on_disk import OnDisk, Wanted
 from sllm_actor.actors.registration import Examiner, read_off_loop
 from sllm_actor.actors.same_model import runs_alike, same_but_time, source_of
-from sllm_actor.actors.shared_models import MODELS, SharedModels, based_on
+from sllm_actor.actors.shared_models import MODELS, Decode, SharedModels, based_on, decode_model
 from sllm_actor.checkpoint.adapter import LoraConfig
 from sllm_actor.domain import Model, ModelName, TierChoice
 from sllm_actor.errors import (
@@ -49,9 +49,12 @@ class Registry:
     Where other nodes share the store, what they change is `followed`.
     """
 
-    def __init__(self, store: Store, examiner: Examiner, tiers: Tiers, clock: Clock, *, shared: bool = False) -> None:
+    def __init__(
+        self, store: Store, examiner: Examiner, tiers: Tiers, clock: Clock, *, shared: bool = False,
+        decode: Decode = decode_model,
+    ) -> None:  # fmt: skip
         self._store = store
-        self._stored = SharedModels(store, followed=shared)
+        self._stored = SharedModels(store, followed=shared, decode=decode)
         self._examiner = examiner
         self._tiers = tiers
         self._clock = clock
@@ -89,13 +92,15 @@ class Registry:
 
     def _take(self, changed: Mapping[ModelName, Model | None]) -> None:
         """Take over registrations as they are on this node: what is kept of a model lies in its own folder."""
+        if not changed:
+            return
         for name, model in changed.items():
             self._wanted.pop(name, None)
             if model is None:
                 self._models.pop(name, None)
             else:
                 path = str(self._tiers.card_folder(model.card)) if model.card else model.path
-                self._models[name] = msgspec.structs.replace(model, path=path)
+                self._models[name] = model if path == model.path else msgspec.structs.replace(model, path=path)
         for name, model in self._models.items():
             base = based_on(self._models, model)
             if base is not None and base.path != model.text_path:
@@ -158,6 +163,10 @@ class Registry:
         """Tell whether instances of a model run also while nobody asks."""
         model = self._models.get(name)
         return model is not None and model.scaling.min_instances > 0
+
+    def kept_running(self) -> list[Model]:
+        """List the models of which instances run also while nobody asks."""
+        return [model for model in self._models.values() if model.scaling.min_instances > 0]
 
     def is_current(self, model: Model) -> bool:
         """Tell whether a registration is still the one of its name."""

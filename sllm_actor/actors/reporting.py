@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from sllm_actor.actors.instance import Instance
+from sllm_actor.actors.manager_limits import Limits
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.scheduler_way import SchedulerWay
@@ -17,9 +18,7 @@ from sllm_actor.runtime import Clock
 
 # A report may be lost with its connection: the last starts that ended are told again.
 ENDED_KEPT = 64
-# While a start goes on, and where the Scheduler may be on another node.
-REPORT_EVERY_S = 1.0
-# Sooner where so many more, or fewer, threads want the cores than it knows of.
+# A report comes sooner where so many more, or fewer, threads want the cores than the Scheduler knows of.
 LOOK_EVERY_S = 0.25
 TOLD_THREADS = 2.0
 
@@ -28,14 +27,15 @@ class Reporting:
     """Makes a node's reports, and owns the bandwidths that they tell of."""
 
     def __init__(
-        self, place: Place, way: SchedulerWay, registry: Registry, tiers: Tiers, clock: Clock, max_instances: int
+        self, place: Place, way: SchedulerWay, registry: Registry, tiers: Tiers, clock: Clock, limits: Limits
     ) -> None:
         self._place = place
         self._way = way
         self._registry = registry
         self._tiers = tiers
         self._clock = clock
-        self._max_instances = max_instances
+        self._max_instances = limits.max_instances
+        self._every_s = limits.report_every_s
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
@@ -63,12 +63,12 @@ class Reporting:
     async def keep_telling(self) -> None:
         """Tell it again and again, since what is told may be lost on its way to another node."""
         while True:
-            told_s, threads = self._clock.monotonic_s(), self._place.core_threads()
+            told_s, threads = self._clock.monotonic_s(), self._place.threads
+            look_every_s = self._every_s if self._place.core_threads is None else min(LOOK_EVERY_S, self._every_s)
             while (
-                self._clock.monotonic_s() < told_s + REPORT_EVERY_S
-                and abs(self._place.core_threads() - threads) < TOLD_THREADS
+                self._clock.monotonic_s() < told_s + self._every_s and abs(self._place.threads - threads) < TOLD_THREADS
             ):
-                await self._clock.sleep(LOOK_EVERY_S)
+                await self._clock.sleep(look_every_s)
             self.tell()
 
     def _stored(self) -> None:
@@ -109,7 +109,7 @@ class Reporting:
                 epoch=epoch,
                 cordoned=self._place.cordoned,
                 told_s=now_s,
-                core_threads=self._place.core_threads(),
+                core_threads=self._place.threads,
             )
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
+from typing import NamedTuple
 
 import msgspec
 
@@ -11,17 +12,28 @@ from sllm_actor.actors.leased_facts import LeasedFacts
 from sllm_actor.actors.membership import Membership
 from sllm_actor.messages.instances import InstanceStarted
 from sllm_actor.metadata import Fact, Store
-from sllm_actor.metadata.follow import follow
+from sllm_actor.metadata.follow import View, follow
 from sllm_actor.runtime import Clock
 from sllm_actor.runtime.tasks import TaskScope
 
 ROUTES = "routes/"
 
+# Is told which instances have come, and which have gone.
+Tell = Callable[[Sequence[InstanceStarted], Sequence[InstanceStarted]], None]
+
+
+class _Known(NamedTuple):
+    """What was read of a key, and the revision that it was read at."""
+
+    changed: int
+    instance: InstanceStarted | None
+
 
 class RouteBook:
-    """Brings the store to what this node says of its instances, and tells `on_change` of everybody's.
+    """Brings the store to what this node says of its instances, and tells `on_change` of everybody's: come, and gone.
 
-    A route is never waited for. All of a node's go with its lease.
+    Where nobody wants to know (`on_change` is None), nothing is followed. A route is never waited for. All of a node's
+    go with its lease.
     """
 
     def __init__(
@@ -29,20 +41,20 @@ class RouteBook:
         store: Store,
         membership: Membership,
         clock: Clock,
-        on_change: Callable[[Mapping[str, InstanceStarted]], None],
+        on_change: Tell | None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._on_change = on_change
         self._own = LeasedFacts(store, membership, clock, "routes")
-        # What was read of each key, and the revision that it was read at.
-        self._known: dict[str, tuple[int, InstanceStarted | None]] = {}
+        self._known: dict[str, _Known] = {}
         self._scope = TaskScope("routes")
 
     def start(self) -> None:
         """Write and follow from now on."""
         self._own.start()
-        self._scope.spawn(self._follow(), "follow")
+        if self._on_change is not None:
+            self._scope.spawn(self._follow(self._on_change), "follow")
 
     async def stop(self) -> None:
         """Write and follow no more; what was written ends with the lease."""
@@ -57,23 +69,28 @@ class RouteBook:
         """Say that one takes none any more."""
         self._own.remove(_key(instance))
 
-    async def _follow(self) -> None:
+    async def _follow(self, tell: Tell) -> None:
         async with aclosing(follow(self._store, ROUTES, self._clock)) as views:
             async for view in views:
-                self._on_change(self._read(view.facts))
+                tell(*self._read(view))
 
-    def _read(self, facts: Mapping[str, Fact]) -> dict[str, InstanceStarted]:
-        """Read the routes that have changed; one that can't be read is of another version, and left out."""
-        known, self._known = self._known, {}
-        found: dict[str, InstanceStarted] = {}
-        for key, fact in facts.items():
-            before = known.get(key)
-            if before is None or before[0] != fact.changed:
-                before = fact.changed, _instance(fact)
-            self._known[key] = before
-            if before[1] is not None:
-                found[before[1].instance_id] = before[1]
-        return found
+    def _read(self, view: View) -> tuple[list[InstanceStarted], list[InstanceStarted]]:
+        """Give the instances that have come and gone; one that can't be read is of another version, and left out.
+
+        One that is written again has not come anew.
+        """
+        come, gone = list[InstanceStarted](), list[InstanceStarted]()
+        for key in view.changed:
+            fact, before = view.facts.get(key), self._known.pop(key, None)
+            if fact is not None:
+                same = before is not None and before.changed == fact.changed
+                now = before if before is not None and same else _Known(fact.changed, _instance(fact))
+                self._known[key] = now
+                if now.instance is not None and (before is None or before.instance is None):
+                    come.append(now.instance)
+            elif before is not None and before.instance is not None:
+                gone.append(before.instance)
+        return come, gone
 
 
 def _key(instance: InstanceStarted) -> str:

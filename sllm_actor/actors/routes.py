@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from sllm_actor.domain import ModelName
@@ -17,7 +17,6 @@ class Routes:
     def __init__(self) -> None:
         self._by_model: dict[ModelName, dict[str, InstanceStarted]] = {}
         self._outstanding: Counter[str] = Counter()
-        self._published: dict[str, InstanceStarted] = {}
         # Told of a model, one of whose instances may have a slot free now.
         self.on_free: Callable[[ModelName], None] = lambda _: None
 
@@ -33,18 +32,15 @@ class Routes:
         if not known:
             self._by_model.pop(model, None)
 
-    def publish(self, instances: Mapping[str, InstanceStarted]) -> None:
+    def publish(self, come: Iterable[InstanceStarted], gone: Iterable[InstanceStarted]) -> None:
         """Take over what has changed in what all nodes say of their instances.
 
         One that has failed here is not tried again because others still name it.
         """
-        for instance_id, gone in self._published.items():
-            if instance_id not in instances:
-                self.remove(gone.model, instance_id)
-        for instance_id, instance in instances.items():
-            if instance_id not in self._published:
-                self.add(instance)
-        self._published = dict(instances)
+        for instance in gone:
+            self.remove(instance.model, instance.instance_id)
+        for instance in come:
+            self.add(instance)
 
     def choose(self, model: ModelName, prompt: bytes) -> InstanceStarted | None:
         """Give the instance that a request goes to, None where none runs."""

@@ -249,9 +249,9 @@ class Scheduler(Actor):
                 return await waiting.answer
         except TimeoutError:
             self._note_refusal(waiting)
-            why = why_in_vain(question, self._view)
             raise NoCapacity(
-                f"no node could start {question.model} within {question.timeout_s:g} s: {why}",
+                f"no node could start {question.model} within {question.timeout_s:g} s: "
+                f"{why_in_vain(question, self._view)}",
                 retry_after_s=placement_s(question, self._view.nodes.values()),
             ) from None
         finally:
@@ -278,8 +278,7 @@ class Scheduler(Actor):
         self._serve()
 
     def _note_refusal(self, waiting: Waiting) -> None:
-        waited_s = self._clock.monotonic_s() - waiting.asked_s
-        why = waiting.why or "others waited before it"
+        waited_s, why = self._clock.monotonic_s() - waiting.asked_s, waiting.why or "others waited before it"
         self._decisions.note(refused(waiting.question, self._limits.placement_policy, why, waited_s))
 
     def _serve(self) -> None:
@@ -335,7 +334,7 @@ class Scheduler(Actor):
             if waiting.recheck is None:
                 waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
             return True
-        others = [one for one in self._waiting if one is not waiting and one.question.model == question.model]
+        others = (one for one in self._waiting if one is not waiting and one.question.model == question.model)
         if any(one.room is not None for one in others):
             waiting.why = f"room is being made for {question.model} already"
             return True
@@ -360,7 +359,7 @@ class Scheduler(Actor):
 
     def _refuse(self) -> None:
         """Tell those who would wait in vain, also behind others; a member not heard of yet may have the room."""
-        if not self._members.keys() <= self._view.nodes.keys():
+        if not self._waiting or not self._members.keys() <= self._view.nodes.keys():
             return
         for waiting in list(self._waiting):
             reason = fits_nowhere(waiting.question, self._view)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import msgspec
 
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 MODELS = "models/"
 
+# Reads a registration; None is one that can't be read.
+Decode = Callable[[Fact], Model | None]
+
 
 class SharedModels:
     """Owns what this node knows of them, each by the revision of its last change.
@@ -24,36 +28,53 @@ class SharedModels:
     Nobody writes over what it has not seen. `followed` says whether views come after the first one.
     """
 
-    def __init__(self, store: Store, *, followed: bool) -> None:
+    def __init__(self, store: Store, *, followed: bool, decode: Decode = lambda fact: decode_model(fact)) -> None:
         self._store = store
         self._followed = followed
+        self._decode = decode
         self._changed: dict[ModelName, int] = {}
+        # Put by this node, and in no view yet.
+        self._put: set[ModelName] = set()
         # Removed by this node: what a view of before still has must not come back.
         self._removed: dict[ModelName, int] = {}
 
     async def load(self) -> View:
         """Read all of them."""
         listing = await self._store.list(MODELS)
-        return View(listing.revision, {fact.key: fact for fact in listing.facts})
+        facts = {fact.key: fact for fact in listing.facts}
+        return View(listing.revision, facts, facts.keys(), True)
 
     def newer(self, view: View) -> dict[ModelName, Model | None]:
         """Take in a view; give what has changed by somebody else, None for what is no longer registered."""
         found: dict[ModelName, Model | None] = {}
-        named = {ModelName(key.removeprefix(MODELS)): fact for key, fact in view.facts.items()}
-        for name, fact in named.items():
-            if fact.changed <= max(self._changed.get(name, 0), self._removed.get(name, 0)):
+        for key in view.changed:
+            fact, name = view.facts.get(key), cast(ModelName, key.removeprefix(MODELS))
+            if fact is None or fact.changed <= self._changed.get(name, 0) or fact.changed <= self._removed.get(name, 0):
                 continue
-            model = _model(fact)
+            model = self._decode(fact)
             if model is not None:
                 found[name] = model
                 self._note(name, fact.changed)
-        for name in self._changed.keys() - named.keys():
-            if self._changed[name] <= view.revision:
-                found[name] = None
-                del self._changed[name]
+        for name in self._gone(view):
+            found[name] = None
+            del self._changed[name]
+        self._put = {name for name in self._put if self._changed.get(name, 0) > view.revision}
         # Views come in the order of their revisions: from here on none has what was removed before.
         self._removed = {name: revision for name, revision in self._removed.items() if revision > view.revision}
         return found
+
+    def _gone(self, view: View) -> list[ModelName]:
+        """List the known names that a view has no more.
+
+        What this node has put itself may have been removed by others before it knew that it was put.
+        """
+        changed = (cast(ModelName, key.removeprefix(MODELS)) for key in view.changed)
+        names = self._changed if view.listed else dict.fromkeys((*changed, *self._put))
+        return [
+            name
+            for name in names
+            if MODELS + name not in view.facts and 0 < self._changed.get(name, 0) <= view.revision
+        ]
 
     def _note(self, name: ModelName, revision: int) -> None:
         self._changed[name] = revision
@@ -84,8 +105,11 @@ class SharedModels:
             raise Conflict(f"{name} has been changed by another node just now", param="name")
         if isinstance(operations[0], Put):
             self._note(name, outcome.revision)
+            if self._followed:
+                self._put.add(name)
         else:
             self._changed.pop(name, None)
+            self._put.discard(name)
             if self._followed:
                 self._removed[name] = outcome.revision
 
@@ -95,7 +119,8 @@ def based_on(models: Mapping[ModelName, Model], model: Model) -> Model | None:
     return models.get(ModelName(model.base)) if model.base else None
 
 
-def _model(fact: Fact) -> Model | None:
+def decode_model(fact: Fact) -> Model | None:
+    """Read a registration; None for one of another version."""
     try:
         return msgspec.msgpack.decode(fact.value, type=Model)
     except msgspec.MsgspecError as wrong:

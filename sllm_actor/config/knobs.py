@@ -69,6 +69,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=2, le=3600, title="s", description="after so long without a sign others do without this node"),
     ] = 10
+    report_every_s: Annotated[
+        float,
+        Meta(ge=0.1, le=600, title="s", description="what a node has is told the leader so often, also unchanged"),
+    ] = 1.0
 
     # Memory and bytes.
     host_pool_bytes: Annotated[

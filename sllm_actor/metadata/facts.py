@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from sllm_actor.errors import LeaseLost, MetadataCompacted
 from sllm_actor.metadata.limits import StoreLimits
@@ -58,6 +59,8 @@ class Facts:
         self._facts = {fact.key.encode(): fact for fact in known}
         self._order = sorted(self._facts)
         self._leases: dict[LeaseId, _Held] = {}
+        # No lease ends before this moment.
+        self._ends_from_s = inf
         self._limits = limits
         self._history: deque[Changes] = deque()
         self._history_bytes = 0
@@ -139,6 +142,7 @@ class Facts:
     def grant(self, lease: Lease, now_s: float) -> None:
         """Begin a lease."""
         self._leases[lease.id] = _Held(lease, now_s + lease.ttl_s, set())
+        self._ends_from_s = min(self._ends_from_s, now_s + lease.ttl_s)
 
     def keep_alive(self, lease: LeaseId, now_s: float) -> None:
         """Let a lease's time begin anew.
@@ -151,6 +155,9 @@ class Facts:
 
     def due(self, now_s: float) -> list[LeaseId]:
         """List the leases whose time has passed."""
+        if now_s < self._ends_from_s:
+            return []
+        self._ends_from_s = min((held.ends_s for held in self._leases.values()), default=inf)
         return [lease for lease, held in self._leases.items() if held.ends_s <= now_s]
 
     def next_end_s(self) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -17,10 +17,16 @@ PAUSE_S = 0.5
 
 
 class View(NamedTuple):
-    """All facts below a prefix, by key, as they were together at a revision."""
+    """All facts below a prefix, by key, as they were together at a revision; true until the next view is asked for.
+
+    Only those of the keys `changed` may differ from the view before. One that is `listed` anew also tells by what it
+    has not what is gone.
+    """
 
     revision: int
     facts: Mapping[str, Fact]
+    changed: Collection[str]
+    listed: bool
 
 
 async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View, None]:
@@ -28,6 +34,7 @@ async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View
 
     It goes on while nobody answers, whatever the store says meanwhile, and gives what is true afterwards.
     """
+    facts: dict[str, Fact] = {}
     while True:
         try:
             listing = await store.list(prefix)
@@ -35,8 +42,8 @@ async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View
             log.warning("what is below %s can't be listed for now: %s", prefix, failed.message)
             await clock.sleep(PAUSE_S)
             continue
-        facts = {fact.key: fact for fact in listing.facts}
-        yield View(listing.revision, dict(facts))
+        before, facts = facts, {fact.key: fact for fact in listing.facts}
+        yield View(listing.revision, facts, before.keys() | facts.keys(), True)
         try:
             async with aclosing(store.watch(prefix, listing.revision + 1)) as watch:
                 async for changes in watch:
@@ -45,7 +52,7 @@ async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View
                             facts.pop(change.key, None)
                         else:
                             facts[change.key] = change.fact
-                    yield View(changes.revision, dict(facts))
+                    yield View(changes.revision, facts, [change.key for change in changes.changes], False)
         except MetadataCompacted:
             continue
         except MetadataFailed as failed:

@@ -6,6 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import count
+from weakref import WeakValueDictionary
 
 from sllm_actor.errors import MetadataFailed
 from sllm_actor.metadata.facts import Facts, Plan
@@ -32,6 +33,14 @@ from sllm_actor.runtime import Clock
 from sllm_actor.runtime.tasks import TaskScope
 
 
+class _Wake:
+    """Ends the sleep of those who watch a prefix, at the first change below it."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.revision = 0
+
+
 class LocalStore(ABC):
     """A `Store` in one process: leases go by its clock and end with it, watchers follow its memory."""
 
@@ -40,7 +49,8 @@ class LocalStore(ABC):
         self._clock = clock
         self._limits = limits
         self._writing = asyncio.Lock()
-        self._changed = asyncio.Event()
+        # By prefix, as long as somebody sleeps there.
+        self._wakes: WeakValueDictionary[str, _Wake] = WeakValueDictionary()
         self._lease_ids = count(1)
         self._scope = TaskScope("metadata")
         self._timer: asyncio.Task[None] | None = None
@@ -93,19 +103,23 @@ class LocalStore(ABC):
         check_watch(prefix, from_revision, self._limits)
         while True:
             self._check_open()
-            changed = self._changed
+            wake = self._wakes.get(prefix)
+            if wake is None:
+                wake = self._wakes[prefix] = _Wake()
             up_to = self._facts.revision
             for changes in self._facts.since(prefix, from_revision):
                 yield changes
                 from_revision = changes.revision + 1
             # What is not below the prefix need not be looked through again, nor be kept for this watcher.
             from_revision = max(from_revision, up_to + 1)
-            await changed.wait()
+            await wake.changed.wait()
+            from_revision = max(from_revision, wake.revision)
 
     async def close(self) -> None:
         """End the watches and the timer; doing it twice does nothing."""
         self._closed = True
-        self._tell()
+        for wake in self._wakes.values():
+            wake.changed.set()
         await self._scope.close()
 
     def _check_open(self) -> None:
@@ -135,11 +149,15 @@ class LocalStore(ABC):
             await self._keep(plan)
         self._facts.apply(plan)
         if plan.changes:
-            self._tell()
+            self._tell(plan)
 
-    def _tell(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    def _tell(self, plan: Plan) -> None:
+        """Wake those below whose prefixes something has changed."""
+        for prefix, wake in list(self._wakes.items()):
+            if any(change.key.startswith(prefix) for change in plan.changes):
+                wake.revision = plan.outcome.revision
+                wake.changed.set()
+                del self._wakes[prefix]
 
     async def _end_due(self) -> None:
         self._check_open()

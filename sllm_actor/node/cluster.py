@@ -113,7 +113,9 @@ class Many:
         self.membership = Membership(store, clock, member, on_change=lambda _: self._tell_members())
         system.vouch_with(self._is_member)
         system.hear_of_silence(self._nobody_listens)
-        self._book = RouteBook(store, self.membership, clock, self.routes.publish)
+        # Who is asked by no client need not know where every instance of the cluster is.
+        asked = Role.GATEWAY in self._roles
+        self._book = RouteBook(store, self.membership, clock, self.routes.publish if asked else None)
         self._moves = LeasedFacts(store, self.membership, clock, "migrations")
         self.moves: MigrationBook = SharedBook(self._moves)
 
@@ -214,7 +216,8 @@ class Many:
 
     def _tell_members(self) -> None:
         for known in (self._silent, self._unseated):
-            known.intersection_update(self._epochs().values())
+            if known:
+                known.intersection_update(self._epochs().values())
         self._look_for_controllers()
         if self._seat is not None and _scheduler_name(self._seat.epoch) in self._system.cells:
             self._system.ref(_scheduler_name(self._seat.epoch)).tell(

@@ -48,4 +48,5 @@ def manager_limits_of(config: Config) -> Limits:
             hand_over_timeout_s=config.ask_timeout_s,
             take_over_timeout_s=config.take_over_timeout_s,
         ),
+        report_every_s=config.report_every_s,
     )

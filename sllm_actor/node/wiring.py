@@ -100,7 +100,9 @@ async def spawn_actors(parts: Parts) -> Actors:
 
 def _scheduler(parts: Parts, epoch: int, members: Mapping[NodeId, int], gone: Collection[NodeId]) -> Scheduler:
     config = parts.config
-    autoscaler = Autoscaler(parts.registry.models, parts.clock, instance_takes=config.max_requests_per_instance)
+    autoscaler = Autoscaler(
+        parts.registry.kept_running, parts.registry.known, parts.clock, instance_takes=config.max_requests_per_instance
+    )
     limits = SchedulerLimits(
         lease_s=config.engine_start_timeout_s,
         evict_timeout_s=config.drain_timeout_s + config.engine_stop_timeout_s,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator
+from math import inf
 from typing import NamedTuple
 
 from sllm_actor.domain import ModelName, NodeId
@@ -133,6 +134,9 @@ class ClusterView:
     def __init__(self, first_ssd_bytes_per_s: float = 0.0, first_remote_bytes_per_s: float = 0.0) -> None:
         self.nodes: dict[NodeId, NodeView] = {}
         self.grants: dict[str, Grant] = {}
+        self._grants_on: dict[NodeId, dict[str, Grant]] = {}
+        # No grant expires before this moment.
+        self._expires_from_s = inf
         self.leaving: dict[NodeId, set[str]] = {}
         self.held: dict[NodeId, set[str]] = {}
         self._heard_s: dict[NodeId, float] = {}
@@ -159,7 +163,8 @@ class ClusterView:
         if gone is None:
             return
         del self._heard_s[node]
-        self.grants = {key: grant for key, grant in self.grants.items() if grant.node != node}
+        for placement_id in self._grants_on.pop(node, {}):
+            del self.grants[placement_id]
         self.leaving.pop(node, None)
         self.held.pop(node, None)
         self._index(gone, None)
@@ -202,6 +207,10 @@ class ClusterView:
             assert view is not None
             self._running_on.setdefault(model, {})[view.report.node] = None
 
+    def models(self) -> Collection[ModelName]:
+        """List the models that have instances."""
+        return self._running_on
+
     def running(self, model: ModelName) -> Iterator[tuple[NodeReport, InstanceView]]:
         """Give the instances of a model that take requests, the least busy of each node first."""
         for name in self._running_on.get(model, ()):
@@ -212,13 +221,22 @@ class ClusterView:
 
     def grant(self, placement_id: str, grant: Grant) -> None:
         """Take the room of a placement."""
-        self.grants[placement_id] = grant
+        self._keep_grant(placement_id, grant)
         self._account(grant.node)
+
+    def _keep_grant(self, placement_id: str, grant: Grant) -> None:
+        self.grants[placement_id] = grant
+        self._grants_on.setdefault(grant.node, {})[placement_id] = grant
+        self._expires_from_s = min(self._expires_from_s, grant.expires_s)
 
     def release(self, placement_id: str) -> Grant | None:
         """Give the room of a placement back, if it has any still."""
         grant = self.grants.pop(placement_id, None)
         if grant is not None:
+            here = self._grants_on[grant.node]
+            del here[placement_id]
+            if not here:
+                del self._grants_on[grant.node]
             self._account(grant.node)
         return grant
 
@@ -226,10 +244,15 @@ class ClusterView:
         """Let a placement keep its room for longer, if it has any still."""
         grant = self.grants.get(placement_id)
         if grant is not None:
-            self.grants[placement_id] = grant._replace(expires_s=expires_s)
+            self._keep_grant(placement_id, grant._replace(expires_s=expires_s))
 
     def expired(self, now_s: float) -> list[str]:
         """Release the placements that nobody used in time; give their ids."""
+        if now_s < self._expires_from_s:
+            return []
+        self._expires_from_s = min(
+            (grant.expires_s for grant in self.grants.values() if grant.expires_s > now_s), default=inf
+        )
         ids = [placement_id for placement_id, grant in self.grants.items() if grant.expires_s <= now_s]
         for placement_id in ids:
             self.release(placement_id)
@@ -265,8 +288,8 @@ class ClusterView:
     def _marked(self, node: NodeId) -> tuple[Collection[str], Collection[str]]:
         return self.leaving.get(node, ()), self.held.get(node, ())
 
-    def _grants_of(self, node: NodeId) -> list[Grant]:
-        return [grant for grant in self.grants.values() if grant.node == node]
+    def _grants_of(self, node: NodeId) -> Collection[Grant]:
+        return self._grants_on.get(node, {}).values()
 
     def age_s(self, node: NodeId, now_s: float) -> float:
         """Tell how old a node's newest report is."""

@@ -30,11 +30,11 @@ from sllm_actor.testing.simulated_store import MemoryStore
 from sllm_actor.testing.trace import TraceRecorder
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 from sllm_actor.testing.workloads import Arrival
-from sllm_actor.testing.world import World
+from sllm_actor.testing.world import REPORT_EVERY_S, World
 
 LIMIT_TURNS = 2**62
-# The cluster finds itself before it is asked.
-SETTLE_S = 5.0
+# The cluster finds itself before it is asked: who leads has heard of every node.
+SETTLE_S = 1.5 * REPORT_EVERY_S
 WARM, JOINED = "running", "another's start"
 
 
@@ -185,7 +185,7 @@ class _Evaluation:
         clients = TaskScope("clients")
         for number, arrival in enumerate(self._arrivals):
             await self._clock.sleep(max(0.0, self._begin_s + arrival.at_s - self._clock.monotonic_s()))
-            node = self._dice.choice(self._nodes)
+            node = self._dice.choice(self._nodes[: len(self._world.gateways)])
             clients.spawn(self._client(number, arrival, node), f"client-{number}", context=node.context.copy())
         if tasks := clients.tasks():
             await asyncio.wait(tasks)

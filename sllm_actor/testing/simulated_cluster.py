@@ -91,7 +91,7 @@ class SimulatedCluster:
         self._drains: dict[str, asyncio.Task[None]] = {}
         sizes = [self.dice.choice((20, 60, 120)) * MIB for _ in range(plan.models)]
         self.models = [model_of(f"m{number}", size, KEEP_ALIVE_S) for number, size in enumerate(sizes, 1)]
-        self.cards = [SimulatedCard(model.card, model.size_bytes) for model in self.models]
+        self.cards = {model.card: SimulatedCard(model.card, model.size_bytes) for model in self.models}
         # What its disk has survives a node.
         self.stored = {name: [model.card for model in self.models if self.dice.random() < 0.6] for name in self.names}
 

@@ -104,12 +104,15 @@ class Cores:
 def answer_of(
     path: str, prompt: bytes, seed: int, max_tokens: int, ignore_eos: bool = False
 ) -> tuple[tuple[int, ...], FinishReason]:
-    """Give the one right answer of the model in the folder `path`."""
+    """Give the one right answer of the model in the folder `path`; one without an end of its own counts upwards."""
+    if ignore_eos:
+        first = xxh3_64_intdigest(f"{path} {seed} ".encode() + prompt)
+        return tuple((first + position) % VOCABULARY_TOKENS for position in range(max_tokens)), FinishReason.LENGTH
     tokens: list[int] = []
     for position in range(max_tokens):
         drawn = xxh3_64_intdigest(f"{path} {seed} {position} ".encode() + prompt)
         tokens.append(drawn % VOCABULARY_TOKENS)
-        if (drawn >> 32) % ENDS_ONE_IN == 0 and position + 1 < max_tokens and not ignore_eos:
+        if (drawn >> 32) % ENDS_ONE_IN == 0 and position + 1 < max_tokens:
             return tuple(tokens), FinishReason.STOP
     return tuple(tokens), FinishReason.LENGTH
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from math import inf
 from typing import Any, NamedTuple, TypeVar, cast
@@ -16,6 +16,7 @@ from sllm_actor.actors.migration_counts import MigrationCounts
 from sllm_actor.actors.node_keeper import NODE_KEEPER
 from sllm_actor.actors.registration import Examiner
 from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.shared_models import Decode, decode_model
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.config import Config
 from sllm_actor.domain import Model, ModelName, RequestId
@@ -95,6 +96,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
     speed_of: Callable[[str], Speed] = lambda _: Speed()
     cores: Cores = msgspec.field(default_factory=Cores)
     echoes: bool = False
+    decode: Decode = decode_model
 
 
 class Home(NamedTuple):
@@ -145,7 +147,7 @@ class SimulatedNode:
         life: int,
         *,
         truth: MemoryStore,
-        cards: Sequence[SimulatedCard],
+        cards: Mapping[str, SimulatedCard],
         stored: Sequence[str],
         clock: Clock,
         network: Network,
@@ -251,7 +253,7 @@ class SimulatedNode:
         self.pool = EnginePool(forked, config.warm_engines, config.engine_refill_delay_s, clock)
         stack.push_async_callback(self.pool.close, config.engine_stop_timeout_s)
         tiers = cast(Tiers, self.tiers)
-        registry = Registry(self.way, cast(Examiner, None), tiers, clock, shared=True)
+        registry = Registry(self.way, cast(Examiner, None), tiers, clock, shared=True, decode=self._means.decode)
         stack.push_async_callback(registry.close)
         # Once more, because actors stop before what they use.
         stack.push_async_callback(self.system.close)

@@ -7,7 +7,7 @@ that nobody ends is seen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ class SimulatedTiers:
 
     def __init__(
         self,
-        cards: Iterable[SimulatedCard],
+        cards: Mapping[str, SimulatedCard],
         stored: Iterable[str],
         clock: Clock,
         *,
@@ -202,7 +202,7 @@ class SimulatedTiers:
         ssd_quota_bytes: float = inf,
         keeps_host: bool = True,
     ) -> None:
-        self._cards = {card.key: card for card in cards}
+        self._cards = cards
         self._clock = clock
         self._local = Way(ssd_bytes_per_s, FIRST_SSD_BYTES_PER_S)
         self._remote = Way(remote_bytes_per_s, FIRST_REMOTE_BYTES_PER_S)
@@ -225,7 +225,7 @@ class SimulatedTiers:
         return self._cards[key]
 
     def card_folder(self, key: str) -> Path:
-        return folder_of(key)
+        return self._cards[key].checkpoint.path
 
     def is_on_ssd(self, card: Card) -> bool:
         return card.model_id in self.ssd.stored

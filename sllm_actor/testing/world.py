@@ -7,14 +7,17 @@ the paper models it: whatever is free takes a model, which comes at the speed of
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
+from sllm_actor.actors.shared_models import MODELS
 from sllm_actor.config import Config
-from sllm_actor.domain import Model, Scaling
+from sllm_actor.domain import Model, ModelName, Scaling
+from sllm_actor.domain.roles import Role
 from sllm_actor.errors import InvalidInput
 from sllm_actor.loader.device_profile import profile_in
 from sllm_actor.runtime import Limits
@@ -35,11 +38,10 @@ from sllm_actor.units import MIB
 
 MAX_FILE_BYTES = MIB
 # The members of a cluster that nothing happens to need not look after each other often.
-LEASE_TTL_S, HEARTBEAT_S = 120, 30.0
+LEASE_TTL_S, HEARTBEAT_S, REPORT_EVERY_S = 120, 30.0, 10.0
 CALM = Limits(heartbeat_s=HEARTBEAT_S, acceptable_pause_s=4 * HEARTBEAT_S, down_after_s=600.0)
 CHUNK_BYTES = 16 * MIB
-# What of an answer comes at once, so that long answers do not take long to be simulated.
-TOKENS_A_TURN = 16
+EVERYTHING = ",".join(role.value for role in Role)
 
 Positive = Annotated[float, Meta(gt=0, le=1e18)]
 
@@ -55,8 +57,10 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What is simulated. `copies` of each model lie on SSDs in the beginning, dealt to the nodes in turn.
 
     An instance answers `concurrency` requests at once, and stays for `keep_alive_s` behind the last, or for as long as
-    its bytes take from the SSD, as in the paper, where that is "load". Who waits longer than `timeout_s` for a first
-    token fails. What is not said of a machine is as in the preset of its name.
+    its bytes take from the SSD, as in the paper, where that is "load". Clients ask the first so many nodes
+    (`gateways`), which may lead, too; the others only run instances. `turn_tokens` of an answer come at once, so that
+    long answers do not take long to be simulated. Who waits longer than `timeout_s` for a first token fails. What is
+    not said of a machine is as in the preset of its name.
     """
 
     machine: str = "a40"
@@ -69,6 +73,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     models: Annotated[tuple[Models, ...], Meta(min_length=1, max_length=100)] = (Models(shape="opt-6.7b", count=32),)
     copies: Annotated[int, Meta(ge=0, le=10_000)] = 1
     concurrency: Annotated[int, Meta(ge=1, le=256)] = 1
+    gateways: Annotated[int, Meta(ge=1, le=10_000)] = 16
+    turn_tokens: Annotated[int, Meta(ge=1, le=4096)] = 16
     keep_alive_s: Annotated[float, Meta(ge=0, le=1e6)] | Literal["load"] = "load"
     timeout_s: Annotated[float, Meta(ge=1, le=3600)] = 300.0
 
@@ -137,11 +143,22 @@ class World:
                 model = model_of(f"{models.shape}-{number:05}", shape.size_bytes, keep_alive_s)
                 scaling = Scaling(max_instances=description.nodes * self.instances)
                 self.models.append(msgspec.structs.replace(model, scaling=scaling))
-                path, bare = str(folder_of(model.name)), speed_of(shape, device, self.devices_each, TOKENS_A_TURN)
+                path, bare = (
+                    str(folder_of(model.name)),
+                    speed_of(shape, device, self.devices_each, description.turn_tokens),
+                )
                 attach_s = bare.attach_s + system.container_s
                 self._bare_speeds[path] = bare
                 self._speeds[path] = msgspec.structs.replace(bare, attach_s=attach_s)
-        self.cards = [SimulatedCard(model.card, model.size_bytes) for model in self.models]
+        self.cards = {model.card: SimulatedCard(model.card, model.size_bytes) for model in self.models}
+
+        # Each registration is read once, and not by each node.
+        self._registered = {model.name: model for model in self.models}
+
+    @property
+    def gateways(self) -> list[str]:
+        """The nodes that clients ask."""
+        return self.names[: self.description.gateways]
 
     @property
     def instances(self) -> int:
@@ -161,10 +178,17 @@ class World:
 
     def stored(self, name: str) -> list[str]:
         """List what lies on a node's SSD in the beginning."""
-        if not self.system.ssd:
-            return []
-        place, nodes, copies = self.names.index(name), len(self.names), min(self.description.copies, len(self.names))
-        return [model.card for number, model in enumerate(self.models) if (place - number * copies) % nodes < copies]
+        return self._dealt[name]
+
+    @cached_property
+    def _dealt(self) -> dict[str, list[str]]:
+        """Deal the models' copies to the nodes in turn."""
+        dealt: dict[str, list[str]] = {name: [] for name in self.names}
+        copies = min(self.description.copies, len(self.names)) if self.system.ssd else 0
+        for number, model in enumerate(self.models):
+            for copy in range(copies):
+                dealt[self.names[(number * copies + copy) % len(self.names)]].append(model.card)
+        return dealt
 
     def means(self) -> Means:
         """Say what the nodes are made of."""
@@ -177,6 +201,7 @@ class World:
             ssd_quota_bytes=machine.ssd_bytes if system.ssd else 0.0,
             keeps_host=system.host,
             speed_of=self._speeds.__getitem__,
+            decode=lambda fact: self._registered[ModelName(fact.key.removeprefix(MODELS))],
         )
 
     def _config_of(self, name: str) -> Config:
@@ -198,6 +223,8 @@ class World:
             placement_policy=self.system.policy,
             request_history=100_000,
             switch_hold_s=0.0,
+            roles=EVERYTHING if name in self.gateways else Role.WORKER.value,
+            report_every_s=REPORT_EVERY_S,
         )
 
 
