@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from sllm_actor.config.bounds import check
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.units import GIB, KIB, MIB
 
@@ -108,7 +109,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(ge=1, le=100, title="%", description="what background writes get of the disk while a cold load reads"),
     ] = 5
 
-    # Models from elsewhere.
+    # Models.
+    models: Annotated[
+        Text,
+        Meta(title="models", description="models that are registered at the start: NAME=SOURCE, with commas between"),
+    ] = ""
     ssd_quota_bytes: Annotated[
         int,
         Meta(
@@ -375,6 +380,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for role in ("controller", "worker"):
             if not self.metadata and role not in self.roles.split(","):
                 raise ConfigInvalid(f"roles: a node that is alone is its own {role}; metadata is empty", param="roles")
+        if self.models and set(self.roles.split(",")) == {"controller"}:
+            raise ConfigInvalid("models: a node that only leads has nothing to try them with", param="models")
         if self.advertise and not self.listen:
             raise ConfigInvalid("advertise: there is nothing to advertise where listen is empty", param="advertise")
 
@@ -382,18 +389,3 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 @functools.cache
 def _annotations() -> dict[str, Any]:
     return get_type_hints(Config, include_extras=True)
-
-
-def check(name: str, value: Any, annotation: Any) -> None:
-    """Compare one knob's value with its type and bounds.
-
-    Raises:
-        ConfigInvalid: it is of another type, out of bounds, or no number.
-    """
-    try:
-        msgspec.convert(value, annotation)
-    except (msgspec.ValidationError, OverflowError) as error:
-        raise ConfigInvalid(f"{name}: {error}, not {str(value)[:64]}", param=name) from error
-    # Not-a-number is neither below nor above any bound.
-    if value != value:
-        raise ConfigInvalid(f"{name}: {value} is not a number", param=name)

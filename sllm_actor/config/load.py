@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from sllm_actor.config.knobs import Config, check
+from sllm_actor.config.bounds import check
+from sllm_actor.config.knobs import Config
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.units import parse_bytes, parse_duration_s
 

@@ -35,10 +35,11 @@ from sllm_actor.frontend.telemetry import Telemetry, open_telemetry
 from sllm_actor.frontend.text import TextService
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.between_nodes import BETWEEN_NODES
-from sllm_actor.messages.models import ListModels, ModelStatus
+from sllm_actor.messages.models import ListModels, ModelStatus, RegisterModel
 from sllm_actor.messages.operations import StopEverything
 from sllm_actor.node.cluster import open_cluster
 from sllm_actor.node.data_folder import DataFolder
+from sllm_actor.node.first_models import first_models
 from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, GRAMMAR_BYTES, GRAMMAR_MEMORY_BYTES, MAX_FRAME_BYTES
 from sllm_actor.node.secret_files import read_cluster_secret
@@ -73,12 +74,13 @@ class Node:
     `url` is where its HTTP endpoint listens; `system` takes actors of the embedding program's own.
 
     Raises:
-        ConfigInvalid: the cluster secret can't be read, or is too short.
+        ConfigInvalid: the cluster secret can't be read, or is too short; or `models` names none.
     """
 
     def __init__(self, config: Config, clock: Clock | None = None) -> None:
         self.config = config
         self.clock = clock or SystemClock()
+        self._first_models = first_models(config.models)
         self.system = ActorSystem(
             node_id=config.node_id,
             messages=(*PEER_MESSAGES, *BETWEEN_NODES),
@@ -193,6 +195,7 @@ class Node:
         if Role.GATEWAY in self._roles:
             await text.start()
             await self._load_tokenizers(gateway, text)
+        await self._register(gateway.manager)
         gateway.ready = True
         self.lag.tell()
         log.info("node %s is ready at %s", node_id, self.url)
@@ -303,6 +306,15 @@ class Node:
             "starts": self._starts.observe(),
             "migrations": self._migrations.observe(),
         }
+
+    async def _register(self, manager: ActorRef) -> None:
+        """Register the models of the configuration, one after the other: what is written there holds."""
+        for name, source in self._first_models.items():
+            model = RegisterModel(name=name, source=source, keep_alive_s=None, replace=True)
+            try:
+                await manager.ask(model, timeout_s=self.config.engine_start_timeout_s)
+            except SllmError as error:
+                raise type(error)(f"models: {name}={source}: {error.message}", param="models") from None
 
     async def _load_tokenizers(self, gateway: Gateway, text: TextService) -> None:
         """Load the tokenizers of registered models, so that the first request to each need not."""
