@@ -35,7 +35,7 @@ def take(cluster: NodeCluster, page: Page, folder: Path) -> None:
     # So long a prompt is computed for seconds.
     expect(page.locator("[data-start] .fall .attach").first).to_be_attached(timeout=60_000)
     assert page.locator("[data-start] .busy").count() == 1
-    page.screenshot(path=folder / "page-start.png", full_page=True)
+    _take_whole(page, folder / "page-start.png")
     page.get_by_role("button", name="Stop").click()
     page.locator("#play-form select").select_option("demo")
     page.get_by_label("Message").fill("Count from 1 to 300.")
@@ -43,10 +43,16 @@ def take(cluster: NodeCluster, page: Page, folder: Path) -> None:
     page.get_by_role("button", name="Move req-").last.click(timeout=60_000)
     expect(page.locator("#move-status")).to_contain_text("goes on at", timeout=60_000)
     expect(page.locator("#move-list .row")).to_have_count(1)
-    page.screenshot(path=folder / "page-migration.png", full_page=True)
+    _take_whole(page, folder / "page-migration.png")
     for path in folder.glob("page-*.png"):
         # There are few colours: half of the bytes are enough.
         Image.open(path).quantize(256).save(path, optimize=True)
+
+
+def _take_whole(page: Page, path: Path) -> None:
+    # The head stays where one has scrolled to.
+    page.evaluate("window.scrollTo(0, 0)")
+    page.screenshot(path=path, full_page=True)
 
 
 def main(folder: Path) -> None:

@@ -180,6 +180,30 @@ def test_a_revoked_key_is_refused_soon_and_a_broken_file_changes_nothing(
     key_file.write_text(whole)
 
 
+def test_a_revoked_key_ends_the_pages_event_stream_and_no_other(
+    guarded: NodeProcess, key_file: Path, admin: dict[str, str]
+) -> None:
+    heidi = header(guarded, key_file, "heidi", "--admin")
+    with closing(guarded.connect()) as hers, closing(guarded.connect()) as others:
+        streams = []
+        for connection, key in ((hers, heidi), (others, admin)):
+            connection.request("GET", "/admin/events", headers=key)
+            streams.append(connection.getresponse())
+            assert streams[-1].readline() == b"event: snapshot\n"
+        keys(key_file, "revoke", "heidi")
+        *_, last = events_of(streams[0].read())
+        assert last.startswith("event: error\n") and '"code":"invalid_api_key"' in last
+        # What changes is still told to whoever may see it.
+        assert guarded.request("POST", "/admin/models", {"source": "builtin:demo", "name": "new"}, admin).status == 201
+        while streams[1].readline() != b"event: change\n":
+            pass
+        assert guarded.request("DELETE", "/admin/models/new", headers=admin).status == 200
+
+
+def events_of(text: bytes) -> list[str]:
+    return [event for event in text.decode().split("\n\n") if event.startswith("event: ")]
+
+
 def test_the_file_has_no_key_in_it_and_is_private(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     made = keys(path, "create", "a", "--model", "x/y", "--admin")

@@ -138,6 +138,19 @@ def test_the_page_is_used_with_the_keyboard_alone_and_markup_is_shown_as_text(cl
     assert page.locator("main img, main script").count() == 0
 
 
+def test_side_by_side_both_columns_end_together(cluster: NodeCluster, page: Page) -> None:
+    page.goto(cluster.nodes["n1"].url)
+    expect(page.locator("#health")).to_have_text("healthy")
+    bottoms = (
+        "[...document.querySelectorAll('.column')].map(one => one.lastElementChild.getBoundingClientRect().bottom)"
+    )
+    left, right = page.evaluate(bottoms)
+    assert abs(left - right) < 1
+    page.set_viewport_size({"width": 800, "height": 900})
+    left, right = page.evaluate(bottoms)
+    assert left < right, "one below the other"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_all_of_it_without_scrolling_sideways(cluster: NodeCluster, page: Page, scheme: str) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
