@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sllm_actor.checkpoint.folder import read_folder
 from sllm_actor.checkpoint.safetensors_header import parse_header
-from sllm_actor.engine import lora, skeleton
+from sllm_actor.engine import lora
+from sllm_actor.engine.mapped_tensors import MappedTensors
 
 RANK = 4
 
@@ -89,4 +90,4 @@ def load_adapter(model: Any, folder: Path) -> lora.Adapter:
     tensors = parse_header(data, len(data), "adapter").tensors
     placed = lora.match(model, found.adapter, tensors)
     lora.check_targets(model, found.adapter, placed)
-    return lora.make(found.adapter, placed, skeleton.MappedTensors(data).view, model.device)
+    return lora.make(found.adapter, placed, MappedTensors(data).view, model.device)

@@ -35,6 +35,7 @@ from sllm_actor.engine import skeleton
 from sllm_actor.engine.architectures import MODULES, choose
 from sllm_actor.engine.generation import Generation
 from sllm_actor.engine.kv_cache import FIRST_CAPACITY_TOKENS
+from sllm_actor.engine.mapped_tensors import MappedTensors
 from sllm_actor.engine.runner import Runner
 from sllm_actor.errors import (
     CheckpointConfigInvalid,
@@ -327,7 +328,7 @@ def test_a_file_is_handed_to_torch_once_for_each_dtype_however_many_tensors_it_h
     values = {f"{k}": torch.randn(k % 4, 3, 2).to((torch.float32, torch.float16)[k % 2]) for k in range(1, 40)}
     raw = memoryview(bytearray(save(values)))
     header = parse_header(raw, len(raw))
-    mapped = skeleton.MappedTensors(raw)
+    mapped = MappedTensors(raw)
     found = {tensor.name: mapped.view(tensor) for tensor in header.tensors}
     assert all(torch.equal(found[name], value) and found[name].is_contiguous() for name, value in values.items())
     assert len({found[name].untyped_storage().data_ptr() for name, value in values.items() if value.numel()}) == 1

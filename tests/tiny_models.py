@@ -18,6 +18,7 @@ from sllm_actor.domain import EngineLimits, Sampling
 from sllm_actor.engine import skeleton
 from sllm_actor.engine.architectures import EVERY
 from sllm_actor.engine.generation import Generation
+from sllm_actor.engine.mapped_tensors import MappedTensors
 from sllm_actor.engine.runner import Runner
 
 # Tiny products gain nothing from a second thread, and wait long for it on a busy machine.
@@ -99,14 +100,14 @@ def attach(folder: Path, *, shift_bytes: int = 0, generates: bool = True) -> Pre
     """Build and fill the model as an engine does; `shift_bytes` lays the bytes that far off alignment."""
     checkpoint = read_folder(folder)
     model = skeleton.build(str(folder), checkpoint.dtype, generates=generates)
-    owner: dict[str, skeleton.MappedTensors] = {}
+    owner: dict[str, MappedTensors] = {}
     tensors: list[Tensor] = []
     for file in checkpoint.files:
         raw = (folder / file.name).read_bytes()
         data = memoryview(bytearray(shift_bytes) + raw)[shift_bytes:]
         header = parse_header(data, len(data), file.name)
         tensors += header.tensors
-        owner |= dict.fromkeys((tensor.name for tensor in header.tensors), skeleton.MappedTensors(data))
+        owner |= dict.fromkeys((tensor.name for tensor in header.tensors), MappedTensors(data))
     paired = skeleton.match(model, tensors, checkpoint.aliases)
     skeleton.put_weights(model, {name: owner[tensor.name].view(tensor) for name, tensor in paired.items()})
     return model

@@ -12,7 +12,7 @@ import torch
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.checkpoint.layout import is_pad
 from sllm_actor.checkpoint.safetensors_header import Header, parse_header
-from sllm_actor.engine.skeleton import MappedTensors
+from sllm_actor.engine.mapped_tensors import MappedTensors
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.mapping import HostFile, MappedFiles, map_files

@@ -68,7 +68,7 @@ async def ours(pool_bytes: str, chunk_bytes: str) -> tuple[None, Commands]:
     from benchmarks.load_meter import PAD, quiet
     from sllm_actor.checkpoint.folder import read_folder
     from sllm_actor.engine.device_view import tensor_on
-    from sllm_actor.engine.skeleton import DTYPES
+    from sllm_actor.engine.mapped_tensors import DTYPES
     from sllm_actor.loader.device import Device
     from sllm_actor.loader.lease import DeviceTarget
 

@@ -19,7 +19,7 @@ from benchmarks.actors_process import Commands
 from benchmarks.load_limits import Machine, whole_pages
 from benchmarks.load_meter import PAD, Meter
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
-from sllm_actor.engine.skeleton import DTYPES, MappedTensors
+from sllm_actor.engine.mapped_tensors import DTYPES, MappedTensors
 from sllm_actor.units import MIB
 
 BULK_BYTES = 16 * MIB

@@ -28,6 +28,7 @@ from sllm_actor.checkpoint.safetensors_header import Tensor
 from sllm_actor.cli.show import out
 from sllm_actor.domain import EngineLimits, Sampling
 from sllm_actor.engine import four_bits, skeleton
+from sllm_actor.engine.mapped_tensors import MappedTensors
 from sllm_actor.engine.runner import Runner
 from sllm_actor.testing.node_process import NodeProcess, running_node
 from sllm_actor.units import GIB, MIB
@@ -109,7 +110,7 @@ def _attach(folder: Path) -> PreTrainedModel:
     for file in checkpoint.files:
         with checkpoint.file_path(file).open("rb") as opened:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = skeleton.MappedTensors(memoryview(mapped))
+        data = MappedTensors(memoryview(mapped))
         tensors += file.header.tensors
         views |= {tensor.name: data.view(tensor) for tensor in file.header.tensors}
     paired = skeleton.match(model, tensors, checkpoint.aliases)

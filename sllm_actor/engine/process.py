@@ -23,6 +23,7 @@ from sllm_actor.engine.embedding_jobs import EmbeddingJobs
 from sllm_actor.engine.encoder import EncoderRunner
 from sllm_actor.engine.generation import Generation, Step
 from sllm_actor.engine.grammar import GrammarConstraint, Grammars
+from sllm_actor.engine.mapped_tensors import tensors_of
 from sllm_actor.engine.runner import Runner
 from sllm_actor.errors import AdapterInvalid, EngineStartFailed, GenerationFailed, SllmError, UnsupportedArchitecture
 from sllm_actor.messages.embedding import Embed
@@ -235,7 +236,7 @@ class EngineProcess:
     def _read_adapter(self, model: PreTrainedModel, message: LoadAdapter) -> lora.Adapter:
         config = read_lora_config(read_config(Path(message.path), CONFIG_NAME)[0], message.path)
         mapped = self._map_files(message.chunk_bytes, message.files)
-        tensors, owner = skeleton.tensors_of(message.files, mapped)
+        tensors, owner = tensors_of(message.files, mapped)
         placed = lora.match(model, config, tensors)
         return lora.make(config, placed, lambda tensor: owner[tensor.name].view(tensor), model.device)
 
@@ -254,7 +255,7 @@ class EngineProcess:
         if self._prepared is None or self._model is None or not self._files:
             raise EngineStartFailed("weights came before the model was named, or before they were mapped")
         begin_s = self._clock.monotonic_s()
-        tensors, owner = skeleton.tensors_of(self._files, self._mapped)
+        tensors, owner = tensors_of(self._files, self._mapped)
         paired = skeleton.match(self._model, tensors, self._prepared.aliases)
         weights = {name: owner[tensor.name].view(tensor) for name, tensor in paired.items()}
         skeleton.put_weights(self._model, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,19 +12,14 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sllm_actor.checkpoint.layout import is_pad
-from sllm_actor.checkpoint.safetensors_header import Tensor, parse_header
+from sllm_actor.checkpoint.safetensors_header import Tensor
 from sllm_actor.engine import attention, quantized
 from sllm_actor.engine.architectures import ENCODERS, EVERY, choose
 from sllm_actor.engine.experts import unpack_experts
+from sllm_actor.engine.mapped_tensors import DTYPES
 from sllm_actor.engine.quantization import weight_bits
 from sllm_actor.errors import CheckpointConfigInvalid, CheckpointInvalid, UnsupportedArchitecture
-from sllm_actor.messages.engine import PooledFile
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
 COMPUTE_DTYPES = frozenset({"F32", "F16", "BF16"})
 # Each layer is built before it can be compared with what the checkpoint brings: so their number has a bound.
 MAX_LAYERS = 1024
@@ -170,61 +165,6 @@ def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     source = tied.get(name, name)
     return {source, *(target for target, its_source in tied.items() if its_source == source)}
-
-
-class MappedTensors:
-    """Tensors where their file is mapped; copies only what lies unaligned.
-
-    The file is handed to torch once for each dtype, and a tensor is a stride over that: of a model with thousands of
-    tensors the hand-over of each would be the largest part of its start.
-    """
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        # By the name of a dtype: torch's, the bytes of one element, and the whole file as such elements.
-        self._flat: dict[str, tuple[torch.dtype, int, torch.Tensor]] = {}
-        # A model has few shapes.
-        self._strides: dict[tuple[int, ...], list[int]] = {}
-
-    def view(self, tensor: Tensor) -> torch.Tensor:
-        """Look at a tensor's bytes; all views of one file share its memory."""
-        dtype, itemsize, flat = self._flat.get(tensor.dtype) or self._hand_over(tensor.dtype)
-        shape, begin = tensor.shape, tensor.begin
-        if begin == tensor.end:
-            return torch.empty(shape, dtype=dtype)
-        if begin % itemsize:
-            return torch.frombuffer(bytearray(self._data[begin : tensor.end]), dtype=dtype).view(shape)
-        strides = self._strides.get(shape)
-        if strides is None:
-            strides = self._strides[shape] = _strides(shape)
-        return torch.as_strided(flat, shape, strides, begin // itemsize)
-
-    def _hand_over(self, name: str) -> tuple[torch.dtype, int, torch.Tensor]:
-        dtype = DTYPES[name]
-        flat = torch.frombuffer(self._data, dtype=dtype, count=len(self._data) // dtype.itemsize)
-        self._flat[name] = dtype, dtype.itemsize, flat
-        return self._flat[name]
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    strides = [1] * len(shape)
-    for k in range(len(shape) - 1, 0, -1):
-        strides[k - 1] = strides[k] * shape[k]
-    return strides
-
-
-def tensors_of(
-    files: Sequence[PooledFile], mapped: Mapping[str, memoryview]
-) -> tuple[list[Tensor], dict[str, MappedTensors]]:
-    """Read the headers of mapped files: their tensors, and for each name where it lies."""
-    owner: dict[str, MappedTensors] = {}
-    tensors: list[Tensor] = []
-    for file in files:
-        data = mapped[file.name]
-        header = parse_header(data, file.size_bytes, name=file.name)
-        tensors += header.tensors
-        owner |= dict.fromkeys((tensor.name for tensor in header.tensors), MappedTensors(data))
-    return tensors, owner
 
 
 def put_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:

@@ -16,9 +16,9 @@ from sllm_actor.engine import attention, four_bits
 from sllm_actor.engine.architectures import ENCODERS, MODULES
 from sllm_actor.engine.encoder import EncoderRunner
 from sllm_actor.engine.experts import unpack_experts
+from sllm_actor.engine.mapped_tensors import DTYPES
 from sllm_actor.engine.pooling import Pooler
 from sllm_actor.engine.runner import Runner
-from sllm_actor.engine.skeleton import DTYPES
 
 TINY_CONTEXT_TOKENS = 64
 EMBEDDING = Embedding(pooling=Pooling.MEAN, normalize=True, dimensions=16, max_tokens=TINY_CONTEXT_TOKENS)

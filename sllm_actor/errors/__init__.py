@@ -23,6 +23,7 @@
     │   │   ├── TokenizerInvalid         no usable tokenizer or chat template
     │   │   ├── AdapterInvalid           a LoRA adapter of a kind that is not served, or of another base
     │   │   └── UnsupportedArchitecture  a model class that the engine can't serve correctly
+    │   ├── BackendInvalid             what a backend can't do, or one that this node does not have
     │   ├── TargetInvalid              a folder that nothing may be written to
     │   ├── MetadataInvalid            a key, value, lease or transaction that no metadata store takes
     │   └── ModelTooLarge              larger than the memory that could ever be free for it
@@ -118,6 +119,10 @@ class InvalidRequest(InvalidInput):
 
 class UnsupportedField(InvalidRequest):
     code = "unsupported_field"
+
+
+class BackendInvalid(InvalidInput):
+    code = "backend_invalid"
 
 
 class RequestTimeout(InvalidRequest):
