@@ -16,7 +16,7 @@ from test_instance_faults import model_of
 
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.domain import EngineLimits
+from sllm_actor.domain import Backend, EngineLimits
 from sllm_actor.errors import EngineStartFailed, SourceRefused
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.tiers import _disk_way
@@ -65,7 +65,7 @@ class Engines:
 def starter(node: House, engines: Engines, chunk_bytes: int = CHUNK) -> InstanceStarter:
     return InstanceStarter(
         node.tiers,
-        cast(Any, engines),
+        {Backend.SLLM: cast(Any, engines)},
         SystemClock(),
         chunk_bytes=chunk_bytes,
         map_in_place=False,

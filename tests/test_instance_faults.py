@@ -20,7 +20,7 @@ from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.config import Config
-from sllm_actor.domain import EngineLimits, Model, ModelName, NodeId
+from sllm_actor.domain import Backend, EngineLimits, Model, ModelName, NodeId
 from sllm_actor.errors import Conflict, EngineDied
 from sllm_actor.loader.cards import Cards
 from sllm_actor.loader.loader import Loader
@@ -117,7 +117,7 @@ async def test_a_start_cancelled_while_it_cleans_up_keeps_no_lease(tmp_path: Pat
     async with opened() as loader:
         starter = InstanceStarter(
             over(loader, tmp_path),
-            cast(Any, OneEngine(engine)),
+            {Backend.SLLM: cast(Any, OneEngine(engine))},
             SystemClock(),
             chunk_bytes=CHUNK,
             map_in_place=False,

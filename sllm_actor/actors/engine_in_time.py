@@ -10,7 +10,7 @@ import asyncio
 from sllm_actor.domain import Span
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.engine.client import Engine
-from sllm_actor.engine.pool import EnginePool
+from sllm_actor.engine.pool import Engines
 from sllm_actor.loader.fetch import MAX_READS
 from sllm_actor.loader.mapping import HostFile
 from sllm_actor.messages.engine import PooledFile, PrepareModel
@@ -28,7 +28,7 @@ class EngineInTime:
     Whoever made it ends with `give` or `give_up`, once.
     """
 
-    def __init__(self, engines: EnginePool, prepare: PrepareModel, clock: Clock, chunk_bytes: int) -> None:
+    def __init__(self, engines: Engines, prepare: PrepareModel, clock: Clock, chunk_bytes: int) -> None:
         self._engines = engines
         self._prepare = prepare
         self._clock = clock

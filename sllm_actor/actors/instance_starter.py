@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +11,9 @@ import msgspec
 from sllm_actor.actors.engine_in_time import EngineInTime
 from sllm_actor.actors.preparing import prepare_of
 from sllm_actor.checkpoint.folder import Checkpoint
-from sllm_actor.domain import EngineLimits, Model, Span
+from sllm_actor.domain import Backend, EngineLimits, Model, Span
 from sllm_actor.engine.client import Engine
-from sllm_actor.engine.pool import EnginePool
+from sllm_actor.engine.pool import Engines
 from sllm_actor.loader.cards import Card
 from sllm_actor.loader.lease import HostLease, LoadReport
 from sllm_actor.loader.loads import OnProgress
@@ -38,7 +39,7 @@ class InstanceStarter:
     def __init__(
         self,
         tiers: Tiers,
-        engines: EnginePool,
+        engines: Mapping[Backend, Engines],
         clock: Clock,
         *,
         chunk_bytes: int,
@@ -69,7 +70,7 @@ class InstanceStarter:
         begin_s = self._clock.monotonic_s()
         checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
         prepare = prepare_of(model, checkpoint)
-        seat = EngineInTime(self._engines, prepare, self._clock, self.chunk_bytes)
+        seat = EngineInTime(self._engines[model.backend], prepare, self._clock, self.chunk_bytes)
         lease: HostLease | None = None
         try:
             from_afar = self._tiers.comes_from_afar(wanted)
@@ -83,7 +84,7 @@ class InstanceStarter:
             )
             loaded = self._load_spans(lease.report, begin_s)
             engine = await seat.give()
-            ready = await engine.attach(self._engine_limits())
+            ready = await engine.attach(self._engine_limits(model.backend))
         except BaseException:
             try:
                 await seat.give_up(self._stop_timeout_s)
@@ -126,8 +127,13 @@ class InstanceStarter:
             on_placed=on_placed,
         )
 
-    def _engine_limits(self) -> EngineLimits:
-        """Where no bytes are set for keys and values: what half the free memory is for each of all instances."""
+    def _engine_limits(self, backend: Backend) -> EngineLimits:
+        """Where no bytes are set for keys and values: what half the free memory is for each of all instances.
+
+        vLLM's are on a device, whose memory it looks at itself.
+        """
+        if backend is Backend.VLLM:
+            return self._limits
         share_bytes = available_bytes() // (2 * self._max_instances)
         return msgspec.structs.replace(self._limits, kv_cache_bytes=self._limits.kv_cache_bytes or share_bytes)
 

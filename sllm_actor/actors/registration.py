@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import msgspec
 
+from sllm_actor.actors.for_vllm import architecture_for_vllm, refuse_adapters
 from sllm_actor.actors.preparing import prepare_of
 from sllm_actor.checkpoint.adapter import LoraConfig
 from sllm_actor.checkpoint.embedding_config import embedding_of, names_width
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
 from sllm_actor.checkpoint.model_config import read_model_config
 from sllm_actor.checkpoint.sentence_layout import read_sentence_layout
-from sllm_actor.domain import Model, Scaling
+from sllm_actor.domain import Backend, Model, Scaling
 from sllm_actor.engine.architectures import ENCODERS, MODULES, choose
-from sllm_actor.engine.pool import EnginePool
+from sllm_actor.engine.pool import Engines
 from sllm_actor.errors import AdapterInvalid, InvalidRequest, ModelTooLarge, TokenizerInvalid
 from sllm_actor.loader.cards import Card
 from sllm_actor.messages.models import RegisterModel
@@ -43,7 +44,7 @@ class Examiner:
 
     def __init__(
         self,
-        engines: EnginePool,
+        engines: Mapping[Backend, Engines],
         inspect_tokenizer: Callable[[str], Awaitable[TokenizerFacts]],
         builtin: Mapping[str, Path],
         describe: Callable[[str], Awaitable[Card]],
@@ -83,11 +84,15 @@ class Examiner:
         loop = asyncio.get_running_loop()
         layout = await loop.run_in_executor(None, read_sentence_layout, checkpoint.path)
         # A checkpoint of sentence-transformers is one that embeds, whatever else its class could do.
-        architecture = choose(checkpoint.architectures, generates=layout is None)
-        generates = architecture in MODULES
+        by_vllm = message.backend is Backend.VLLM
+        if by_vllm:
+            architecture = architecture_for_vllm(checkpoint, embeds=layout is not None)
+        else:
+            architecture = choose(checkpoint.architectures, generates=layout is None)
+        generates = by_vllm or architecture in MODULES
         facts = await loop.run_in_executor(None, read_model_config, checkpoint.path, checkpoint.config)
         # What generates need not be able to embed, too.
-        embeds = not generates or names_width(checkpoint.config)
+        embeds = not by_vllm and (not generates or names_width(checkpoint.config))
         encodes = architecture in ENCODERS
         embedding = embedding_of(checkpoint.config, facts, layout, encodes=encodes) if embeds else None
         host_bytes = self._host_bytes(checkpoint)
@@ -116,6 +121,7 @@ class Examiner:
             scaling=message.scaling,
             generates=generates,
             embedding=embedding,
+            backend=message.backend,
         )
         await self._try_model(model, checkpoint)
         tokenizer = await self._inspect_tokenizer(str(checkpoint.path))
@@ -132,6 +138,7 @@ class Examiner:
         """Hold an adapter against the bounds and against its base; it is served as that is."""
         checkpoint = wanted.checkpoint if isinstance(wanted, Card) else wanted
         assert checkpoint.adapter is not None
+        refuse_adapters(base)
         if not base.generates:
             raise AdapterInvalid(f"{base.name} does not generate, and only what does can have adapters", param="base")
         if checkpoint.adapter.largest_rank > self._max_adapter_rank:
@@ -185,7 +192,7 @@ class Examiner:
 
     async def _try_model(self, model: Model, checkpoint: Checkpoint) -> None:
         """Let a warm engine build the model and compare it with the files' headers; no weight is read."""
-        engine = await self._engines.take()
+        engine = await self._engines[model.backend].take()
         try:
             engine.prepare(prepare_of(model, checkpoint))
             await engine.check()
@@ -194,7 +201,7 @@ class Examiner:
 
     async def _try_adapter(self, base: Model, checkpoint: Checkpoint) -> None:
         """Let a warm engine build the base and compare the adapter with it; no weight is read."""
-        engine = await self._engines.take()
+        engine = await self._engines[base.backend].take()
         try:
             engine.prepare(prepare_of(base))
             # A pattern of module names may run for ever; the engine is ended with it.

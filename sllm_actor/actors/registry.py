@@ -17,7 +17,7 @@ from sllm_actor.actors.registration import Examiner, read_off_loop
 from sllm_actor.actors.same_model import runs_alike, same_but_time, source_of
 from sllm_actor.actors.shared_models import MODELS, Decode, SharedModels, based_on, decode_model
 from sllm_actor.checkpoint.adapter import LoraConfig
-from sllm_actor.domain import Model, ModelName, TierChoice
+from sllm_actor.domain import Backend, Model, ModelName, TierChoice
 from sllm_actor.errors import (
     CheckpointChanged,
     CheckpointInvalid,
@@ -219,7 +219,7 @@ class Registry:
                 f"{model.name} is registered already, from {source_of(known)}; replace it or remove it first",
                 param="name",
             )
-        if known is not None and (known.fingerprint, known.path) != (model.fingerprint, model.path):
+        if known is not None and _what_adapters_fit(known) != _what_adapters_fit(model):
             check_unused(known.name, self.models(), "replaced")
         with self._based(model):
             if known is not None and known.fingerprint != model.fingerprint:
@@ -364,6 +364,10 @@ def _model_id(wanted: Wanted) -> str:
     if isinstance(wanted, Card):
         return wanted.model_id
     return wanted.manifest.model_id if wanted.manifest is not None else ""
+
+
+def _what_adapters_fit(model: Model) -> tuple[str, str, Backend]:
+    return model.fingerprint, model.path, model.backend
 
 
 async def _is_lost(card: Card) -> bool:

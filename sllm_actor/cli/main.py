@@ -22,6 +22,7 @@ from sllm_actor.cli.run import run_model
 from sllm_actor.cli.show import duration, out, print_json, print_tiers, state, table
 from sllm_actor.cli.sllm_config import read_deployment
 from sllm_actor.config import Resolved, resolve
+from sllm_actor.domain import Backend
 from sllm_actor.errors import SllmError
 from sllm_actor.units import format_bytes, parse_bytes
 
@@ -73,6 +74,9 @@ Target = Annotated[
     typer.Option("--target-concurrency", min=0, help="Running requests for one instance; 0: as many as it takes."),
 ]
 Base = Annotated[str, typer.Option("--base", help="Of a LoRA adapter: the registered model that it is for.")]
+BackendChoice = Annotated[
+    Backend | None, typer.Option("--backend", help="Whose engine computes it: sllm (by default) or vllm.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
 
 
@@ -186,8 +190,8 @@ def calibrate(
 def deploy(
     source: Deployed = "", config: TheirConfig = None, name: Name = "", base: Base = "", keep_alive: KeepAlive = "",
     replace: Replace = False, replicas: Replicas = None, min_instances: MinInstances = None,
-    max_instances: MaxInstances = None, target_concurrency: Target = None, url: Url = DEFAULT_URL, api_key: Key = "",
-    as_json: Json = False,
+    max_instances: MaxInstances = None, target_concurrency: Target = None, backend: BackendChoice = None,
+    url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check a checkpoint or a LoRA adapter and register it; it is loaded when the first request for it comes.
 
@@ -209,6 +213,7 @@ def deploy(
         "min_instances": min_instances if replicas is None else replicas,
         "max_instances": max_instances if replicas is None else replicas,
         "target_concurrency": target_concurrency,
+        "backend": backend,
     }
     said = {knob: value for knob, value in scaling.items() if value is not None}
     if config is None:

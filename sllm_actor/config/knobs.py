@@ -181,6 +181,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_adapter_bytes: Annotated[
         int, Meta(ge=64 * KIB, le=1024 * GIB, title="bytes", description="largest LoRA adapter that is deployed")
     ] = 4 * GIB
+    vllm_python: Annotated[
+        Text,
+        Meta(title="path", description="Python of an environment with vLLM and sllm_actor; empty: there is none"),
+    ] = ""
+    vllm_gpu_memory_percent: Annotated[
+        int, Meta(ge=1, le=100, title="%", description="what one instance with vLLM takes of its device's memory")
+    ] = 90
+    vllm_eager: Annotated[bool, Meta(description="let vLLM start without compiling and without CUDA graphs")] = False
     engine_refill_delay_s: Annotated[
         float, Meta(ge=0, le=60, title="s", description="wait before a taken warm engine is replaced")
     ] = 0.5

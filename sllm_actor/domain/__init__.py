@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sllm_actor.domain.backend import Backend
 from sllm_actor.domain.embedding import Embedding, Pooling
 from sllm_actor.domain.generation import EngineLimits, FinishReason, Resume, Sampling, TokenLogprobs
 from sllm_actor.domain.model import Model, ModelState, Scaling, TierChoice
@@ -9,6 +10,7 @@ from sllm_actor.domain.names import ModelName, NodeId, RequestId, check_model_na
 from sllm_actor.domain.timeline import Span, Timeline
 
 __all__ = [
+    "Backend",
     "Embedding",
     "EngineLimits",
     "FinishReason",

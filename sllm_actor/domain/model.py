@@ -6,6 +6,7 @@ import enum
 
 import msgspec
 
+from sllm_actor.domain.backend import Backend
 from sllm_actor.domain.embedding import Embedding
 from sllm_actor.domain.names import ModelName
 
@@ -52,6 +53,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     chunks. `keep_alive_s` may be infinite. `embedding` says how it embeds texts; one that does not `generate` does only
     that. A registration of an earlier version says nothing of it. A LoRA adapter has the name of its `base`, on
     whose instances it runs, and that model's folder as `text_path`; both are empty for any other model.
+    `backend` says whose engine computes it.
     """
 
     name: ModelName
@@ -81,6 +83,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     base: str = ""
     text_path: str = ""
     scaling: Scaling = Scaling()
+    backend: Backend = Backend.SLLM
 
     @property
     def texts(self) -> str:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import socket
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -49,8 +49,23 @@ from sllm_actor.messages.engine import (
 )
 from sllm_actor.messages.generation import Finished, Generate, Migrated, Tokens
 from sllm_actor.runtime.channel import Channel
-from sllm_actor.runtime.forking import Child, ForkServer
+from sllm_actor.runtime.forking import ForkServer
 from sllm_actor.runtime.frames import Codec
+
+
+class Process(Protocol):
+    """A child process: forked, or a program of its own."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    @property
+    def exited(self) -> asyncio.Future[int]:
+        """Resolves to its exit status, negative for a signal."""
+
+    def kill(self) -> None:
+        """End it at once; does nothing once it has ended."""
 
 
 class Engine:
@@ -59,7 +74,7 @@ class Engine:
     `died` resolves, with the reason, when the process has left: asked or unasked.
     """
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Process) -> None:
         loop = asyncio.get_running_loop()
         self.pid = child.pid
         self.died: asyncio.Future[str] = loop.create_future()
@@ -79,10 +94,17 @@ class Engine:
     @classmethod
     async def fork(cls, forks: ForkServer, pool_fd: int, max_frame_bytes: int) -> Engine:
         """Fork an engine that waits for a model, with the host pool's descriptor in hand."""
+        return await cls.open(lambda fds: forks.fork("engine", fds), pool_fd, max_frame_bytes)
+
+    @classmethod
+    async def open(
+        cls, start: Callable[[Sequence[int]], Awaitable[Process]], pool_fd: int, max_frame_bytes: int
+    ) -> Engine:
+        """Have a process started with its socket and the host pool as descriptors, and take it for an engine."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                child = await forks.fork("engine", [theirs.fileno(), pool_fd])
+                child = await start([theirs.fileno(), pool_fd])
         except BaseException:
             ours.close()
             raise

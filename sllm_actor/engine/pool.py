@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from sllm_actor.engine.client import Engine
 from sllm_actor.errors import SllmError
@@ -12,6 +13,17 @@ from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.tasks import TaskScope
 
 log = logging.getLogger(__name__)
+
+
+class Engines(Protocol):
+    """Gives engine processes that wait for a model; whoever takes one owns it from then on."""
+
+    async def take(self) -> Engine:
+        """Give one.
+
+        Raises:
+            EngineStartFailed, BackendInvalid: there is none.
+        """
 
 
 class EnginePool:

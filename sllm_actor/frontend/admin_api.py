@@ -93,6 +93,7 @@ async def _register(gateway: Gateway, body: DeployRequest) -> Model:
         replace=body.replace,
         base=body.base,
         scaling=_scaling(body),
+        backend=body.backend,
     )
     model: Model = await gateway.manager.ask(message, timeout_s=gateway.limits.deploy_timeout_s)
     return model

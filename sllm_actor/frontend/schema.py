@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import msgspec
 from msgspec import Meta
 
-from sllm_actor.domain import TierChoice
+from sllm_actor.domain import Backend, TierChoice
 from sllm_actor.errors import InvalidRequest, UnsupportedField
 from sllm_actor.frontend.response_format import ResponseFormat
 from sllm_actor.frontend.tools import MAX_CALLS, MAX_TOOLS, AssistantCall, Tool, ToolChoice, check_tools
@@ -307,6 +307,7 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     min_instances: Annotated[int, Meta(ge=0, le=MAX_INSTANCES)] = 0
     max_instances: Annotated[int, Meta(ge=1, le=MAX_INSTANCES)] | None = None
     target_concurrency: Annotated[int, Meta(ge=0, le=1024)] = 0
+    backend: Backend = Backend.SLLM
 
 
 class TierRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

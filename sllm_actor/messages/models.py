@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import Model, ModelName, ModelState, Scaling, TierChoice
+from sllm_actor.domain import Backend, Model, ModelName, ModelState, Scaling, TierChoice
 from sllm_actor.messages.declare import message
 
 
@@ -12,7 +12,7 @@ class RegisterModel:
 
     A name that is registered from the same folder is updated; from another one, only with `replace`. `base` is the
     registered model that an adapter is for; empty where the adapter's description names one.
-    Answered by `Model`, or fails with a `CheckpointInvalid`, `SourceInvalid` or `ModelExists`.
+    Answered by `Model`, or fails with a `CheckpointInvalid`, `SourceInvalid`, `BackendInvalid` or `ModelExists`.
     """
 
     name: ModelName
@@ -21,6 +21,7 @@ class RegisterModel:
     replace: bool
     base: str = ""
     scaling: Scaling = Scaling()
+    backend: Backend = Backend.SLLM
 
 
 @message("models.remove")

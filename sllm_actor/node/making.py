@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sllm_actor.actors.instance_starter import InstanceStarter
 from sllm_actor.actors.model_manager import Limits
 from sllm_actor.actors.prepared import MigrationLimits
 from sllm_actor.config import Config
-from sllm_actor.domain import EngineLimits
+from sllm_actor.domain import Backend, EngineLimits
 from sllm_actor.domain.roles import Role, roles_of
-from sllm_actor.engine.pool import EnginePool
+from sllm_actor.engine.pool import Engines
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.runtime import Clock
 
 
-def make_starter(config: Config, clock: Clock, tiers: Tiers, engines: EnginePool) -> InstanceStarter:
+def make_starter(config: Config, clock: Clock, tiers: Tiers, engines: Mapping[Backend, Engines]) -> InstanceStarter:
     """Make what starts instances."""
     return InstanceStarter(
         tiers,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +20,10 @@ from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.config import Config
-from sllm_actor.domain import check_node_id
+from sllm_actor.domain import Backend, check_node_id
 from sllm_actor.domain.roles import Role, roles_of
 from sllm_actor.engine.client import Engine
-from sllm_actor.engine.pool import EnginePool
+from sllm_actor.engine.pool import EnginePool, Engines
 from sllm_actor.errors import AddressInUse, ConfigInvalid, DeliveryFailed, InvalidName, SllmError
 from sllm_actor.frontend.access import Access
 from sllm_actor.frontend.connections import ConnectionLimits
@@ -44,6 +45,7 @@ from sllm_actor.node.held_models import RegisteredModels
 from sllm_actor.node.limits import ENGINE_THREADS, GRAMMAR_BYTES, GRAMMAR_MEMORY_BYTES, MAX_FRAME_BYTES
 from sllm_actor.node.secret_files import read_cluster_secret
 from sllm_actor.node.storage import open_storage
+from sllm_actor.node.vllm_engines import VllmEngines
 from sllm_actor.node.wiring import Parts, spawn_actors
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, SystemClock
 from sllm_actor.runtime.cores import CoreDemand
@@ -173,7 +175,11 @@ class Node:
         stack.push_async_callback(text.close)
         grammars = self._grammars(forks)
         stack.push_async_callback(grammars.close)
-        examiner = self._examiner(engines, text, tiers)
+        backends: dict[Backend, Engines] = {
+            Backend.SLLM: engines,
+            Backend.VLLM: VllmEngines(config, tiers.loader.pool_fd),
+        }
+        examiner = self._examiner(backends, text, tiers)
         registry = Registry(cluster.store, examiner, tiers, self.clock, shared=cluster.shared)
         stack.push_async_callback(registry.close)
         text.restore = registry.restore
@@ -182,7 +188,7 @@ class Node:
 
         await self.system.spawn(PeerServer(RegisteredModels(registry, tiers), max_reads=config.peer_reads), PEER_ACTOR)
         parts = Parts(
-            config, self.system, self.clock, cluster, registry, tiers, engines, self._starts, self._migrations
+            config, self.system, self.clock, cluster, registry, tiers, backends, self._starts, self._migrations
         )
         gateway = await self._open_gateway(parts, text, grammars, tasks)
         self._http = HttpServer(gateway, knobs_of(ConnectionLimits, config))
@@ -237,7 +243,7 @@ class Node:
             max_frame_bytes=self.config.max_frame_bytes,
         )
 
-    def _examiner(self, engines: EnginePool, text: TextService, tiers: Tiers) -> Examiner:
+    def _examiner(self, engines: Mapping[Backend, Engines], text: TextService, tiers: Tiers) -> Examiner:
         async def inspect(path: str) -> TokenizerFacts:
             loaded = await text.load(path)
             return TokenizerFacts(loaded.vocabulary_tokens, loaded.chat)

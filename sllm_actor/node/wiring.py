@@ -20,8 +20,8 @@ from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.starting import Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.config import Config
-from sllm_actor.domain import NodeId
-from sllm_actor.engine.pool import EnginePool
+from sllm_actor.domain import Backend, NodeId
+from sllm_actor.engine.pool import Engines
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.node.cluster import Cluster
 from sllm_actor.node.making import make_starter, manager_limits_of
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
     cluster: Cluster
     registry: Registry
     tiers: Tiers
-    engines: EnginePool
+    engines: Mapping[Backend, Engines]
     starts: StartCounts
     migrations: MigrationCounts
 

@@ -14,14 +14,12 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import cast
 
 from sllm_actor.actors.registration import Examiner, TokenizerFacts
 from sllm_actor.actors.registry import Registry
 from sllm_actor.checkpoint.folder import Checkpoint
 from sllm_actor.checkpoint.manifest import MANIFEST_NAME
 from sllm_actor.domain import Model, ModelName, TierChoice
-from sllm_actor.engine.pool import EnginePool
 from sllm_actor.errors import Conflict, ModelNotFound, NoCapacity, SourceMissing
 from sllm_actor.loader import keeping
 from sllm_actor.loader.cards import RECORD_NAME, Card, Cards
@@ -100,7 +98,7 @@ async def _opened(folder: Path, ssd: SsdTier, sources: Mapping[str, KnownModel])
         store = await SqliteStore.open(folder / "metadata.db")
         stack.push_async_callback(store.close)
         examiner = _UnbuiltExaminer(
-            cast(EnginePool, None), no_tokenizer, {}, tiers.describe,
+            {}, no_tokenizer, {}, tiers.describe,
             max_adapter_rank=1, max_adapter_bytes=1 << 40,
             pool_bytes=1 << 40, chunk_bytes=CHUNK_BYTES, keep_alive_s=_KEEP_ALIVE_S, stop_timeout_s=1.0,
         )  # fmt: skip

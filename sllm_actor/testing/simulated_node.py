@@ -19,8 +19,8 @@ from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.shared_models import Decode, decode_model
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.config import Config
-from sllm_actor.domain import Model, ModelName, RequestId
-from sllm_actor.engine.pool import EnginePool
+from sllm_actor.domain import Backend, Model, ModelName, RequestId
+from sllm_actor.engine.pool import EnginePool, Engines
 from sllm_actor.errors import DeliveryFailed
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.between_nodes import BETWEEN_NODES
@@ -257,8 +257,9 @@ class SimulatedNode:
         stack.push_async_callback(registry.close)
         # Once more, because actors stop before what they use.
         stack.push_async_callback(self.system.close)
+        engines: dict[Backend, Engines] = {Backend.SLLM: self.pool}
         self.parts = Parts(
-            config, self.system, clock, cluster, registry, tiers, self.pool, StartCounts(), MigrationCounts()
+            config, self.system, clock, cluster, registry, tiers, engines, StartCounts(), MigrationCounts()
         )
         self.actors = await spawn_actors(self.parts)
         await self.pool.start()
