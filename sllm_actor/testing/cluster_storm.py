@@ -193,14 +193,20 @@ class Storm:
                 self.seen["moved" if reply.status == 200 else f"not moved: {reply.json()['error']['code']}"] += 1
 
     def judge(self, answers: Sequence[Asked], victim: str, where: str) -> None:
-        """Compare what became of requests with what they are owed."""
+        """Compare what became of requests with what they are owed: what the model says where nothing happens to it."""
         for one in answers:
             excused = one.gateway == victim and one.error in (GONE, "draining")
-            assert one.is_right or excused, (
+            assert one.is_right or excused or self._errs_undisturbed(one), (
                 f"{where}: {one.question.prompt!r} of {one.model} through {one.gateway}: "
                 f"{one.error or one.text[-200:]!r}"
             )
-            self.seen["right" if one.is_right else "excused"] += 1
+            self.seen["excused" if excused else "right" if one.is_right else "as wrong as undisturbed"] += 1
+
+    def _errs_undisturbed(self, one: Asked) -> bool:
+        """Tell whether the model itself gives that wrong answer: it loses its place in a long count now and then."""
+        gateway = next(name for name in NODES if name in self.cluster.nodes)
+        undisturbed = ask(self.cluster.nodes[gateway], gateway, one.model, one.question)
+        return not one.error and (undisturbed.text, undisturbed.error) == (one.text, "")
 
     def heal(self, where: str) -> None:
         """Have all nodes again, and look whether they agree."""
