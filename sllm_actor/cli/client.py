@@ -6,13 +6,15 @@ import json
 import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
 CONNECT_TIMEOUT_S = 5.0
 DEFAULT_URL = "http://127.0.0.1:8400"
 MAX_EVENT_BYTES = 1024 * 1024
+# A look at a cluster of two hundred nodes with as many models each.
+MAX_LOOK_BYTES = 16 * 1024 * 1024
 
 
 class NodeUnreachable(Exception):
@@ -36,6 +38,11 @@ class NodeClient:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
+    @property
+    def url(self) -> str:
+        """Where the node is asked."""
+        return self._url
+
     async def __aenter__(self) -> NodeClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         self._session = aiohttp.ClientSession(
@@ -49,12 +56,18 @@ class NodeClient:
 
     @asynccontextmanager
     async def _open(
-        self, method: str, path: str, body: dict[str, Any] | None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        headers: dict[str, str] | None = None,
+        **options: Any,
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         assert self._session is not None
         answered = False
         try:
-            async with self._session.request(method, self._url + path, json=body, headers=headers) as response:
+            asked = self._session.request(method, self._url + path, json=body, headers=headers, **options)
+            async with asked as response:
                 answered = True
                 if response.status >= 400:
                     raise _refusal(response.status, await response.text())
@@ -115,6 +128,36 @@ class NodeClient:
                     raise _from_error(event["error"])
                 yield event
             raise NodeRefused("the answer ended before it was complete", "stream_cut")
+
+    async def looks(self, silence_s: float) -> AsyncGenerator[Look, None]:
+        """Watch the node: give what there is to see, then all of it again after each change, until it ends that.
+
+        Raises:
+            NodeUnreachable, NodeRefused: also where nothing is heard for `silence_s`.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=silence_s)
+        parts: dict[str, Any] = {}
+        kind = ""
+        async with self._open("GET", "/admin/events", None, timeout=timeout, read_bufsize=MAX_LOOK_BYTES) as response:
+            if response.content_type != "text/event-stream":
+                raise NodeUnreachable(f"what answers at {self._url} is no node; name one with --url")
+            async for line in response.content:
+                if line.startswith(b"event: "):
+                    kind = line[len(b"event: ") :].decode().strip()
+                if not line.startswith(b"data: "):
+                    continue
+                content = json.loads(line[len(b"data: ") :])
+                if kind == "error":
+                    raise _from_error(content["error"])
+                parts = parts | content["parts"]
+                yield Look(content["moment"], parts)
+
+
+class Look(NamedTuple):
+    """A node and its cluster at a moment, by both clocks of the node; docs/page.md has what the parts are."""
+
+    moment: dict[str, float]
+    parts: dict[str, Any]
 
 
 def _why(error: Exception) -> str:

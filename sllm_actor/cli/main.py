@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes, simulate
+from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes, simulate, top
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.deploying import deploy_all, print_deployed, registration
@@ -382,7 +382,7 @@ def verify(
 
 for verb in (
     keep.pin, keep.unpin, keep.evict, explain.explain, nodes.status, nodes.cordon, nodes.uncordon, nodes.drain,
-    nodes.notice, nodes.migrate, simulate.simulate,
+    nodes.notice, nodes.migrate, top.top, simulate.simulate,
 ):  # fmt: skip
     app.command()(verb)
 
