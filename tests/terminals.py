@@ -51,6 +51,9 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self._end, keys)
 
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def ended(self) -> int:
         while self._read():
             pass

@@ -28,7 +28,7 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
 
 
 def doctor(
-    folder: Path, *arguments: str, status: int = 0, limits: dict[int, int] | None = None, **environment: str
+    folder: Path, *arguments: str, is_fit: bool = True, limits: dict[int, int] | None = None, **environment: str
 ) -> dict[str, Any]:
     """Run it under limits of its own, and give its findings by the check's name."""
 
@@ -51,8 +51,11 @@ def doctor(
     ran = subprocess.run(
         words, capture_output=True, text=True, timeout=120, env=os.environ | environment, preexec_fn=lower
     )
-    assert ran.returncode == status, ran
-    return {check["check"]: check for check in msgspec.json.decode(ran.stdout)["checks"]}
+    answer = msgspec.json.decode(ran.stdout)
+    levels = {check["level"] for check in answer["checks"]}
+    assert ran.returncode == (1 if "error" in levels else 4 if "warning" in levels else 0), ran
+    assert answer["healthy"] == is_fit, ran
+    return {check["check"]: check for check in answer["checks"]}
 
 
 def cluster(url: str) -> tuple[str, ...]:
@@ -70,7 +73,7 @@ def test_limits_that_are_too_low_are_warnings_that_say_how_to_raise_them(tmp_pat
 
 def test_a_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        found = doctor(tmp_path, "--port", str(taken.getsockname()[1]), status=1)
+        found = doctor(tmp_path, "--port", str(taken.getsockname()[1]), is_fit=False)
     assert [check["check"] for check in found.values() if check["level"] == "error"] == ["port"]
 
 
@@ -82,7 +85,7 @@ def test_a_store_that_is_there_grants_a_lease_and_tells_its_version(tmp_path: Pa
 
 
 def test_a_store_that_is_not_there_is_an_error_that_says_what_to_start(tmp_path: Path) -> None:
-    found = doctor(tmp_path, *cluster("etcd://127.0.0.1:9"), status=1)["metadata"]
+    found = doctor(tmp_path, *cluster("etcd://127.0.0.1:9"), is_fit=False)["metadata"]
     assert found["level"] == "error"
     assert "--metadata etcd://HOST:PORT" in found["mend"]
 
@@ -126,6 +129,6 @@ def test_the_clock_is_looked_at(tmp_path: Path) -> None:
 
 def test_a_data_folder_below_a_file_is_an_error_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found = doctor(tmp_path / "file" / "data", status=1)
+    found = doctor(tmp_path / "file" / "data", is_fit=False)
     assert [check["check"] for check in found.values() if check["level"] == "error"] == ["data folder"]
     assert found["direct reads"]["level"] == "warning"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.markup import escape
 
 from sllm_actor.cli.client import NodeClient, NodeRefused, NodeUnreachable
+from sllm_actor.cli.exit_codes import ExitCode
+from sllm_actor.cli.hints import HINTS, hint_for
 from sllm_actor.cli.show import err, print_json
 from sllm_actor.errors import SllmError
 
@@ -20,29 +22,42 @@ Key = Annotated[str, typer.Option("--api-key", envvar="SLLM_API_KEY", help="Its 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def fail(message: str, exit_code: int = 1, *, as_json: bool = False, code: str = "", param: str | None = None) -> None:
-    """Say what went wrong and end with the exit code."""
+def fail(
+    message: str,
+    exit_code: ExitCode = ExitCode.REFUSED,
+    *,
+    as_json: bool = False,
+    code: str = "",
+    param: str | None = None,
+    hint: str = "",
+) -> NoReturn:
+    """Say what went wrong and what to do next, and end with the exit code."""
     if as_json:
-        print_json({"error": {"message": message, "code": code, "param": param}})
+        print_json({"error": {"message": message, "code": code, "param": param, "hint": hint}})
     else:
-        err.print(f"[bold red]error:[/bold red] {escape(message)}", markup=True)
+        err.print(f"[bold red]error:[/bold red] {escape(message)}")
+        if hint:
+            err.print(f"[bold]next:[/bold] {escape(hint)}")
     raise typer.Exit(exit_code)
 
 
-def ask(url: str, key: str, work: Callable[[NodeClient], Awaitable[T]], *, as_json: bool) -> T:
-    """Run `work` with a client; errors become messages and exit codes."""
+def ask(url: str, key: str, work: Callable[[NodeClient], Awaitable[T]], *, as_json: bool, about: str = "") -> T:
+    """Run `work` with a client; errors become messages and exit codes. `about` is what it was asked to work on."""
 
     async def connected() -> T:
         async with NodeClient(url, key) as client:
-            return await work(client)
+            try:
+                return await work(client)
+            except NodeRefused as error:
+                error.hint = await hint_for(client, error, about)
+                raise
 
     try:
         return asyncio.run(connected())
     except NodeUnreachable as error:
-        fail(str(error), 3, as_json=as_json, code="node_unreachable")
+        fail(str(error), ExitCode.NO_NODE, as_json=as_json, code="node_unreachable")
     except NodeRefused as error:
-        fail(str(error), 1, as_json=as_json, code=error.code, param=error.param)
-    raise AssertionError("unreachable")
+        fail(str(error), as_json=as_json, code=error.code, param=error.param, hint=error.hint)
 
 
 @contextmanager
@@ -51,4 +66,5 @@ def refusals(*, as_json: bool) -> Iterator[None]:
     try:
         yield
     except SllmError as error:
-        fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
+        hint = HINTS.get(error.code, "")
+        fail(error.message, as_json=as_json, code=error.code, param=error.param, hint=hint)

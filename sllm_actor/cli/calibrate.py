@@ -11,6 +11,7 @@ import msgspec
 import typer
 from rich.markup import escape
 
+from sllm_actor.cli.exit_codes import ExitCode
 from sllm_actor.cli.show import err, out, print_json, table
 from sllm_actor.config import Config
 from sllm_actor.loader.calibration import STEPS, OnStep, Options, calibrate
@@ -18,8 +19,6 @@ from sllm_actor.loader.device_profile import DeviceProfile, write_profile
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.units import format_bytes, format_rate
-
-INTERRUPTED = 130
 
 
 def run(config: Config, size_bytes: int, seconds: float, *, as_json: bool) -> None:
@@ -34,7 +33,7 @@ def run(config: Config, size_bytes: int, seconds: float, *, as_json: bool) -> No
         path = write_profile(folder.path, profile)
     except KeyboardInterrupt:
         err.print("stopped: nothing was stored")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
         folder.close()

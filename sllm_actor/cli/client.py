@@ -22,12 +22,13 @@ class NodeUnreachable(Exception):
 
 
 class NodeRefused(Exception):
-    """The node answered with an error; `code` and `param` are its own."""
+    """The node answered with an error; `code` and `param` are its own, `hint` says what to do next."""
 
     def __init__(self, message: str, code: str = "", param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.param = param
+        self.hint = ""
 
 
 class NodeClient:
@@ -173,10 +174,7 @@ def _why(error: Exception) -> str:
 
 def _refusal(status: int, text: str) -> NodeRefused:
     try:
-        refused = _from_error(json.loads(text)["error"])
-        if status == 401:
-            refused.args = (f"{refused}; here: --api-key KEY, or SLLM_API_KEY",)
-        return refused
+        return _from_error(json.loads(text)["error"])
     except (ValueError, KeyError, TypeError):
         return NodeRefused(f"HTTP {status}: {text[:200]}", f"http_{status}")
 

@@ -13,6 +13,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from sllm_actor.cli import surroundings
+from sllm_actor.cli.exit_codes import ExitCode
 from sllm_actor.cli.findings import Finding
 from sllm_actor.cli.show import out, print_json, table
 from sllm_actor.config import Config, Resolved
@@ -31,6 +32,8 @@ HUGE_PAGE_BYTES = 2 * MIB
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 CALIBRATE = "sllm-node calibrate, with the node stopped"
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+# From the best to the worst.
+BY_LEVEL = {"ok": ExitCode.DONE, "warning": ExitCode.WARNINGS, "error": ExitCode.REFUSED}
 
 
 def _python(_: Config) -> Finding:
@@ -181,10 +184,10 @@ CHECKS: tuple[Callable[[Config], Finding], ...] = (
 )  # fmt: skip
 
 
-def report(resolved: Resolved, *, as_json: bool) -> bool:
-    """Run every check and print the findings and the knobs; false if a node would not start."""
+def report(resolved: Resolved, *, as_json: bool) -> ExitCode:
+    """Run every check, print the findings and the knobs, and give what the worst finding amounts to."""
     findings = [check(resolved.config) for check in CHECKS]
-    healthy = all(finding.level != "error" for finding in findings)
+    worst = max((BY_LEVEL[finding.level] for finding in findings), key=list(BY_LEVEL.values()).index)
     values = [
         (
             knob.name,
@@ -201,8 +204,14 @@ def report(resolved: Resolved, *, as_json: bool) -> bool:
         for knob in shown:
             if knob["value"] == float("inf"):
                 knob["value"] = "forever"
-        print_json({"healthy": healthy, "checks": [finding._asdict() for finding in findings], "knobs": shown})
-        return healthy
+        print_json(
+            {
+                "healthy": worst is not ExitCode.REFUSED,
+                "checks": [finding._asdict() for finding in findings],
+                "knobs": shown,
+            }
+        )
+        return worst
     marks = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "error": "[red]error[/red]"}
     table(
         ("CHECK", "", "FOUND", "TO MEND IT"),
@@ -213,7 +222,7 @@ def report(resolved: Resolved, *, as_json: bool) -> bool:
         ("KNOB", "VALUE", "UNIT", "FROM", "WHAT"),
         [(name, _shown(value, unit), unit, origin, description) for name, value, unit, origin, description in values],
     )
-    return healthy
+    return worst
 
 
 def _shown(value: object, unit: str) -> str:

@@ -23,7 +23,7 @@ def explain(request_id: Request, url: Url = DEFAULT_URL, api_key: Key = "", as_j
     Example: sllm-node explain req-1234
     """
     path = f"/admin/explain/{quote(request_id, safe='')}"
-    answer = ask(url, api_key, lambda client: client.call("GET", path), as_json=as_json)
+    answer = ask(url, api_key, lambda client: client.call("GET", path), as_json=as_json, about=request_id)
     if as_json:
         print_json(answer)
         return

@@ -45,7 +45,7 @@ def evict(
 
 def _change(verb: str, done: str, model: str, tier: TierChoice, url: str, api_key: str, *, as_json: bool) -> None:
     path, body = f"/admin/models/{model}/{verb}", {"tier": tier.value}
-    answer = ask(url, api_key, lambda client: client.call("POST", path, body), as_json=as_json)
+    answer = ask(url, api_key, lambda client: client.call("POST", path, body), as_json=as_json, about=model)
     if as_json:
         print_json(answer)
         return

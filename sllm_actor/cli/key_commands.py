@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sllm_actor.cli import keys
-from sllm_actor.cli.show import err, print_json
+from sllm_actor.cli.asking import Json, refusals
 from sllm_actor.config import resolve
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.frontend.keys import KNOB
@@ -20,25 +20,18 @@ app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys in 
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", envvar="SLLM_CONFIG", help="A TOML file of knobs.")]
 KeyFile = Annotated[str | None, typer.Option("--api-key-file", help="The file of keys; the knob's by default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Bound = Annotated[int | None, typer.Option(min=1)]
 
 
 @contextmanager
 def _file(config: Path | None, given: str | None, *, as_json: bool) -> Iterator[str]:
     """Give the file's name, and turn what is wrong with it into a message and exit code 1."""
-    try:
+    with refusals(as_json=as_json):
         flags = {} if given is None else {KNOB: given}
         path = resolve(config, os.environ, flags).config.api_key_file
         if not path:
             raise ConfigInvalid(f"{KNOB} names no file; use --api-key-file", param=KNOB)
         yield path
-    except ConfigInvalid as error:
-        if as_json:
-            print_json({"error": {"message": error.message, "code": error.code, "param": error.param}})
-        else:
-            err.print(f"error: {error.message}", style="bold red", markup=False)
-        raise typer.Exit(1) from None
 
 
 @app.command("create")

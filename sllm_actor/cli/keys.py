@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from sllm_actor.cli.names import nearest
 from sllm_actor.cli.show import out, print_json, table
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.frontend.keys import KNOB, Key, digest_of, new_key, read_keys, written
@@ -47,7 +48,8 @@ def revoke(path: str, name: str, *, as_json: bool) -> None:
     with _changing(path) as keys:
         left = [key for key in keys if key.name != name]
         if len(left) == len(keys):
-            raise ConfigInvalid(f"there is no key named {name}", param="name")
+            meant = nearest(name, (key.name for key in keys))
+            raise ConfigInvalid(f"there is no key named {name}{meant and f'; {meant}'}", param="name")
         keys[:] = left
     print_json({"revoked": name}) if as_json else out.print(f"revoked {name}")
 

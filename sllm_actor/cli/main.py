@@ -1,7 +1,4 @@
-"""The `sllm-node` command: every verb, its help, its exit codes.
-
-Exit codes: 0 done; 1 the node, or what was asked of it, refused; 2 wrong usage; 3 no node answers; 130 interrupted.
-"""
+"""The `sllm-node` command: every verb and its help."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes, simu
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.deploying import deploy_all, print_deployed, registration
+from sllm_actor.cli.exit_codes import ExitCode
 from sllm_actor.cli.pull import pull_model
 from sllm_actor.cli.run import run_model
 from sllm_actor.cli.show import duration, out, print_json, print_tiers, state, table
 from sllm_actor.cli.sllm_config import read_deployment
 from sllm_actor.config import Resolved, resolve
 from sllm_actor.domain import Backend
-from sllm_actor.errors import SllmError
 from sllm_actor.units import format_bytes, parse_bytes
 
 T = TypeVar("T")
@@ -122,15 +119,13 @@ def start(
     from sllm_actor.cli.start import run
 
     if log_level not in ("debug", "info", "warning", "error"):
-        fail(f"--log-level {log_level}: use debug, info, warning or error", 2, as_json=as_json)
-    try:
+        fail(f"--log-level {log_level}: use debug, info, warning or error", ExitCode.USAGE, as_json=as_json)
+    with refusals(as_json=as_json):
         resolved = configure(
             config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
             secret_file=cluster_secret_file, node_id=node_id, metadata=metadata, roles=roles,
         )  # fmt: skip
         run(resolved.config, as_json=as_json, log_level=log_level)
-    except SllmError as error:
-        fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
 
 
 @app.command()
@@ -148,19 +143,18 @@ def doctor(
     api_key_file: KeyFile = None, listen: Listen = None, cluster_secret_file: SecretFile = None,
     node_id: NodeName = None, metadata: Metadata = None, roles: Roles = None, set_: Set = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Check this machine and print every knob with its value and where that came from."""
+    """Check this machine and print every knob with its value and where that came from.
+
+    Ends with 0 where all is well, with 4 where there are warnings, with 1 where a node would not start.
+    """
     from sllm_actor.cli.doctor import report
 
-    try:
+    with refusals(as_json=as_json):
         resolved = configure(
             config, data_dir, set_, host=host, port=port, key_file=api_key_file, listen=listen,
             secret_file=cluster_secret_file, node_id=node_id, metadata=metadata, roles=roles,
         )  # fmt: skip
-    except SllmError as error:
-        fail(error.message, 1, as_json=as_json, code=error.code, param=error.param)
-        raise
-    if not report(resolved, as_json=as_json):
-        raise typer.Exit(1)
+    raise typer.Exit(report(resolved, as_json=as_json))
 
 
 @app.command()
@@ -277,7 +271,7 @@ def remove(
             await client.call("POST", f"/admin/models/{name}/evict", {"tier": "all"})
         return await client.call("DELETE", f"/admin/models/{name}")
 
-    answer = ask(url, api_key, work, as_json=as_json)
+    answer = ask(url, api_key, work, as_json=as_json, about=name)
     print_json(answer) if as_json else out.print(f"removed {answer['removed']}")
 
 
@@ -308,7 +302,9 @@ def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) 
 @app.command()
 def stop(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
     """Unload a model's instances once their running answers are finished, and end its start; it stays registered."""
-    answer = ask(url, api_key, lambda client: client.call("POST", f"/admin/models/{name}/unload"), as_json=as_json)
+    answer = ask(
+        url, api_key, lambda client: client.call("POST", f"/admin/models/{name}/unload"), as_json=as_json, about=name
+    )
     if as_json:
         print_json(answer)
         return
@@ -334,14 +330,14 @@ def run(
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
         if not prompt.strip():
-            fail("there is no prompt: nothing was piped in", 2, as_json=as_json)
+            fail("there is no prompt: nothing was piped in", ExitCode.USAGE, as_json=as_json)
     options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
 
     async def work(client: NodeClient) -> None:
         await run_model(client, model, prompt, system=system, options=given, timeline=timeline, as_json=as_json)
 
-    ask(url, api_key, work, as_json=as_json)
+    ask(url, api_key, work, as_json=as_json, about=model)
 
 
 @app.command()
@@ -357,7 +353,7 @@ def convert(
     Example: sllm-node convert ./opt-125m ./opt-125m-sllm --partitions 2
     """
     if partitions > 1 and tensor_parallel > 1:
-        fail("--partitions and --tensor-parallel exclude each other", 2, as_json=as_json)
+        fail("--partitions and --tensor-parallel exclude each other", ExitCode.USAGE, as_json=as_json)
     size_bytes = checkpoints.chunk_size(chunk_bytes)
     with refusals(as_json=as_json):
         checkpoints.run_convert(

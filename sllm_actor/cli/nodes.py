@@ -71,7 +71,7 @@ def notice(
     Example: sllm-node notice n2 --seconds 120
     """
     path = f"/admin/nodes/{quote(node, safe='')}/notice?seconds={seconds:g}"
-    answer = ask(url, api_key, lambda client: client.call("POST", path), as_json=as_json)
+    answer = ask(url, api_key, lambda client: client.call("POST", path), as_json=as_json, about=node)
     if as_json:
         print_json(answer)
         return
@@ -92,7 +92,7 @@ def migrate(
     Example: sllm-node migrate req-6f1c2a --to n2
     """
     path = f"/admin/requests/{quote(request, safe='')}/migrate"
-    answer = ask(url, api_key, lambda client: client.call("POST", path, {"to": to}), as_json=as_json)
+    answer = ask(url, api_key, lambda client: client.call("POST", path, {"to": to}), as_json=as_json, about=request)
     if as_json:
         print_json(answer)
         return
@@ -102,7 +102,7 @@ def migrate(
 
 def _change(node: str, verb: str, url: str, api_key: str, *, as_json: bool) -> dict[str, Any]:
     path = f"/admin/nodes/{quote(node, safe='')}/{verb}"
-    answer = ask(url, api_key, lambda client: client.call("POST", path), as_json=as_json)
+    answer = ask(url, api_key, lambda client: client.call("POST", path), as_json=as_json, about=node)
     if as_json:
         print_json(answer)
     else:

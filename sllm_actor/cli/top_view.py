@@ -77,7 +77,7 @@ def _drawn(section: Section, width: int, rows: int) -> list[RenderableType]:
 def _head(glance: Glance) -> list[Text]:
     parts, requests = glance.parts, glance.parts["requests"]
     title = Text(no_wrap=True, overflow="ellipsis")
-    title.append(parts["node"]["node"], "bold").append(f" at {glance.url}: ").append_text(_condition(parts))
+    title.append(parts["node"]["node"], "bold").append(f" at {glance.url}: ").append_text(_condition(glance))
     facts = [
         _counted(len(parts["nodes"]), "node"),
         f"{len(parts['instances'])} of {sum(one['slots'] for one in parts['nodes'])} instances",
@@ -94,7 +94,10 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _condition(parts: Parts) -> Text:
+def _condition(glance: Glance) -> Text:
+    parts = glance.parts
+    if glance.trouble:
+        return Text("as it was", "dim")
     if parts["problems"]:
         return Text("; ".join(f"{name}: {problem}" for name, problem in parts["problems"].items()), "yellow")
     silent = [one["node"] for one in parts["nodes"] if not one["reported"]]
