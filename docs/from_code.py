@@ -1,7 +1,7 @@
 """What the manual says of knobs, metrics, HTTP and commands, written from the program when the manual is built.
 
-A page has a directive where a table is to be (`{knobs}`, `{metrics}`, `{http}`, `{commands}`, `{errors}`), or takes in
-a file from above this folder (`{root} README.md`). So page and program can't part.
+A page has a directive where a table is to be (`{knobs}`, `{metrics}`, `{http}`, `{commands}`, `{errors}`, `{printed}`),
+or takes in a file from above this folder (`{root} README.md`). So page and program can't part.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import click
+import msgspec
 import typer
 from docutils import nodes
 from pygments.lexers.special import TextLexer
@@ -21,6 +22,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from sllm_actor.cli.main import app as commands
+from sllm_actor.cli.printed import PRINTED, Failed
 from sllm_actor.config.load import PREFIX, Knob, knobs
 from sllm_actor.errors import SllmError
 from sllm_actor.frontend import openapi
@@ -154,6 +156,10 @@ def type_of(schema: dict[str, Any]) -> str:
             return " or ".join(dict.fromkeys(type_of(one) for one in schema[several]))
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if isinstance(schema.get("additionalProperties"), dict):
+        return f"object of {type_of(schema['additionalProperties'])} by name"
     kind = schema.get("type", "anything")
     if kind == "array" and isinstance(schema.get("items"), dict):
         return f"list of {type_of(schema['items'])}"
@@ -169,6 +175,22 @@ def bounds(schema: dict[str, Any]) -> str:
     return ", ".join(
         dict.fromkeys(f"{sign} {one[name]}" for one in several for name, sign in names.items() if name in one)
     )
+
+
+def json_reference() -> str:
+    """Describe what each verb prints with `--json`, then the parts of that."""
+    (failed, *printed), schemas = msgspec.json.schema_components([Failed, *PRINTED.values()], ref_template="#/{name}")
+    rows = ((f"`{verb}`", type_of(shape)) for verb, shape in zip(PRINTED, printed, strict=True))
+    parts = [f"Every verb, where it fails: {type_of(failed)}.\n", table(("verb", "prints"), rows) + "\n"]
+    for name, schema in sorted(schemas.items()):
+        needed = schema.get("required", ())
+        fields = (
+            (f"`{field}`", type_of(what), "" if field in needed else "not always")
+            for field, what in schema["properties"].items()
+        )
+        text = inspect.cleandoc(schema.get("description", ""))
+        parts.append(f"## {name}\n\n{text}\n\n{table(('field', 'is', 'there'), fields)}\n")
+    return "\n".join(parts)
 
 
 def command_reference() -> str:
@@ -275,7 +297,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx of all this."""
     written = {
         "knobs": knob_table, "metrics": metric_table, "http": http_reference, "commands": command_reference,
-        "errors": error_table,
+        "errors": error_table, "printed": json_reference,
     }  # fmt: skip
     for name, write in written.items():
         app.add_directive(name, type(name, (FromCode,), {"write": staticmethod(write)}))

@@ -11,9 +11,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from raw_server import RawServer, Request
 
+from sllm_actor.cli.printed import PRINTED, Failed
 from sllm_actor.cli.show import table
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import CLI, NodeProcess
@@ -30,7 +32,9 @@ def cli(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[
 def cli_json(*arguments: str | Path, stdin: str = "", status: int = 0) -> Any:
     ran = cli(*arguments, "--json", stdin=stdin)
     assert ran.returncode == status, ran
-    return json.loads(ran.stdout)
+    answer = json.loads(ran.stdout)
+    msgspec.convert(answer, Failed if "error" in answer else PRINTED[str(arguments[0])])
+    return answer
 
 
 def test_a_model_is_deployed_listed_asked_stopped_and_removed(node: NodeProcess) -> None:

@@ -167,7 +167,7 @@ def test_every_python_block_is_run_by_a_test_that_names_its_page() -> None:
 def test_every_block_is_of_a_language_that_is_looked_at() -> None:
     looked_at = {"bash", "sh", "python", "json", "toml"}
     shown = {"", "text", "mermaid", "header", "hex", "root", "toctree", "eval-rst"}
-    written = {"knobs", "metrics", "http", "commands", "errors"}
+    written = {"knobs", "metrics", "http", "commands", "errors", "printed"}
     for block in blocks(PAGES):
         assert block.language in looked_at | shown | written, str(block)
         assert "sllm-node" not in block.text or block.language not in shown, f"{block} has commands: write bash"

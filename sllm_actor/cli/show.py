@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,9 +35,19 @@ LABELS = {
 
 
 def print_json(content: Any) -> None:
-    """Print JSON on one line, for programs."""
-    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    """Print JSON on one line, for programs: `forever` for what is infinite, null for what is no number."""
+    sys.stdout.write(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else "forever"
+    return content
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
