@@ -9,12 +9,18 @@ from urllib.parse import quote
 import typer
 from rich.markup import escape
 
+from sllm_actor.cli import completion
 from sllm_actor.cli.asking import Json, Key, Url, ask
 from sllm_actor.cli.client import DEFAULT_URL
 from sllm_actor.cli.show import duration, out, print_json, table
 from sllm_actor.units import format_bytes
 
-Request = Annotated[str, typer.Argument(metavar="REQUEST_ID", help="What the answer's X-Request-Id header says.")]
+Request = Annotated[
+    str,
+    typer.Argument(
+        metavar="REQUEST_ID", help="What the answer's X-Request-Id header says.", autocompletion=completion.requests
+    ),
+]
 
 
 def explain(request_id: Request, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:

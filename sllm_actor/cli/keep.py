@@ -6,12 +6,18 @@ from typing import Annotated
 
 import typer
 
+from sllm_actor.cli import completion
 from sllm_actor.cli.asking import Json, Key, Url, ask
 from sllm_actor.cli.client import DEFAULT_URL
 from sllm_actor.cli.show import out, print_json
 from sllm_actor.domain import TierChoice
 
-Model = Annotated[str, typer.Argument(help="Its name; or the id that 'ps' shows of what is not registered.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Its name; or the id that 'ps' shows of what is not registered.", autocompletion=completion.models
+    ),
+]
 Tier = Annotated[TierChoice, typer.Option("--tier", help="Where: host memory, the SSD, or wherever it is.")]
 _PLACES = {"host": "in host memory", "ssd": "on the SSD"}
 
@@ -29,7 +35,10 @@ def pin(
 def unpin(
     model: Model, tier: Tier = TierChoice.ALL, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False
 ) -> None:
-    """Let a model make room again."""
+    """Let a model make room again.
+
+    Example: sllm-node unpin opt
+    """
     _change("unpin", "unpinned", model, tier, url, api_key, as_json=as_json)
 
 

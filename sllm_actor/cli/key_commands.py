@@ -60,13 +60,19 @@ def create(
 
 @app.command("list")
 def list_keys(api_key_file: KeyFile = None, config: ConfigFile = None, as_json: Json = False) -> None:
-    """List the keys and what each may do."""
+    """List the keys and what each may do.
+
+    Example: sllm-node keys list --api-key-file keys.toml
+    """
     with _file(config, api_key_file, as_json=as_json) as path:
         keys.show(path, as_json=as_json)
 
 
 @app.command("revoke")
 def revoke(name: str, api_key_file: KeyFile = None, config: ConfigFile = None, as_json: Json = False) -> None:
-    """Take a key out; a running node refuses it within seconds."""
+    """Take a key out; a running node refuses it within seconds.
+
+    Example: sllm-node keys revoke alice
+    """
     with _file(config, api_key_file, as_json=as_json) as path:
         keys.revoke(path, name, as_json=as_json)

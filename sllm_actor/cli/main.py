@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -10,16 +9,16 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from sllm_actor.cli import checkpoints, explain, keep, key_commands, nodes, simulate, top
+from sllm_actor.cli import checkpoints, completion, explain, keep, key_commands, nodes, simulate, top
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
+from sllm_actor.cli.configuring import configure
 from sllm_actor.cli.deploying import deploy_all, print_deployed, registration
 from sllm_actor.cli.exit_codes import ExitCode
 from sllm_actor.cli.pull import pull_model
 from sllm_actor.cli.run import run_model
 from sllm_actor.cli.show import duration, out, print_json, print_tiers, state, table
 from sllm_actor.cli.sllm_config import read_deployment
-from sllm_actor.config import Resolved, resolve
 from sllm_actor.domain import Backend
 from sllm_actor.units import format_bytes, parse_bytes
 
@@ -74,35 +73,8 @@ Base = Annotated[str, typer.Option("--base", help="Of a LoRA adapter: the regist
 BackendChoice = Annotated[
     Backend | None, typer.Option("--backend", help="Whose engine computes it: sllm (by default) or vllm.")
 ]
+ModelName = Annotated[str, typer.Argument(help="Its name, as 'ls' shows it.", autocompletion=completion.models)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
-
-
-def configure(
-    file: Path | None,
-    data_dir: str | None,
-    extra: list[str] | None,
-    *,
-    host: str | None = None,
-    port: int | None = None,
-    key_file: str | None = None,
-    listen: str | None = None,
-    secret_file: str | None = None,
-    node_id: str | None = None,
-    metadata: str | None = None,
-    roles: str | None = None,
-) -> Resolved:
-    """Put flags, variables and file together."""
-    flags: dict[str, Any] = {}
-    for text in extra or ():
-        name, _, value = text.partition("=")
-        flags[name.strip()] = value
-    named = {
-        "data_dir": data_dir, "host": host, "port": port, "api_key_file": key_file,
-        "listen": listen, "cluster_secret_file": secret_file, "node_id": node_id, "metadata": metadata,
-        "roles": roles,
-    }  # fmt: skip
-    flags |= {name: value for name, value in named.items() if value is not None}
-    return resolve(file, os.environ, flags)
 
 
 @app.command()
@@ -130,7 +102,10 @@ def start(
 
 @app.command()
 def version(as_json: Json = False) -> None:
-    """Print the version."""
+    """Print the version.
+
+    Example: sllm-node version
+    """
     if as_json:
         print_json({"version": installed_version("sllm_actor")})
     else:
@@ -146,6 +121,8 @@ def doctor(
     """Check this machine and print every knob with its value and where that came from.
 
     Ends with 0 where all is well, with 4 where there are warnings, with 1 where a node would not start.
+
+    Example: sllm-node doctor --config node.toml --set host_pool_bytes=8GiB
     """
     from sllm_actor.cli.doctor import report
 
@@ -240,7 +217,10 @@ def pull(
 
 @app.command("ls")
 def list_models(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """List the registered models and where each is now."""
+    """List the registered models and where each is now.
+
+    Example: sllm-node ls
+    """
     answer = ask(url, api_key, lambda client: client.call("GET", "/admin/models"), as_json=as_json)
     if as_json:
         print_json(answer)
@@ -259,11 +239,14 @@ def list_models(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False
 
 @app.command("rm")
 def remove(
-    name: str,
+    name: ModelName,
     purge: Annotated[bool, typer.Option("--purge", help="Also give up what memory and SSD have of it.")] = False,
     url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Stop a model and forget it; what the tiers have of it stays until room is needed, a folder's files for ever."""
+    """Stop a model and forget it; what the tiers have of it stays until room is needed, a folder's files for ever.
+
+    Example: sllm-node rm opt --purge
+    """
 
     async def work(client: NodeClient) -> dict[str, Any]:
         if purge:
@@ -277,7 +260,10 @@ def remove(
 
 @app.command("ps")
 def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """List the running instances, and what each tier of the node's storage holds."""
+    """List the running instances, and what each tier of the node's storage holds.
+
+    Example: sllm-node ps
+    """
 
     async def look(client: NodeClient) -> dict[str, Any]:
         instances = await client.call("GET", "/admin/instances")
@@ -300,8 +286,11 @@ def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) 
 
 
 @app.command()
-def stop(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """Unload a model's instances once their running answers are finished, and end its start; it stays registered."""
+def stop(name: ModelName, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
+    """Unload a model's instances once their running answers are finished, and end its start; it stays registered.
+
+    Example: sllm-node stop opt
+    """
     answer = ask(
         url, api_key, lambda client: client.call("POST", f"/admin/models/{name}/unload"), as_json=as_json, about=name
     )
@@ -314,7 +303,7 @@ def stop(name: str, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = F
 
 @app.command()
 def run(
-    model: str,
+    model: ModelName,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without one: a chat, or what is piped in.")] = None,
     system: Annotated[str, typer.Option(help="A system message.")] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,

@@ -8,16 +8,26 @@ from urllib.parse import quote
 
 import typer
 
+from sllm_actor.cli import completion
 from sllm_actor.cli.asking import Json, Key, Url, ask
 from sllm_actor.cli.client import DEFAULT_URL
 from sllm_actor.cli.show import out, print_json, table
 from sllm_actor.units import format_bytes
 
-Node = Annotated[str, typer.Argument(help="Its name, as 'status' shows it.")]
+To = Annotated[
+    str,
+    typer.Option(
+        "--to", help="The node to move it to; by default where that is soonest.", autocompletion=completion.nodes
+    ),
+]
+Node = Annotated[str, typer.Argument(help="Its name, as 'status' shows it.", autocompletion=completion.nodes)]
 
 
 def status(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """List the nodes of the cluster: who leads, what runs where, and what is cordoned."""
+    """List the nodes of the cluster: who leads, what runs where, and what is cordoned.
+
+    Example: sllm-node status
+    """
     answer = ask(url, api_key, lambda client: client.call("GET", "/admin/nodes"), as_json=as_json)
     if as_json:
         print_json(answer)
@@ -40,12 +50,18 @@ def _state(node: Mapping[str, Any]) -> str:
 
 
 def cordon(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """Let nothing be started on a node from now on, over restarts too; what runs there goes on."""
+    """Let nothing be started on a node from now on, over restarts too; what runs there goes on.
+
+    Example: sllm-node cordon n2
+    """
     _change(node, "cordon", url, api_key, as_json=as_json)
 
 
 def uncordon(node: Node, url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
-    """Let models be started on a node again."""
+    """Let models be started on a node again.
+
+    Example: sllm-node uncordon n2
+    """
     _change(node, "uncordon", url, api_key, as_json=as_json)
 
 
@@ -81,8 +97,10 @@ def notice(
 
 
 def migrate(
-    request: Annotated[str, typer.Argument(help="The request's id, as '/admin/requests' lists it.")],
-    to: Annotated[str, typer.Option("--to", help="The node to move it to; by default where that is soonest.")] = "",
+    request: Annotated[
+        str, typer.Argument(help="The request's id, as 'top' shows it.", autocompletion=completion.requests)
+    ],
+    to: To = "",
     url: Url = DEFAULT_URL,
     api_key: Key = "",
     as_json: Json = False,
