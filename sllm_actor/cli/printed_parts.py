@@ -66,6 +66,7 @@ class Model(Printed):
     base: str
     text_path: str
     scaling: Scaling
+    backend: str
 
 
 class ModelStatus(Printed):
