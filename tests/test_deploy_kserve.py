@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import SMALL
 
-from sllm_actor.cli.main import configure
+from sllm_actor.cli.configuring import configure
 from sllm_actor.config import Config
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.frontend.app import OPEN_PATHS
