@@ -183,14 +183,14 @@ def test_a_revoked_key_is_refused_soon_and_a_broken_file_changes_nothing(
 def test_a_revoked_key_ends_the_pages_event_stream_and_no_other(
     guarded: NodeProcess, key_file: Path, admin: dict[str, str]
 ) -> None:
-    heidi = header(guarded, key_file, "heidi", "--admin")
+    nina = header(guarded, key_file, "nina", "--admin")
     with closing(guarded.connect()) as hers, closing(guarded.connect()) as others:
         streams = []
-        for connection, key in ((hers, heidi), (others, admin)):
+        for connection, key in ((hers, nina), (others, admin)):
             connection.request("GET", "/admin/events", headers=key)
             streams.append(connection.getresponse())
             assert streams[-1].readline() == b"event: snapshot\n"
-        keys(key_file, "revoke", "heidi")
+        keys(key_file, "revoke", "nina")
         *_, last = events_of(streams[0].read())
         assert last.startswith("event: error\n") and '"code":"invalid_api_key"' in last
         # What changes is still told to whoever may see it.
