@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -64,15 +65,14 @@ class Report:
         }
 
     def print(self) -> None:
-        """Print the rows and ratios as tables."""
+        """Print the rows and ratios as tables; rows of other columns are another table."""
         content = self.content()
         out.print(f"\n[bold]{content['command']}[/bold]")
         out.print(", ".join(f"{name} {number}" for name, number in content["versions"].items()))
         out.print(", ".join(str(fact) for fact in content["machine"].values()) + "\n")
-        if self._rows:
-            columns = list(self._rows[0])
-            table(columns, [[str(row[column]) for column in columns] for row in self._rows])
-        out.print()
+        for columns, rows in itertools.groupby(self._rows, tuple):
+            table(columns, [[str(row[column]) for column in columns] for row in rows])
+            out.print()
         table(
             ("RATIO", "MEDIAN", "MIN", "MAX", "N"),
             [
