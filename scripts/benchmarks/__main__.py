@@ -30,8 +30,8 @@ BENCHES = (
 SECONDS = 0.8
 
 
-def main() -> None:
-    """Run one benchmark, print its table, and write its JSON where that is asked for."""
+def wanted() -> argparse.Namespace:
+    """Read what is to be measured from the command line."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure against peers in the same run.")
     parser.add_argument("name", choices=BENCHES)
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats (at least 5; of remote, 3)")
@@ -62,6 +62,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeats < (3 if arguments.name == "remote" else 5) and not arguments.tiny:
         parser.error("--repeats: a median of fewer than five (of remote, which takes minutes each, three) says little")
+    return arguments
+
+
+def main() -> None:
+    """Run one benchmark, print its table, and write its JSON where that is asked for."""
+    arguments = wanted()
     options = f" --only {' '.join(arguments.only)}" if arguments.only else ""
     options += f" --seconds {arguments.seconds:g}" if arguments.seconds is not None else ""
     options += f" --trace {arguments.trace.name}" if arguments.trace is not None else ""

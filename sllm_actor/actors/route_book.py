@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
-from typing import NamedTuple
 
 import msgspec
 
@@ -20,13 +19,6 @@ ROUTES = "routes/"
 
 # Is told which instances have come, and which have gone.
 Tell = Callable[[Sequence[InstanceStarted], Sequence[InstanceStarted]], None]
-
-
-class _Known(NamedTuple):
-    """What was read of a key, and the revision that it was read at."""
-
-    changed: int
-    instance: InstanceStarted | None
 
 
 class RouteBook:
@@ -47,7 +39,7 @@ class RouteBook:
         self._clock = clock
         self._on_change = on_change
         self._own = LeasedFacts(store, membership, clock, "routes")
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, InstanceStarted] = {}
         self._scope = TaskScope("routes")
 
     def start(self) -> None:
@@ -82,14 +74,13 @@ class RouteBook:
         come, gone = list[InstanceStarted](), list[InstanceStarted]()
         for key in view.changed:
             fact, before = view.facts.get(key), self._known.pop(key, None)
-            if fact is not None:
-                same = before is not None and before.changed == fact.changed
-                now = before if before is not None and same else _Known(fact.changed, _instance(fact))
+            now = _instance(fact) if fact is not None else None
+            if now is not None:
                 self._known[key] = now
-                if now.instance is not None and (before is None or before.instance is None):
-                    come.append(now.instance)
-            elif before is not None and before.instance is not None:
-                gone.append(before.instance)
+                if before is None:
+                    come.append(now)
+            elif before is not None:
+                gone.append(before)
         return come, gone
 
 

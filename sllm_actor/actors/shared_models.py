@@ -22,13 +22,22 @@ MODELS = "models/"
 Decode = Callable[[Fact], Model | None]
 
 
+def decode_model(fact: Fact) -> Model | None:
+    """Read a registration; None for one of another version."""
+    try:
+        return msgspec.msgpack.decode(fact.value, type=Model)
+    except msgspec.MsgspecError as wrong:
+        log.warning("%s is no registration that this version knows: %s", fact.key, wrong)
+        return None
+
+
 class SharedModels:
     """Owns what this node knows of them, each by the revision of its last change.
 
     Nobody writes over what it has not seen. `followed` says whether views come after the first one.
     """
 
-    def __init__(self, store: Store, *, followed: bool, decode: Decode = lambda fact: decode_model(fact)) -> None:
+    def __init__(self, store: Store, *, followed: bool, decode: Decode = decode_model) -> None:
         self._store = store
         self._followed = followed
         self._decode = decode
@@ -117,12 +126,3 @@ class SharedModels:
 def based_on(models: Mapping[ModelName, Model], model: Model) -> Model | None:
     """Give an adapter's base, if it is registered."""
     return models.get(ModelName(model.base)) if model.base else None
-
-
-def decode_model(fact: Fact) -> Model | None:
-    """Read a registration; None for one of another version."""
-    try:
-        return msgspec.msgpack.decode(fact.value, type=Model)
-    except msgspec.MsgspecError as wrong:
-        log.warning("%s is no registration that this version knows: %s", fact.key, wrong)
-        return None

@@ -47,19 +47,8 @@ class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
     __slots__ = (
-        "_ways",
-        "at_work",
-        "beside",
-        "busy",
-        "free",
-        "idle",
-        "idle_room",
-        "leaving_room",
-        "on_host",
-        "on_ssd",
-        "pinned_bytes",
-        "report",
-        "staying",
+        "_ways", "at_work", "beside", "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd",
+        "pinned_bytes", "report", "staying",
     )  # fmt: skip
 
     def __init__(
