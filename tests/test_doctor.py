@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from fake_cuda import build_fake
 from metadata_stores import UNPACKED
 
+from sllm_actor.loader.libc import huge_page_refusal
 from sllm_actor.testing.etcd import EtcdCluster, running_etcd
 from sllm_actor.testing.node_process import CLI
 
 MIB = 1024 * 1024
+PR_SET_THP_DISABLE = 41
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +31,19 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
 
 
 def doctor(
-    folder: Path, *arguments: str, is_fit: bool = True, limits: dict[int, int] | None = None, **environment: str
+    folder: Path,
+    *arguments: str,
+    is_fit: bool = True,
+    limits: dict[int, int] | None = None,
+    before: Callable[[], None] = lambda: None,
+    **environment: str,
 ) -> dict[str, Any]:
     """Run it under limits of its own, and give its findings by the check's name."""
 
     def lower() -> None:
         for kind, most in (limits or {}).items():
             resource.setrlimit(kind, (most, most))
+        before()
 
     words: list[str | Path] = [
         CLI,
@@ -69,6 +78,22 @@ def test_limits_that_are_too_low_are_warnings_that_say_how_to_raise_them(tmp_pat
     assert found["open files"]["found"] == "limit 1000"
     assert "ulimit -Hn 4096" in found["open files"]["mend"]
     assert "LimitMEMLOCK=infinity" in found["memory locking"]["mend"]
+
+
+def test_huge_pages_are_tried_and_a_refusal_says_what_would_give_some(tmp_path: Path) -> None:
+    refused = huge_page_refusal()
+    found = doctor(tmp_path)["huge pages"]
+    assert found["level"] == ("warning" if refused else "ok")
+    assert ("the kernel makes none" if refused else "the kernel puts them together") in found["found"]
+
+    def without() -> None:
+        assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+
+    found = doctor(tmp_path, before=without)["huge pages"]
+    assert found["level"] == "warning"
+    assert found["found"].endswith("the kernel makes none: Invalid argument")
+    assert found["mend"] == "a kernel of 6.1 or later, or sysctl vm.nr_hugepages=32"
+    assert doctor(tmp_path, "--set", "huge_pages=false")["huge pages"]["found"] == "not wanted"
 
 
 def test_a_port_that_is_taken_is_an_error(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,7 @@ from loaders import kept_in_page_cache
 from loaders import mover as mover
 
 from sllm_actor.checkpoint.folder import Checkpoint, read_folder
+from sllm_actor.loader.libc import huge_page_refusal
 from sllm_actor.loader.loader import Loader
 from sllm_actor.loader.mapping import HostFile, MappedFiles, map_files
 from sllm_actor.loader.order import files_in_place
@@ -26,6 +29,25 @@ CHUNKS = 16
 PAGE = 4 * KIB
 # What Python itself may fault in meanwhile.
 SOME = 32
+# prctl(PR_SET_THP_DISABLE), which a process can't take back for another: so it has one of its own.
+WITHOUT_HUGE_PAGES = f"""
+import asyncio, ctypes, sys
+from pathlib import Path
+from sllm_actor.checkpoint.folder import read_folder
+from sllm_actor.loader.libc import huge_page_refusal
+from sllm_actor.loader.loader import Loader
+from sllm_actor.runtime.clock import SystemClock
+
+async def main():
+    loader = await Loader.open(pool_bytes={CHUNKS * CHUNK}, chunk_bytes={CHUNK}, clock=SystemClock(), reading_threads=2)
+    lease = await loader.lease(read_folder(Path(sys.argv[1])))
+    print("refused:", huge_page_refusal(), loader.facts().huge_bytes, sum(file.size_bytes for file in lease.files))
+    lease.release()
+    await loader.close()
+
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0
+asyncio.run(main())
+"""
 
 
 def faults_of(work: Callable[[], object]) -> int:
@@ -91,12 +113,16 @@ async def test_no_page_is_left_to_fault_for_who_touches_what_was_mapped(tmp_path
         await loader.close()
 
 
-async def test_what_lies_in_huge_pages_is_mapped_by_huge_pages(tmp_path: Path) -> None:
+async def test_a_pool_lies_in_huge_pages_and_is_mapped_by_them_where_the_kernel_puts_some_together(
+    tmp_path: Path,
+) -> None:
     checkpoint = checkpoint_in(tmp_path)
     loader = await opened(huge_pages=True)
     try:
-        if loader.facts().huge_bytes < loader.pool_bytes:
-            pytest.skip("this machine gives no huge pages to shared memory; `sllm-node doctor` says what would")
+        # Each kernel since 6.1 does, unless it is told to deny it.
+        assert (loader.facts().huge_bytes == loader.pool_bytes) == (not huge_page_refusal())
+        if huge_page_refusal():
+            return
         lease = await loader.lease(checkpoint)
         mapped: list[MappedFiles] = []
         assert (
@@ -106,6 +132,27 @@ async def test_what_lies_in_huge_pages_is_mapped_by_huge_pages(tmp_path: Path) -
         assert found["ShmemPmdMapped"] + found["Shared_Hugetlb"] == CHUNKS * CHUNK
     finally:
         await loader.close()
+
+
+async def test_what_is_too_short_for_a_huge_page_lies_in_small_ones() -> None:
+    loader = await Loader.open(pool_bytes=5 * MIB, chunk_bytes=MIB, clock=SystemClock(), reading_threads=2)
+    try:
+        facts = loader.facts()
+        assert facts.huge_bytes == (0 if huge_page_refusal() else 4 * MIB)
+        assert not facts.reserved, "a chunk of 1 MiB is no huge page"
+        (pool,) = re.findall(r"^([0-9a-f]+)-.*sllm-host-pool", Path("/proc/self/maps").read_text(), re.MULTILINE)
+        assert smaps(int(pool, 16))["Rss"] == loader.pool_bytes, "a page is left to be taken"
+    finally:
+        await loader.close()
+
+
+def test_where_the_kernel_makes_no_huge_page_a_pool_has_small_ones(tmp_path: Path) -> None:
+    checkpoint_in(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HUGE_PAGES, str(tmp_path)], check=False, text=True, capture_output=True
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.split() == ["refused:", "Invalid", "argument", "0", str(CHUNKS * CHUNK)]
 
 
 async def test_pages_that_a_device_has_written_are_used_before_an_engine_touches_them(tmp_path: Path) -> None:

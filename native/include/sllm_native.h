@@ -58,7 +58,8 @@ SLLM_API void sllm_digest(const void* data, uint64_t length, uint8_t* digest);
 
 typedef struct sllm_pool sllm_pool;
 
-// What pages a pool is to have. SLLM_HUGE_PAGES takes reserved ones (MFD_HUGETLB) where enough are, else advises.
+// What pages a pool is to have. SLLM_HUGE_PAGES takes reserved ones (MFD_HUGETLB) where enough are, else as many as the
+// kernel can put together (MADV_COLLAPSE, Linux 6.1), else small ones.
 enum sllm_pages { SLLM_SMALL_PAGES = 0, SLLM_HUGE_PAGES = 1 };
 
 typedef struct sllm_pool_facts {

@@ -18,7 +18,6 @@
 namespace sllm {
 namespace {
 
-constexpr uint64_t kHugePage = 2ull << 20;
 constexpr uint64_t kPopulateStep = 32ull << 20;
 constexpr unsigned kMaxThreads = 64;
 
@@ -32,19 +31,6 @@ void check_inside(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks
   // A page outside the pool would be SIGBUS at the first touch.
   if (*std::max_element(chunks.begin(), chunks.end()) >= there)
     throw Error(SLLM_INVALID, "a chunk lies outside the pool");
-}
-
-// Address space that begins where a huge page may, so that huge pages can be mapped as such.
-std::byte* reserve(uint64_t length) {
-  const uint64_t room = length + kHugePage;
-  void* reserved = mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (reserved == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "reserving address space", errno);
-  auto* begin = static_cast<std::byte*>(reserved);
-  auto* base = reinterpret_cast<std::byte*>(up(reinterpret_cast<uintptr_t>(begin), kHugePage));
-  const uint64_t end = up(length, static_cast<uint64_t>(sysconf(_SC_PAGESIZE)));
-  if (base > begin) munmap(begin, static_cast<std::size_t>(base - begin));
-  munmap(base + end, room - end - static_cast<std::size_t>(base - begin));
-  return base;
 }
 
 void map_at(std::byte* address, uint64_t length, int fd, uint64_t offset) {
@@ -95,10 +81,22 @@ void populate_file(const FileIdentity& identity, int fd, std::byte* base, unsign
 
 }  // namespace
 
+std::byte* reserve_addresses(uint64_t length) {
+  const uint64_t room = length + kHugePage;
+  void* reserved = mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "reserving address space", errno);
+  auto* begin = static_cast<std::byte*>(reserved);
+  auto* base = reinterpret_cast<std::byte*>(up(reinterpret_cast<uintptr_t>(begin), kHugePage));
+  const uint64_t end = up(length, static_cast<uint64_t>(sysconf(_SC_PAGESIZE)));
+  if (base > begin) munmap(begin, static_cast<std::size_t>(base - begin));
+  munmap(base + end, room - end - static_cast<std::size_t>(base - begin));
+  return base;
+}
+
 void* map_chunks(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks, unsigned populate) {
   check_inside(fd, chunk_bytes, chunks);
   const uint64_t length = chunk_bytes * chunks.size();
-  std::byte* base = reserve(length);
+  std::byte* base = reserve_addresses(length);
   try {
     for (std::size_t at = 0; at < chunks.size();) {
       // Neighbours in the pool become one mapping: the kernel's count of mappings is limited.
@@ -120,7 +118,7 @@ void* map_chunks(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks,
 void* map_file(const FileIdentity& identity, unsigned populate) {
   if (identity.size_bytes == 0) throw Error(SLLM_INVALID, identity.path + " has no bytes to map");
   const Fd fd = open_described(identity);
-  std::byte* base = reserve(identity.size_bytes);
+  std::byte* base = reserve_addresses(identity.size_bytes);
   try {
     map_at(base, identity.size_bytes, fd.get(), 0);
     (void)madvise(base, identity.size_bytes, MADV_HUGEPAGE);

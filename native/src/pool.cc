@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <fstream>
 #include <sstream>
@@ -13,9 +14,13 @@
 #include <vector>
 
 #include "error.h"
+#include "mapping.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
 #endif
 #ifndef MFD_HUGE_2MB
 #define MFD_HUGE_2MB (21U << 26)
@@ -25,6 +30,8 @@ namespace sllm {
 namespace {
 
 constexpr uint64_t kFaultStepBytes = 64ull << 20;
+// Where memory is in pieces, each refusal has cost the kernel a search.
+constexpr unsigned kMaxRefusals = 8;
 
 void touch(std::byte* begin, uint64_t length) {
   const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
@@ -41,6 +48,17 @@ void fault_range(std::byte* begin, uint64_t length) {
   }
 }
 
+// Makes a huge page of each that is wanted, whatever the machine's settings for shared memory are (Linux 6.1). Such a
+// page is one piece of memory for the disk, too, where small ones lie scattered; and it is had ten times as fast.
+void collapse_range(std::byte* begin, uint64_t length, std::atomic<unsigned>& refusals) {
+  for (uint64_t at = 0; at + kHugePage <= length && refusals < kMaxRefusals; at += kHugePage) {
+    touch(begin + at, 1);  // What has no page at all is refused.
+    if (madvise(begin + at, kHugePage, MADV_COLLAPSE) == 0) continue;
+    // The kernel does not know it, or never does it for this memory; else there is no such piece just now.
+    refusals += errno == EINVAL ? kMaxRefusals : 1;
+  }
+}
+
 // MADV_HUGEPAGE always answers yes; only smaps knows what was given.
 uint64_t huge_bytes_at(const std::byte* base) {
   std::ostringstream start;
@@ -54,8 +72,6 @@ uint64_t huge_bytes_at(const std::byte* base) {
   }
   return 0;
 }
-
-constexpr uint64_t kHugePage = 2ull << 20;
 
 void seal(const Fd& fd) {
   // A pool that cannot shrink cannot raise SIGBUS in an engine that maps it.
@@ -76,7 +92,7 @@ Pool::Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool l
   if (!reserved_) map_ordinary();
   try {
     if (pages == SLLM_HUGE_PAGES && !reserved_) madvise(base_, size_bytes(), MADV_HUGEPAGE);
-    fault_in(fault_threads);
+    fault_in(fault_threads, pages == SLLM_HUGE_PAGES && !reserved_);
     locked_ = lock && mlock(base_, size_bytes()) == 0;
     huge_bytes_ = reserved_ ? size_bytes() : huge_bytes_at(base_);
   } catch (...) {
@@ -106,23 +122,29 @@ void Pool::map_ordinary() {
   if (ftruncate(fd.get(), static_cast<off_t>(size_bytes())) != 0)
     throw Error(SLLM_NO_MEMORY, "host pool: ftruncate", errno);
   seal(fd);
-  void* mapped = mmap(nullptr, size_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
-  if (mapped == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "host pool: mmap", errno);
-  base_ = static_cast<std::byte*>(mapped);
+  std::byte* reserved = reserve_addresses(size_bytes());
+  if (mmap(reserved, size_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd.get(), 0) == MAP_FAILED) {
+    const int why = errno;
+    munmap(reserved, size_bytes());
+    throw Error(SLLM_NO_MEMORY, "host pool: mmap", why);
+  }
+  base_ = reserved;
   fd_ = std::move(fd);
 }
 
-void Pool::fault_in(unsigned threads) const {
-  const uint64_t chunks_each = (chunks_ + threads - 1) / threads;
+void Pool::fault_in(unsigned threads, bool collapse) const {
+  std::atomic<uint64_t> next{0};
+  std::atomic<unsigned> refusals{0};
   std::vector<std::exception_ptr> failures(threads);
   std::vector<std::jthread> workers;
   for (unsigned k = 0; k < threads; ++k) {
-    const uint64_t begin = std::min(chunks_, k * chunks_each) * chunk_bytes_;
-    const uint64_t end = std::min(chunks_, (k + 1) * chunks_each) * chunk_bytes_;
-    workers.emplace_back([this, begin, end, &failure = failures[k]] {
+    workers.emplace_back([this, collapse, &next, &refusals, &failure = failures[k]] {
       try {
-        for (uint64_t at = begin; at < end; at += kFaultStepBytes)
-          fault_range(base_ + at, std::min(kFaultStepBytes, end - at));
+        for (uint64_t at; (at = next.fetch_add(kFaultStepBytes)) < size_bytes();) {
+          const uint64_t length = std::min(kFaultStepBytes, size_bytes() - at);
+          if (collapse) collapse_range(base_ + at, length, refusals);
+          fault_range(base_ + at, length);
+        }
       } catch (...) {
         failure = std::current_exception();
       }

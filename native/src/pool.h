@@ -3,7 +3,8 @@
 // Ownership: owns the memfd and its mapping; a Pool outlives every Reader on it.
 //
 // Page faults cost a cold load more than the disk does, so they are all taken once, here. Huge pages make fewer of
-// them, here and in every engine that maps the pool: reserved ones where there are enough, else by advice.
+// them, here and in every engine that maps the pool: reserved ones where there are enough, else as many as the kernel
+// can put together.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +37,7 @@ class Pool {
  private:
   bool map_reserved();
   void map_ordinary();
-  void fault_in(unsigned threads) const;
+  void fault_in(unsigned threads, bool collapse) const;
 
   const uint64_t chunk_bytes_;
   const uint64_t chunks_;

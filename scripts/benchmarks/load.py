@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from benchmarks import load_device, load_device_run, load_limits
 from benchmarks.load_cases import (
     CACHED,
-    HUGE,
     LIMIT,
     MAIN,
     MEMCPY,
@@ -28,6 +27,7 @@ from benchmarks.load_cases import (
     PEERS,
     POOL,
     RATIOS,
+    SMALL,
     STEP,
     TWO,
     WATCHED,
@@ -85,9 +85,6 @@ def _run_on_host(
     found: list[dict[Case, dict[str, Any]]] = []
     with ExitStack() as stack:
         systems = Systems(stack, library, folders, _sizes(cases, folders, options.tiny), options.peers)
-        if any(case.system == HUGE for case in cases) and not options.tiny:
-            report.machine["huge pages"] = systems.open_huge()
-            out.print(f"huge pages: {report.machine['huge pages']}")
         _warm_up(systems, cases)
         for repeat in range(repeats):
             found.append(_repeat(systems, in_turn(cases, repeat, repeats), f"{repeat + 1}/{repeats}"))
@@ -110,10 +107,8 @@ def _sizes(cases: Sequence[Case], folders: Folders, tiny: bool) -> Sizes:
     pool_bytes = max((chunked(folder) for folder in ours), default=chunk_bytes)
     if any(case.state == TWO for case in cases):
         pool_bytes = max(pool_bytes, chunked(MAIN) + chunked(f"{MAIN}-{OPTIMIZED}"))
-    mapped = [
-        chunked(case.folder) for case in cases if case.system == HUGE or (case.state == POOL and case.system == OURS)
-    ]
-    return Sizes(pool_bytes, max(mapped, default=0), chunk_bytes)
+    small = [chunked(case.folder) for case in cases if case.system == SMALL]
+    return Sizes(pool_bytes, max(small, default=0), chunk_bytes)
 
 
 def _warm_up(systems: Systems, cases: Sequence[Case]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 COLD, CACHED, POOL, TWO, WATCHED = "cold", "page-cached", "host pool", "two at once", "cold, watched"
 STOCK, SHARDED, OPTIMIZED, BIN, TENSORS = "stock", "sharded", "optimized", "bin", "tensors"
-OURS, HUGE, LIMIT, MEMCPY, STEP = "ours", "ours, huge pages", "limit", "memcpy", "step"
+OURS, SMALL, LIMIT, MEMCPY, STEP = "ours", "ours, small pages", "limit", "memcpy", "step"
 MAIN, MANY = "opt-1.3b", "many"
 OTHERS = ("opt-125m", "llama-1gb", "lora")
 SHARDS = 3
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     @property
     def label(self) -> str:
         """The system, as the report names it."""
-        parts = [self.system, self.variant, self.layout if self.system in (OURS, HUGE) else ""]
+        parts = [self.system, self.variant, self.layout if self.system in (OURS, SMALL) else ""]
         return ", ".join(part for part in parts if part)
 
 
@@ -70,7 +70,7 @@ ABLATION = [Case(COLD, MAIN, OPTIMIZED, STEP, f"{k}. {name}") for k, name in enu
 OPTIMIZED_COLD, STOCK_COLD, SHARDED_COLD = _ours(COLD, MAIN, OPTIMIZED, STOCK, SHARDED)
 OPTIMIZED_CACHED, STOCK_CACHED, SHARDED_CACHED = _ours(CACHED, MAIN, OPTIMIZED, STOCK, SHARDED)
 IN_POOL, MANY_IN_POOL = Case(POOL, MAIN, OPTIMIZED, OURS), Case(POOL, MANY, OPTIMIZED, OURS)
-IN_HUGE_POOL, INTO_HUGE_POOL = Case(POOL, MAIN, OPTIMIZED, HUGE), Case(COLD, MAIN, OPTIMIZED, HUGE)
+IN_SMALL_POOL, INTO_SMALL_POOL = Case(POOL, MAIN, OPTIMIZED, SMALL), Case(COLD, MAIN, OPTIMIZED, SMALL)
 BOTH = Case(TWO, MAIN, OPTIMIZED, OURS)
 BEYOND_POOL = Case(WATCHED, MAIN, OPTIMIZED, OURS)
 MANY_MMAP, MANY_CACHED = Case(CACHED, MANY, STOCK, MMAP), Case(CACHED, MANY, OPTIMIZED, OURS)
@@ -86,11 +86,11 @@ def _of_shape(state: str, shape: str) -> list[Case]:
 # The limits stand between the others, so that none is far from one.
 PARTS: dict[str, list[Case]] = {
     "cold": [
-        OPTIMIZED_COLD, _limit(8), STOCK_COLD, *_peers(COLD, MAIN, READERS), _limit(16), INTO_HUGE_POOL, SHARDED_COLD,
+        OPTIMIZED_COLD, _limit(8), STOCK_COLD, *_peers(COLD, MAIN, READERS), _limit(16), INTO_SMALL_POOL, SHARDED_COLD,
         *_peers(COLD, MAIN, tuple(FORMATS)), _limit(4),
     ],
     "pagecached": [OPTIMIZED_CACHED, SHARDED_CACHED, STOCK_CACHED, *PEERS_CACHED, *COPIES],
-    "pool": [IN_POOL, IN_HUGE_POOL, *PEERS_CACHED],
+    "pool": [IN_POOL, IN_SMALL_POOL, *PEERS_CACHED],
     "memory": [BEYOND_POOL],
     "two": [BOTH, *LIMITS],
     "ablation": ABLATION,
@@ -148,6 +148,11 @@ def _copying(run: Run) -> list[Case]:
     return [case for case in PEERS_CACHED if any(case in found and not found[case]["maps_files"] for found in run)]
 
 
+def _in_huge_pages(run: Run) -> Run:
+    """Give the repeats in which the pool that was mapped from lay in huge pages altogether."""
+    return [found for found in run if IN_POOL in found and found[IN_POOL]["in_huge_pages"]]
+
+
 def _of_ours(name: str, case: Case, per_gb: bool = False) -> Ratio:
     def values(run: Run) -> list[float]:
         measured = [found[case] for found in run if case in found]
@@ -163,11 +168,11 @@ RATIOS: dict[str, Ratio] = {
     "cold.over_best_peer": lambda run: _over(run, _peers(COLD, MAIN, PEERS), OPTIMIZED_COLD),
     "stock.share_of_optimized": lambda run: _over(run, [OPTIMIZED_COLD], STOCK_COLD),
     "pagecached.over_best_peer": lambda run: _over(run, PEERS_CACHED, OPTIMIZED_CACHED),
-    "pool.over_best_copying_peer": lambda run: _over(run, _copying(run), IN_POOL),
-    "pool_huge.over_mmap": lambda run: _over(run, _peers(CACHED, MAIN, [MMAP]), IN_HUGE_POOL),
+    "pool.over_best_copying_peer": lambda run: _over(run, _copying(run), IN_SMALL_POOL),
+    "pool_huge.over_mmap": lambda run: _over(_in_huge_pages(run), _peers(CACHED, MAIN, [MMAP]), IN_POOL),
     "cold.cpu_s_per_gb": _of_ours("cpu_s", OPTIMIZED_COLD, per_gb=True),
-    "cold_huge.share_of_limit": lambda run: _over(run, LIMITS, INTO_HUGE_POOL),
-    "cold_huge.cpu_s_per_gb": _of_ours("cpu_s", INTO_HUGE_POOL, per_gb=True),
+    "cold_small.share_of_limit": lambda run: _over(run, LIMITS, INTO_SMALL_POOL),
+    "cold_small.cpu_s_per_gb": _of_ours("cpu_s", INTO_SMALL_POOL, per_gb=True),
     "cold.memory_beyond_pool_mib": _of_ours("beyond_pool_mib", BEYOND_POOL),
     "many.attach_over_load_file": lambda run: _over(run, [MANY_IN_POOL], MANY_MMAP),
     "many.cached_over_load_file": lambda run: _over(run, [MANY_CACHED], MANY_MMAP),

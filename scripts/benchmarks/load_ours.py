@@ -1,4 +1,4 @@
-"""Ours as processes: `python -m benchmarks.load_ours node LIBRARY POOL_BYTES CHUNK_BYTES HUGE | engine LIBRARY`.
+"""Ours as processes: `python -m benchmarks.load_ours node LIBRARY POOL_BYTES CHUNK_BYTES PAGES | engine LIBRARY`.
 
 The node owns a loader and its pool. What it loads it attaches itself, in the steps of an engine; of what it only
 holds, an engine in a process of its own maps the chunks, by the descriptor of the pool.

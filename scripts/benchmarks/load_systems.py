@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.actors_process import Child, ChildEnded
-from benchmarks.huge_pages import reserve
 from benchmarks.load_cases import (
     CACHED,
     COLD,
     COPIES,
-    HUGE,
     LIMIT,
     LIMITS,
     MEMCPY,
     OURS,
     PEERS,
     POOL,
+    SMALL,
     STEP,
     STEPS,
     STOCK,
@@ -40,8 +39,8 @@ LIMIT_THREADS = 4
 COLD_SHARE, CACHED_SHARE = 0.95, 0.001
 CACHED_TRIES = 5
 WATCH_PERIOD_S = 0.001
-# Of which pages a pool is: as the knob has it by default and the machine gives, or surely the one or the other.
-GIVEN, SMALL_PAGES, HUGE_PAGES = "given", "small", "huge"
+# Of which pages a pool is: as the machine gives them by default, or surely small ones.
+GIVEN, SMALL_PAGES = "given", "small"
 _ANON = re.compile(r"^(?:RssAnon|VmPTE):\s+(\d+) kB$", re.MULTILINE)
 
 
@@ -76,15 +75,6 @@ class Systems:
         # Why a system, or a layout that only one reads, is measured no more.
         self.failed: dict[str, str] = {}
 
-    def open_huge(self) -> str:
-        """Open the node with huge pages, reserved if they can be, before others take them; say what they are."""
-        missing = reserve(self._stack, self._sizes.one_pool_bytes)
-        try:
-            facts = self._node(HUGE_PAGES).ready
-        except Unavailable as none:
-            return f"{missing}; {none}"
-        return "reserved for this run, and given back at its end" if facts["reserved"] else f"by advice: {missing}"
-
     def measure(self, case: Case, digest: bool = False) -> dict[str, Any]:
         """Bring the machine into the case's state, see that it is, and measure.
 
@@ -103,7 +93,7 @@ class Systems:
             if "failed" in answer:
                 raise Unavailable(answer["failed"])
         except (ChildEnded, Unavailable) as wrong:
-            if case.system in (OURS, STEP, LIMIT, MEMCPY):
+            if case.system in (OURS, SMALL, STEP, LIMIT, MEMCPY):
                 raise SystemExit(f"{case.label}, {case.state}: {wrong}") from wrong
             self.failed[case.system] = str(wrong)
             raise Unavailable(str(wrong)) from wrong
@@ -147,8 +137,8 @@ class Systems:
     def _load(self, case: Case, digest: bool) -> dict[str, Any]:
         path = self._folders.path(case.folder)
         answer: dict[str, Any]
-        if case.system in (OURS, HUGE):
-            answer = self._node(HUGE_PAGES if case.system == HUGE else GIVEN).call("load", folder=path, digest=digest)
+        if case.system in (OURS, SMALL):
+            answer = self._node(_pages_of(case)).call("load", folder=path, digest=digest)
         elif case.system == STEP:
             answer = self._step(case, path, digest)
         else:
@@ -208,24 +198,18 @@ class Systems:
         return answer
 
     def _in_pool(self, case: Case, digest: bool) -> dict[str, Any]:
-        node = self._node(HUGE_PAGES if case.system == HUGE else SMALL_PAGES)
+        node = self._node(_pages_of(case))
         held = node.call("hold", folder=self._folders.path(case.folder))
         use(Path(held["pool"]))  # As what is page-cached was.
         answer: dict[str, Any] = self._engine().call("attach", **held, digest=digest)
         node.call("let_go")
-        return answer
+        return answer | {"in_huge_pages": case.system == OURS and self.huge_share == 1.0}
 
     def _node(self, pages: str) -> Child:
-        huge, name = pages == HUGE_PAGES, f"node, {pages} pages"
         pool_bytes = self._sizes.pool_bytes if pages == GIVEN else self._sizes.one_pool_bytes
-        if huge and name not in self._children and (missing := _why_no_huge_pages()):
-            raise Unavailable(missing)
         arguments = (self._library, str(pool_bytes), str(self._sizes.chunk_bytes), pages)
-        node = self._child(name, "load_ours", "node", *arguments)
-        huge_bytes = node.ready["huge_bytes"]
-        if huge and huge_bytes < pool_bytes:
-            raise Unavailable(f"{huge_bytes} of the pool's {pool_bytes} bytes lie in huge pages")
-        self.huge_share = huge_bytes / pool_bytes if pages == GIVEN else self.huge_share
+        node = self._child(f"node, {pages} pages", "load_ours", "node", *arguments)
+        self.huge_share = node.ready["huge_bytes"] / pool_bytes if pages == GIVEN else self.huge_share
         return node
 
     def _engine(self) -> Child:
@@ -256,12 +240,5 @@ class Systems:
         return self._children[name]
 
 
-def _why_no_huge_pages() -> str:
-    """Say why this machine has no huge pages for a memfd, or nothing where it may have."""
-    advice = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    mode = re.search(r"\[(\w+)\]", advice.read_text()) if advice.exists() else None
-    free = re.search(r"^HugePages_Free:\s+(\d+)$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    advised = mode is not None and mode.group(1) not in ("never", "deny")
-    if advised or (free is not None and free.group(1) != "0"):
-        return ""
-    return f"no huge pages are reserved, and shmem_enabled is {mode.group(1) if mode else 'absent'}"
+def _pages_of(case: Case) -> str:
+    return SMALL_PAGES if case.system == SMALL else GIVEN

@@ -22,16 +22,15 @@ from sllm_actor.errors import SllmError
 from sllm_actor.frontend.server import bind
 from sllm_actor.loader.choice import use_native
 from sllm_actor.loader.device_profile import read_profile
-from sllm_actor.loader.libc import io_uring_refusal
+from sllm_actor.loader.libc import huge_page_refusal, io_uring_refusal
+from sllm_actor.loader.memory import reserved_bytes
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.units import GIB, KIB, MIB, format_bytes, format_rate
 
 MIN_OPEN_FILES = 4096
 HUGE_PAGE_BYTES = 2 * MIB
-HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 CALIBRATE = "sllm-node calibrate, with the node stopped"
-SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 # From the best to the worst.
 BY_LEVEL = {"ok": ExitCode.DONE, "warning": ExitCode.WARNINGS, "error": ExitCode.REFUSED}
 
@@ -84,19 +83,15 @@ def _memlock(config: Config) -> Finding:
 def _huge_pages(config: Config) -> Finding:
     if not config.huge_pages:
         return Finding("huge pages", "ok", "not wanted")
-    needed = -(-config.host_pool_bytes // HUGE_PAGE_BYTES)
-    try:
-        free = int((HUGE_PAGES / "free_hugepages").read_text())
-        chosen = SHMEM_ENABLED.read_text().partition("[")[2].partition("]")[0]
-    except (OSError, ValueError) as error:
-        return Finding("huge pages", "warning", f"unknown: {error}", "")
+    needed, free = -(-config.host_pool_bytes // HUGE_PAGE_BYTES), reserved_bytes() // HUGE_PAGE_BYTES
     if free >= needed:
         return Finding("huge pages", "ok", f"{free} are reserved and free; the pool takes {needed}")
-    if chosen in ("always", "advise", "within_size", "force"):
-        return Finding("huge pages", "ok", f"shmem_enabled is {chosen}")
+    refused = huge_page_refusal()
+    if not refused:
+        return Finding("huge pages", "ok", "the kernel puts them together")
     return Finding(
-        "huge pages", "warning", f"{free} are reserved and free of {needed}, and shmem_enabled is {chosen}",
-        f"echo advise > {SHMEM_ENABLED}, or sysctl vm.nr_hugepages={needed}",
+        "huge pages", "warning", f"{free} are reserved and free of {needed}, and the kernel makes none: {refused}",
+        f"a kernel of 6.1 or later, or sysctl vm.nr_hugepages={needed}",
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         True
     )
     huge_pages: Annotated[
-        bool, Meta(description="ask for huge pages for the pool: reserved ones where there are enough, else advised")
+        bool, Meta(description="have the pool in huge pages: reserved ones, else as many as the kernel puts together")
     ] = True
     map_resident_files: Annotated[
         bool, Meta(description="map a converted checkpoint as it lies in the page cache, where that is sooner")

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 
 from sllm_actor.errors import ConfigInvalid, ReadFailed
 from sllm_actor.loader.described import check_unchanged, open_described
+from sllm_actor.units import MIB
 
 # asm-generic/mman-common.h; mmap has no names for these before Python 3.13 or at all.
-_MADV_POPULATE_READ = 22
+_MADV_POPULATE_READ, _MADV_COLLAPSE = 22, 25
 _MAP_NORESERVE, _MAP_FIXED = 0x4000, 0x10
 _PROT_NONE = 0
 _CACHESTAT = 451
 # sys/timex.h, on machines with 64-bit longs: nothing is set, as its first field, `modes`, is 0.
 _TIMEX_BYTES, _MAX_ERROR_AT, _TIME_ERROR = 256, 24, 5
 _IO_URING_SETUP, _IO_URING_PARAMS_BYTES = 425, 120
+_HUGE_PAGE_BYTES = 2 * MIB
 
 
 def _libc() -> ctypes.CDLL:
@@ -133,6 +135,30 @@ def io_uring_refusal() -> str:
     if fd < 0:
         return os.strerror(ctypes.get_errno())
     os.close(fd)
+    return ""
+
+
+def huge_page_refusal() -> str:
+    """Return why the kernel makes no huge page of shared memory for this process; nothing where it does."""
+    libc, room = _libc(), 2 * _HUGE_PAGE_BYTES
+    fd = os.memfd_create("sllm-probe", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, _HUGE_PAGE_BYTES)
+        private = mmap.MAP_PRIVATE | _MAP_NORESERVE | mmap.MAP_ANONYMOUS
+        reserved = _mmap(libc, None, room, _PROT_NONE, private, -1, 0)
+        try:
+            base = reserved + -reserved % _HUGE_PAGE_BYTES
+            both = mmap.PROT_READ | mmap.PROT_WRITE
+            _mmap(libc, base, _HUGE_PAGE_BYTES, both, mmap.MAP_SHARED | _MAP_FIXED, fd, 0)
+            ctypes.memset(base, 0, 1)  # What has no page at all is refused.
+            if libc.madvise(base, _HUGE_PAGE_BYTES, _MADV_COLLAPSE) != 0:
+                return os.strerror(ctypes.get_errno())
+        finally:
+            libc.munmap(reserved, room)
+    except OSError as refused:
+        return os.strerror(refused.errno or 0)
+    finally:
+        os.close(fd)
     return ""
 
 
