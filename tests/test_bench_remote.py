@@ -17,7 +17,7 @@ RATIOS = {
     "stream_over_transfer",
     "sequential_over_stream",
     "pull_then_load_over_stream",
-    "hub_then_from_pretrained_over_stream",
+    "plain_then_our_load_over_stream",
     "fresh_process_over_stream",
 }
 REPEATS = 1  # Each imports transformers anew.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "error.h"
+#include "pool.h"
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -20,8 +21,6 @@ namespace {
 
 constexpr uint64_t kPopulateStep = 32ull << 20;
 constexpr unsigned kMaxThreads = 64;
-
-uint64_t up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }
 
 void check_inside(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks) {
   struct stat found {};
@@ -80,18 +79,6 @@ void populate_file(const FileIdentity& identity, int fd, std::byte* base, unsign
 }
 
 }  // namespace
-
-std::byte* reserve_addresses(uint64_t length) {
-  const uint64_t room = length + kHugePage;
-  void* reserved = mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (reserved == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "reserving address space", errno);
-  auto* begin = static_cast<std::byte*>(reserved);
-  auto* base = reinterpret_cast<std::byte*>(up(reinterpret_cast<uintptr_t>(begin), kHugePage));
-  const uint64_t end = up(length, static_cast<uint64_t>(sysconf(_SC_PAGESIZE)));
-  if (base > begin) munmap(begin, static_cast<std::size_t>(base - begin));
-  munmap(base + end, room - end - static_cast<std::size_t>(base - begin));
-  return base;
-}
 
 void* map_chunks(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks, unsigned populate) {
   check_inside(fd, chunk_bytes, chunks);

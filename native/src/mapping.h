@@ -2,7 +2,6 @@
 // Thread safety: free functions without state. Ownership: the caller unmaps what was returned.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -10,10 +9,6 @@
 
 namespace sllm {
 
-inline constexpr uint64_t kHugePage = 2ull << 20;
-
-// Address space without memory that begins where a huge page may, so that huge pages can be mapped as such.
-std::byte* reserve_addresses(uint64_t length);
 // Maps `chunks` of the pool behind `fd` one after another at one fresh address, private and writable. Every page is
 // mapped now by `populate` threads, or each at its first touch where that is 0.
 void* map_chunks(int fd, uint64_t chunk_bytes, std::span<const uint64_t> chunks, unsigned populate);

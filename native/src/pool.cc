@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "error.h"
-#include "mapping.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -32,6 +31,8 @@ namespace {
 constexpr uint64_t kFaultStepBytes = 64ull << 20;
 // Where memory is in pieces, each refusal has cost the kernel a search.
 constexpr unsigned kMaxRefusals = 8;
+
+uint64_t up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }
 
 void touch(std::byte* begin, uint64_t length) {
   const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
@@ -80,6 +81,18 @@ void seal(const Fd& fd) {
 }
 
 }  // namespace
+
+std::byte* reserve_addresses(uint64_t length) {
+  const uint64_t room = length + kHugePage;
+  void* reserved = mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved == MAP_FAILED) throw Error(SLLM_NO_MEMORY, "reserving address space", errno);
+  auto* begin = static_cast<std::byte*>(reserved);
+  auto* base = reinterpret_cast<std::byte*>(up(reinterpret_cast<uintptr_t>(begin), kHugePage));
+  const uint64_t end = up(length, static_cast<uint64_t>(sysconf(_SC_PAGESIZE)));
+  if (base > begin) munmap(begin, static_cast<std::size_t>(base - begin));
+  munmap(base + end, room - end - static_cast<std::size_t>(base - begin));
+  return base;
+}
 
 Pool::Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool lock, sllm_pages pages)
     : chunk_bytes_(chunk_bytes), chunks_(chunks) {

@@ -16,6 +16,10 @@
 namespace sllm {
 
 inline constexpr uint64_t kAlignment = 4096;  // What O_DIRECT wants of offsets and buffers.
+inline constexpr uint64_t kHugePage = 2ull << 20;
+
+// Address space without memory that begins where a huge page may, so that huge pages can be mapped as such.
+std::byte* reserve_addresses(uint64_t length);
 
 class Pool {
  public:

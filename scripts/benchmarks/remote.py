@@ -111,7 +111,8 @@ def _write(report: Report, found: dict[str, list[dict[str, Any]]]) -> None:
         return [above / below for above, below in zip(seconds[over], seconds[under], strict=True)]
 
     report.ratio("stream_over_transfer", ratio(STREAM, TRANSFER))
-    report.ratio("sequential_over_stream", ratio(PLAIN, STREAM))
+    # As it is done without us; how much of that is our own quick load is seen beside it.
+    report.ratio("sequential_over_stream", ratio(HUB, STREAM))
+    report.ratio("plain_then_our_load_over_stream", ratio(PLAIN, STREAM))
     report.ratio("pull_then_load_over_stream", ratio(PULL, STREAM))
-    report.ratio("hub_then_from_pretrained_over_stream", ratio(HUB, STREAM))
     report.ratio("fresh_process_over_stream", ratio(FRESH, STREAM))
