@@ -195,6 +195,21 @@ def test_where_the_destination_hangs_the_answer_goes_on_at_the_source(
     eventually(lambda: moves(cluster, "n2") == [])
 
 
+def test_a_move_to_a_node_that_was_just_killed_is_refused_while_the_answer_goes_on(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    stream, request_id = begun(cluster, pool, "n1", "a")
+    cluster.kill("n3")
+    eventually(lambda: not cluster.shown("n1").get("n3", {}).get("reported"))
+    reply = cluster.nodes["n1"].request("POST", f"/admin/requests/{request_id}/migrate", {"to": "n3"})
+    running = not stream.done()
+    assert reply.json()["error"]["code"] in ("destination_failed", "node_not_found")
+    assert stream.result() == (wanted, None)
+    assert running
+
+
 @pytest.mark.parametrize("killed", ["source", "destination"])
 def test_once_it_has_moved_either_node_may_die(
     cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str, killed: str

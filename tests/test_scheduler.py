@@ -14,7 +14,7 @@ from sllm_actor.actors.request_log import RequestLog
 from sllm_actor.actors.scheduler import Limits
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
-from sllm_actor.errors import InvalidRequest, ModelTooLarge, NoCapacity, QueueFull, RequestNotFound
+from sllm_actor.errors import DestinationFailed, InvalidRequest, ModelTooLarge, NoCapacity, QueueFull, RequestNotFound
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import (
@@ -203,6 +203,46 @@ async def test_who_may_not_have_what_is_free_holds_up_nobody(system: ActorSystem
     assert (await ask(system, question("b"))).node == "node-1"
     scheduler(system).tell(report(name="node-2"))
     assert (await waiting).node == "node-2"
+
+
+def only_on(node: str) -> Any:
+    return msgspec.structs.replace(cast(Any, question()), only_on=node)
+
+
+@pytest.mark.parametrize("gone", [{"epochs": {NodeId("node-1"): 3}}, {"gone": (NodeId("node-2"),)}])
+async def test_who_would_have_a_node_alone_is_told_at_once_that_it_has_gone(
+    system: ActorSystem, gone: dict[str, Any]
+) -> None:
+    members: dict[str, Any] = {"epochs": {NodeId("node-1"): 3, NodeId("node-2"): 5}}
+    scheduler(system).tell(MembersChanged(**members))
+    scheduler(system).tell(report(epoch=3))
+    waiting = asyncio.ensure_future(ask(system, only_on("node-2")))
+    await all_wait(system)
+    assert not waiting.done()
+    scheduler(system).tell(MembersChanged(**members | gone))
+    for asked in (waiting, ask(system, only_on("node-2"))):
+        with pytest.raises(DestinationFailed, match="node-2 has left the cluster"):
+            await asked
+    assert (await ask(system, only_on("node-1"))).node == "node-1"
+
+
+async def test_one_that_was_gone_and_reports_is_a_place_again(system: ActorSystem) -> None:
+    members = {NodeId("node-1"): 3}
+    scheduler(system).tell(MembersChanged(epochs=members, gone=(NodeId("node-1"),)))
+    scheduler(system).tell(report(epoch=3))
+    assert (await ask(system, only_on("node-1"))).node == "node-1"
+
+
+async def test_who_would_have_a_cordoned_node_alone_is_told_so_unless_its_model_runs_there(
+    system: ActorSystem,
+) -> None:
+    cordoned: Any = report(instances=[view("new", active=1)])
+    scheduler(system).tell(msgspec.structs.replace(cordoned, cordoned=True))
+    answer: Any = await ask(system, only_on("node-1"))
+    assert answer.instance_id == "new-1"
+    scheduler(system).tell(msgspec.structs.replace(cordoned, cordoned=True, instances=()))
+    with pytest.raises(DestinationFailed, match="node-1 is cordoned"):
+        await ask(system, only_on("node-1"))
 
 
 async def test_where_there_is_no_worker_a_model_waits_for_one(system: ActorSystem) -> None:

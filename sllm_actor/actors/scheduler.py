@@ -19,7 +19,7 @@ from sllm_actor.actors.rooms import TOLD_WITHIN_S, Rooms, Waiting, runs_already
 from sllm_actor.actors.scheduler_limits import Limits as Limits
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import ModelName, NodeId
-from sllm_actor.errors import ModelTooLarge, NoCapacity, QueueFull
+from sllm_actor.errors import NoCapacity, QueueFull
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.placement import (
@@ -47,8 +47,8 @@ from sllm_actor.policy.placement import (
     Wait,
     Waiter,
     decide,
-    fits_nowhere,
     next_of,
+    refusal,
 )
 from sllm_actor.policy.policies import Situation
 from sllm_actor.policy.retrying import Pace, placement_s
@@ -95,7 +95,8 @@ class Scheduler(Actor):
         self._pace = Pace()
         self._epoch = epoch
         self._members = dict(members or {})
-        self._awaited = self._members.keys() - set(gone)
+        self._gone = set(gone)
+        self._awaited = self._members.keys() - self._gone
         self._newest_epoch = max(self._members.values(), default=0)
         self._begun: set[str] = set()
         self._turns = TakingTurns(limits.switch_hold_s)
@@ -165,6 +166,7 @@ class Scheduler(Actor):
             return
         now_s = self._clock.monotonic_s()
         self._awaited.discard(report.node)
+        self._gone.discard(report.node)
         self._view.hear(report, now_s)
         for instance_id in self._turns.came_back(report, now_s):
             self._view.hold(report.node, instance_id)
@@ -207,9 +209,9 @@ class Scheduler(Actor):
                 self._ended(placement_id, "failed", now_s)
             self._view.forget(node)
             self._turns.forget(node)
-        self._members = dict(message.epochs)
+        self._members, self._gone = dict(message.epochs), set(message.gone)
         self._newest_epoch = max(self._newest_epoch, *self._members.values(), 0)
-        self._awaited &= message.epochs.keys() - set(message.gone)
+        self._awaited &= message.epochs.keys() - self._gone
         self._serve()
 
     def _ended(self, placement_id: str, outcome: str, now_s: float) -> None:
@@ -358,15 +360,13 @@ class Scheduler(Actor):
         return decide(situation, self._limits.placement_policy, waiting.given_up)
 
     def _refuse(self) -> None:
-        """Tell those who would wait in vain, also behind others; a member not heard of yet may have the room."""
-        if not self._waiting or not self._members.keys() <= self._view.nodes.keys():
-            return
+        """Tell those who would wait in vain, also behind others."""
         for waiting in list(self._waiting):
-            reason = fits_nowhere(waiting.question, self._view)
-            if reason:
+            error = refusal(waiting.question, self._view, self._members.keys(), self._gone)
+            if error is not None:
                 self._waiting.remove(waiting)
                 if not waiting.answer.done():
-                    waiting.answer.set_exception(ModelTooLarge(reason, param="model"))
+                    waiting.answer.set_exception(error)
 
     def _grant(self, waiting: Waiting, start: Start, now_s: float) -> Placement:
         question = waiting.question

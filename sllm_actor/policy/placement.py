@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from sllm_actor.domain import NodeId
+from sllm_actor.errors import DestinationFailed, ModelTooLarge, SllmError
 from sllm_actor.messages.explanation import Explanation, Term
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 from sllm_actor.policy.cluster_view import ClusterView
@@ -90,6 +92,27 @@ def next_of(waiting: Sequence[Waiter], now_s: float) -> int:
         if now_s - since_s >= question.timeout_s / 2:
             return place
     return min(range(len(waiting)), key=lambda place: (waiting[place].question.priority, place))
+
+
+def refusal(
+    question: PlaceModel, view: ClusterView, members: Collection[NodeId], gone: Collection[NodeId]
+) -> SllmError | None:
+    """Say why who asks would wait in vain; a member that was not heard of yet may have the room.
+
+    Where there are no `members`, all nodes are taken for such; those `gone` have ended, whatever their leases say.
+    """
+    node = NodeId(question.only_on)
+    if node and (node in gone or (members and node not in members)):
+        return DestinationFailed(f"{node} has left the cluster", param="to")
+    if node in view.nodes and view.nodes[node].report.cordoned and not _runs_on(question, view, node):
+        return DestinationFailed(f"{node} is cordoned: nothing starts there", param="to")
+    if set(members) <= view.nodes.keys() and (reason := fits_nowhere(question, view)):
+        return ModelTooLarge(reason, param="model")
+    return None
+
+
+def _runs_on(question: PlaceModel, view: ClusterView, node: NodeId) -> bool:
+    return any(report.node == node for report, _ in view.running(question.model))
 
 
 def fits_nowhere(question: PlaceModel, view: ClusterView) -> str:
