@@ -26,14 +26,28 @@ class Live:
         self.request = request
         self.stream = AnswerStream()
         self.moving = ""
+        # For a slot of its instance.
+        self.waits = False
         # Its reader has left, or it is over.
         self.gone = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Say of it that it waits in this block."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
     def shown(self) -> LiveRequest:
         """Describe it to who would move it."""
         request = self.request
         served = ModelName(request.base or request.model)
-        return LiveRequest(request_id=request.request_id, model=request.model, served=served, priority=request.priority)
+        return LiveRequest(
+            request_id=request.request_id, model=request.model, served=served, priority=request.priority,
+            waits=self.waits,
+        )  # fmt: skip
 
     def token_ids(self) -> list[int]:
         """Give the answer's tokens so far."""
@@ -60,12 +74,14 @@ class HandingOver:
 
         Raises:
             Conflict: it is being moved already.
-            MigrationFailed: the answer ended first, or its reader left.
+            MigrationFailed: the answer ended first, or its reader left, or it has no slot yet.
             DestinationFailed: the destination refused it, was lost, or said nothing for too long.
         """
         live, message = self._live, self._message
         if live.moving:
             raise Conflict(f"request {message.request_id} is being moved already", param="request_id")
+        if live.waits:
+            raise MigrationFailed(f"request {message.request_id} waits for a slot: there is nothing to move yet")
         live.moving = message.migration_id
         try:
             request = msgspec.structs.replace(cast(Any, live.request), generated=pack_uint32(self._sent), adapter="")

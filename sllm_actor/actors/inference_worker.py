@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -33,11 +33,13 @@ from sllm_actor.messages.instances import (
 from sllm_actor.messages.migration import (
     ExtendPrepared,
     HandedOver,
+    HoldSlots,
     ListLive,
     LiveRequest,
     MigrateOut,
     Prepare,
     Prepared,
+    TurnAway,
 )
 from sllm_actor.runtime import Actor, ActorRef, Clock, handles
 
@@ -131,7 +133,7 @@ class InferenceWorker(Actor):
         """Compute it when it has a slot; one that was prepared brings its own."""
         if prepared is None and not self._slots.take_now():
             yield NoSlot()
-            with self._room.place(request.model):
+            with self._room.place(request.model), live.waiting() if live else nullcontext():
                 await self._slots.take(request.priority)
         try:
             async with aclosing(self._compute(request, live, prepared)) as items:
@@ -197,6 +199,16 @@ class InferenceWorker(Actor):
             raise RequestNotFound(f"no request {message.request_id} generates here", param="request_id")
         target = self.context.system.ref(message.worker, message.address or None)
         return await HandingOver(live, message, target, self._migration, self._clock).run()
+
+    @handles(HoldSlots)
+    async def hold_slots(self, _: HoldSlots) -> AsyncIterator[bool]:
+        with self._slots.held():
+            yield True
+            await asyncio.Event().wait()  # Until whoever asked closes the stream.
+
+    @handles(TurnAway)
+    async def turn_away(self, _: TurnAway) -> None:
+        self._slots.turn_away(self._draining)
 
     @handles(Retire, concurrent=True)
     async def retire(self, message: Retire) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import msgspec
 
@@ -36,6 +36,7 @@ from sllm_actor.messages.generation import LocateRequest, RequestLocation
 from sllm_actor.messages.instances import InstanceStarted, StartInstance, StopInstances
 from sllm_actor.messages.migration import (
     HandedOver,
+    HoldSlots,
     InstanceMoved,
     ListLive,
     LiveRequest,
@@ -43,6 +44,7 @@ from sllm_actor.messages.migration import (
     MigrateRequest,
     MoveAway,
     MoveInstance,
+    TurnAway,
 )
 from sllm_actor.policy.migration import Command, Event, State, step
 from sllm_actor.runtime import Actor, ActorRef, handles
@@ -54,6 +56,8 @@ MAX_DESTINATIONS = 3
 # An instance that has new requests whenever the last ones have moved takes no more of them then.
 MAX_SWEEPS = 3
 SWEEP_EVERY_S = 0.1
+# So long nobody is given a slot that the moves away from a node make free.
+HELD_S = 5.0
 
 
 class MigrationCoordinator(Actor):
@@ -98,16 +102,42 @@ class MigrationCoordinator(Actor):
 
     @handles(MoveAway, concurrent=True)
     async def move_away(self, message: MoveAway) -> int:
-        """Move what an instance of this node has; what can't be moved is left to end there."""
-        live = await self._live(message.worker)
+        """Move what an instance of this node generates; what can't be moved is left to end there."""
+        moved, kept = 0, set[RequestId]()
+        for _ in range(MAX_SWEEPS):
+            live = [one for one in await self._generating(message.worker) if one.request_id not in kept]
+            outcomes = await self._move_from(message, live)
+            kept.update(one.request_id for one, has_moved in zip(live, outcomes, strict=True) if not has_moved)
+            moved += sum(outcomes)
+            if not any(outcomes):
+                break
+        return moved
+
+    async def _move_from(self, message: MoveAway, live: Sequence[LiveRequest]) -> list[bool]:
+        """Move some away, and have those follow that wait for a slot, if there is a place; tell which have moved."""
         at = [_location(one, self._own, message.worker, message.instance_id) for one in live]
-        moves = await asyncio.gather(*(self._move(one, "") for one in at), return_exceptions=True)
-        for one, moved in zip(live, moves, strict=True):
-            if isinstance(moved, SllmError):
-                log.warning("%s is not moved from %s: %s", one.request_id, message.worker, moved)
-            elif isinstance(moved, BaseException):
-                raise moved
-        return sum(isinstance(moved, HandedOver) for moved in moves)
+        moves = [
+            self.context.tasks.spawn(self._moves_away(one), f"move-{one.request_id}", on_failure=lambda _: None)
+            for one in at
+        ]
+        try:
+            if moves:
+                async with self._no_slot_given(message.worker):
+                    done, _ = await asyncio.wait(moves, timeout=HELD_S)
+                    if any(move.result() for move in done):
+                        await self._turn_away(message.worker)
+            return list(await asyncio.gather(*moves))
+        finally:
+            for move in moves:
+                move.cancel()
+
+    async def _moves_away(self, at: RequestLocation) -> bool:
+        try:
+            await self._move(at, "")
+        except SllmError as error:
+            log.warning("%s is not moved from %s: %s", at.request_id, at.worker, error)
+            return False
+        return True
 
     @handles(MoveInstance, concurrent=True)
     async def move_instance(self, message: MoveInstance) -> InstanceMoved:
@@ -119,19 +149,37 @@ class MigrationCoordinator(Actor):
             wish = StartInstance(placement_id="", model=message.model)
             destination = await self._starting.use(self.context.system, message.to, wish)
             moved = dict[RequestId, MovedAnswer]()
-            for _ in range(MAX_SWEEPS):
-                if not await self._sweep(message, destination, moved):
-                    break
-            stopping = self.context.tasks.spawn(self._stop(message), f"stop-{message.instance_id}")
-            while not stopping.done():
-                # Those that came in the last moment; what can't be moved is finished here.
-                with suppress(SllmError):
-                    await self._sweep(message, destination, moved)
-                await asyncio.wait([stopping], timeout=SWEEP_EVERY_S)
-            stopping.result()
+            async with self._no_slot_given(message.worker):
+                for _ in range(MAX_SWEEPS):
+                    if not await self._sweep(message, destination, moved):
+                        break
+                await self._stop_while_sweeping(message, destination, moved)
         finally:
             self._moving.discard(message.instance_id)
         return InstanceMoved(answers=tuple(moved.values()))
+
+    @asynccontextmanager
+    async def _no_slot_given(self, worker: str) -> AsyncIterator[None]:
+        """Have nothing begin to generate there in this block: it would only have to move, too."""
+        async with aclosing(self.context.system.ref(worker).stream(HoldSlots())) as held:
+            await anext(held)
+            yield
+
+    async def _stop_while_sweeping(
+        self, message: MoveInstance, destination: InstanceStarted, moved: dict[RequestId, MovedAnswer]
+    ) -> None:
+        """Stop the instance: who waits for a slot is asked for elsewhere, what can't be moved is finished here."""
+        stopping = self.context.tasks.spawn(self._stop(message), f"stop-{message.instance_id}")
+        while not stopping.done():
+            # Those that came in the last moment.
+            with suppress(SllmError):
+                await self._turn_away(message.worker)
+                await self._sweep(message, destination, moved)
+            await asyncio.wait([stopping], timeout=SWEEP_EVERY_S)
+        stopping.result()
+
+    async def _turn_away(self, worker: str) -> None:
+        await self.context.system.ref(worker).ask(TurnAway(), timeout_s=self._ask_timeout_s)
 
     async def _stop(self, message: MoveInstance) -> None:
         stop = StopInstances(model=message.model, instance_id=message.instance_id)
@@ -140,12 +188,12 @@ class MigrationCoordinator(Actor):
     async def _sweep(
         self, message: MoveInstance, destination: InstanceStarted, moved: dict[RequestId, MovedAnswer]
     ) -> bool:
-        """Move what the instance has at this moment, and note it; tell whether there was anything.
+        """Move what the instance generates at this moment, and note it; tell whether there was anything.
 
         Raises:
             SllmError: one of them can't be moved, and has not ended either.
         """
-        live = await self._live(message.worker)
+        live = await self._generating(message.worker)
         at = [_location(one, self._own, message.worker, message.instance_id) for one in live]
         moves = await asyncio.gather(*(self._move(one, "", destination) for one in at), return_exceptions=True)
         failed: BaseException | None = None
@@ -161,10 +209,10 @@ class MigrationCoordinator(Actor):
             raise failed
         return bool(live)
 
-    async def _live(self, worker: str) -> tuple[LiveRequest, ...]:
+    async def _generating(self, worker: str) -> list[LiveRequest]:
         at = self.context.system.ref(worker)
         live: tuple[LiveRequest, ...] = await at.ask(ListLive(), timeout_s=self._ask_timeout_s)
-        return live
+        return [one for one in live if not one.waits]
 
     async def _locate(self, request_id: RequestId) -> RequestLocation:
         """Ask every node's Router, since any may have taken the request; who has it need not wait for the others."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sllm_actor.errors import SllmError
 
@@ -15,12 +16,13 @@ class Slots:
 
     def __init__(self, slots: int) -> None:
         self._free = slots
+        self._holds = 0
         self._arrivals = itertools.count()
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
 
     def take_now(self) -> bool:
         """Take a slot if one is free."""
-        if not self._free:
+        if not self._free or self._holds:
             return False
         self._free -= 1
         return True
@@ -53,9 +55,22 @@ class Slots:
 
     def give(self) -> None:
         """Give a slot back: it goes to the first of those who wait."""
-        while self._waiting:
+        self._free += 1
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._free and self._waiting and not self._holds:
             _, _, turn = heapq.heappop(self._waiting)
             if not turn.cancelled():
+                self._free -= 1
                 turn.set_result(None)
-                return
-        self._free += 1
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let nobody have a slot in this block: who comes waits, and who has one may give it back."""
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
+            self._serve()

@@ -95,12 +95,26 @@ class ListLive:
 
 @message("migration.live")
 class LiveRequest:
-    """A request that could be moved; `served` is the model whose instances answer it."""
+    """A request that could be moved; `served` is the model whose instances answer it.
+
+    One that `waits` for a slot has nothing to move yet.
+    """
 
     request_id: RequestId
     model: ModelName
     served: ModelName
     priority: int
+    waits: bool = False
+
+
+@message("migration.hold_slots")
+class HoldSlots:
+    """Let none of a worker's requests begin to generate as long as the stream of this is open; one True says so."""
+
+
+@message("migration.turn_away")
+class TurnAway:
+    """Let a worker's requests that wait for a slot fail with `Draining`: their Routers ask another instance."""
 
 
 @message("migration.move_away")

@@ -1,0 +1,184 @@
+"""Only what generates is moved: requests that wait for a slot of an instance which leaves ask another one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from sllm_actor.actors.inference_worker import InferenceWorker
+from sllm_actor.actors.migration_coordinator import MigrationCoordinator
+from sllm_actor.actors.node_keeper import COORDINATOR, NODE_KEEPER
+from sllm_actor.actors.slots import Slots
+from sllm_actor.domain import NodeId, RequestId
+from sllm_actor.errors import Draining, MigrationFailed, SllmError
+from sllm_actor.messages.instances import InstanceStarted
+from sllm_actor.messages.migration import InstanceMoved, MigrateRequest, MoveInstance
+from sllm_actor.messages.operations import DrainNode
+from sllm_actor.messages.placement import RunsAlready
+from sllm_actor.runtime.cell import Cell
+from sllm_actor.testing.cluster_witness import Asked
+from sllm_actor.testing.process_loop import ProcessLoop
+from sllm_actor.testing.simulated_cluster import Plan, SimulatedCluster
+from sllm_actor.testing.simulated_node import SimulatedNode
+from sllm_actor.testing.virtual_loop import run_virtual
+
+# An instance has two slots.
+ASKED, GENERATING = 5, 2
+LONG = Plan(nodes=2, models=1, moves=1, max_tokens=400)
+PATIENCE_S = 60.0
+
+
+class Crowded:
+    """An instance with more requests than slots, and another node."""
+
+    def __init__(self) -> None:
+        self.cluster = SimulatedCluster(1, LONG)
+        self.streams: list[asyncio.Task[None]] = []
+
+    async def begin(self) -> None:
+        """Ask until some generate and the others wait."""
+        cluster = self.cluster
+        await cluster.start_all()
+        await cluster.clock.sleep(2.0)
+        gateway = cluster.nodes["n1"]
+        self.streams = [cluster.ask(number, gateway, "m1", cluster.dice) for number in range(ASKED)]
+        await self.until(lambda: len(self.generating()) == GENERATING and len(self.worker()._live) == ASKED)
+        assert len(self.waiting()) == ASKED - GENERATING
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        until_s = self.cluster.clock.monotonic_s() + PATIENCE_S
+        while not holds():
+            assert self.cluster.clock.monotonic_s() < until_s, "it never came true"
+            await self.cluster.clock.sleep(0.01)
+
+    def _cells(self) -> list[tuple[SimulatedNode, Cell]]:
+        return [
+            (node, cell)
+            for node in self.cluster.living()
+            for cell in node.system.cells.values()
+            if isinstance(cell.actor, InferenceWorker)
+        ]
+
+    def source(self) -> tuple[SimulatedNode, InferenceWorker]:
+        (found,) = self._cells()
+        worker = found[1].actor
+        assert isinstance(worker, InferenceWorker)
+        return found[0], worker
+
+    def worker(self) -> InferenceWorker:
+        return self.source()[1]
+
+    def asked(self) -> list[Asked]:
+        return self.cluster.witness.asked
+
+    def generating(self) -> list[RequestId]:
+        return [one.request.request_id for one in self.asked() if one.taken and not one.outcome]
+
+    def waiting(self) -> list[RequestId]:
+        return [one.request.request_id for one in self.asked() if not one.taken and not one.outcome]
+
+    async def started_elsewhere(self) -> InstanceStarted:
+        """Have an instance come up at the other node."""
+        node, _ = self.source()
+        coordinator = node.actor(COORDINATOR)
+        assert isinstance(coordinator, MigrationCoordinator)
+        instance, _ = await coordinator._starting.start(
+            node.system, RequestId("elsewhere"), self.asked()[0].request.model, "", lambda: (0, ()),
+            not_on=(NodeId(node.name),),
+        )  # fmt: skip
+        return instance
+
+    async def end(self) -> None:
+        """See every answer end as it should."""
+        await asyncio.wait(self.streams)
+        assert [one.outcome for one in self.asked()] == ["finished"] * ASKED
+        assert self.cluster.witness.problems == []
+        for name in self.cluster.names:
+            await self.cluster.leave(name)
+        await self.cluster.bury()
+        await self.cluster.truth.close()
+
+
+def crowded(test: Callable[[Crowded], Awaitable[None]]) -> None:
+    async def main() -> None:
+        made = Crowded()
+        await made.begin()
+        await test(made)
+        await made.end()
+
+    run_virtual(main, kind=ProcessLoop)
+
+
+def test_an_instance_that_moves_takes_only_what_generates_and_the_others_ask_elsewhere() -> None:
+    async def move(made: Crowded) -> None:
+        there = await made.started_elsewhere()
+        (node, cell), *_ = [found for found in made._cells() if found[0].name != there.node]
+        worker: Any = cell.actor
+        generating, waiting = made.generating(), made.waiting()
+        assert len(generating) == GENERATING
+        to = RunsAlready(
+            model=there.model, instance_id=there.instance_id, node=there.node, worker=there.worker,
+            address=there.address,
+        )  # fmt: skip
+        wish: Any = MoveInstance(
+            instance_id=worker._instance_id, worker=cell.name, model=there.model, to=to
+        )  # fmt: skip
+        moved: InstanceMoved = await node.system.ref(COORDINATOR).ask(wish, timeout_s=30.0)
+        assert {one.request_id for one in moved.answers} == set(generating)
+        assert set(waiting) & {one.request.request_id for one in made.asked() if not one.outcome}
+        assert [found[0].name for found in made._cells()] == [there.node]
+        assert node.parts.migrations.aborted == 0
+
+    crowded(move)
+
+
+def test_a_drained_node_does_not_begin_what_waited_there() -> None:
+    async def drain(made: Crowded) -> None:
+        node, worker = made.source()
+        generating, waiting = made.generating(), made.waiting()
+        await node.system.ref(NODE_KEEPER).ask(DrainNode(), timeout_s=30.0)
+        assert worker._live == {}
+        assert made.generating() == generating, "it was empty before its answers ended"
+        assert made.waiting() == waiting
+
+    crowded(drain)
+
+
+def test_one_that_waits_for_a_slot_is_not_moved_by_itself_either() -> None:
+    async def refused(made: Crowded) -> None:
+        node, _ = made.source()
+        await made.started_elsewhere()
+        waiting = made.waiting()[0]
+        with pytest.raises(MigrationFailed, match="waits for a slot"):
+            await node.system.ref(COORDINATOR).ask(MigrateRequest(request_id=waiting, to=NodeId("")), timeout_s=30.0)
+
+    crowded(refused)
+
+
+async def test_slots_that_are_held_are_nobodys_and_are_given_behind_the_hold() -> None:
+    slots, order = Slots(2), list[str]()
+    assert slots.take_now()
+
+    async def use(name: str) -> None:
+        try:
+            await slots.take(0)
+        except SllmError as error:
+            name = f"{name}: {error.code}"
+        order.append(name)
+
+    with slots.held():
+        assert not slots.take_now()
+        first = asyncio.ensure_future(use("first"))
+        await asyncio.sleep(0)
+        slots.turn_away(lambda: Draining("away", retry_after_s=1.0))
+        second, third = asyncio.ensure_future(use("second")), asyncio.ensure_future(use("third"))
+        await first
+        slots.give()
+        await asyncio.sleep(0)
+        assert order == ["first: draining"]
+    await asyncio.wait([second, third])
+    assert order == ["first: draining", "second", "third"]
+    assert not slots.take_now()
