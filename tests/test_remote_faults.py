@@ -692,6 +692,27 @@ async def test_a_silent_peer_is_dropped_by_the_failure_detector_and_a_living_one
 
 
 @on_both_loops
+async def test_who_knows_the_cluster_is_told_who_fell_silent_and_nobody_waits_for_that_one_to_shake_hands() -> None:
+    silent, heard = list[tuple[str, str]](), list[str]()
+    listener, address = listening("hung")
+    endpoint = address.partition("@")[2]
+    async with node("a", WATCHFUL) as a:
+        a.hear_of_silence(lambda name, where: silent.append((name, where)), heard.append)
+        ref = a.ref("man", address)
+        asked = asyncio.ensure_future(ask(ref))
+        hung = await BarePeer.answer(listener, "hung", endpoint=endpoint)
+        assert type(await asked) is NodeUnreachable
+        assert (silent, heard) == ([("hung", endpoint)], ["hung"])
+        # Its machine goes on to accept connections, over which nobody says hello.
+        assert type(await ask(ref)) is NodeUnreachable
+        hung.close()
+        hung = await BarePeer.answer(listener, "hung", endpoint=endpoint)
+        await until(lambda: heard == ["hung", "hung"])
+        hung.close()
+    listener.close()
+
+
+@on_both_loops
 async def test_a_node_that_was_busy_itself_does_not_blame_its_peers() -> None:
     limits = Limits(heartbeat_s=0.02, acceptable_pause_s=0.02, redial_first_s=0.002)
     async with pair(a_limits=limits) as both:

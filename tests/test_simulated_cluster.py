@@ -27,7 +27,7 @@ FOUND = {
     "held_tokens_given_twice": (3, "has parked another answer"),
     "prepared_never_ends": (1, "still has routes"),
     "prepared_keeps_its_slot": (7, "does not end"),
-    "waits_for_its_router_for_ever": (17, "still has"),
+    "waits_for_its_router_for_ever": (30, "still has"),
     "two_owners": (1, "in epoch 0"),
     "repeated_tokens": (1, "has parked another answer"),
     "forgotten_tokens": (1, "has parked another answer"),

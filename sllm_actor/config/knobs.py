@@ -67,12 +67,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = ""
     metadata_key_file: Annotated[Text, Meta(title="path", description="key of that certificate")] = ""
     lease_ttl_s: Annotated[
-        int,
-        Meta(ge=2, le=3600, title="s", description="after so long without a sign others do without this node"),
+        int, Meta(ge=2, le=3600, title="s", description="after so long without a sign others do without this node")
     ] = 10
+    node_silence_s: Annotated[
+        float, Meta(ge=0.5, le=600, title="s", description="one that answers nothing is missed so soon; streams go on")
+    ] = 2.0
     report_every_s: Annotated[
-        float,
-        Meta(ge=0.1, le=600, title="s", description="what a node has is told the leader so often, also unchanged"),
+        float, Meta(ge=0.1, le=600, title="s", description="what a node has is told the leader so often, unchanged too")
     ] = 1.0
 
     # Memory and bytes.

@@ -39,7 +39,7 @@ MAX_PASSWORD_BYTES = 4096
 # Without a leader for so many times of a lease: whoever was to follow has had its time.
 PATIENCE_LEASES = 3.0
 
-# Of an epoch, the members in theirs, and those of them whose processes are gone.
+# Of an epoch, the members in theirs, and those of them that answer no more.
 MakeScheduler = Callable[[int, Mapping[NodeId, int], Collection[NodeId]], Scheduler]
 
 
@@ -94,7 +94,7 @@ class Many:
         self._seat: Seat | None = None
         self._leadership: Leadership | None = None
         self._leader: Leader | None = None
-        # The epochs of members whose processes are gone: nobody listens at their endpoints any more.
+        # The epochs of members that answer no more: they hang, or nobody listens at their endpoints.
         self._silent: set[int] = set()
         # The epochs of those who lost their seat for that: one that has another since lives, whatever its machine says.
         self._unseated: set[int] = set()
@@ -112,7 +112,7 @@ class Many:
         self._led = True
         self.membership = Membership(store, clock, member, on_change=lambda _: self._tell_members())
         system.vouch_with(self._is_member)
-        system.hear_of_silence(self._nobody_listens)
+        system.hear_of_silence(self._fell_silent, self._is_heard)
         # Who is asked by no client need not know where every instance of the cluster is.
         asked = Role.GATEWAY in self._roles
         self._book = RouteBook(store, self.membership, clock, self.routes.publish if asked else None)
@@ -211,7 +211,7 @@ class Many:
         return {node: joined.epoch for node, joined in self.membership.members.items()}
 
     def _gone(self) -> tuple[NodeId, ...]:
-        """List the members whose processes have ended: their machines say that nobody listens there."""
+        """List the members that answer no more."""
         return tuple(node for node, epoch in self._epochs().items() if epoch in self._silent)
 
     def _tell_members(self) -> None:
@@ -244,8 +244,15 @@ class Many:
                     log.error("who leads can't be found: %s", error)
                     self.way.lead_to(None)
 
-    def _nobody_listens(self, node: str, endpoint: str) -> None:
-        """See to it that another one leads where the leader's process has ended: its lease may last for long yet."""
+    def _is_heard(self, node: str) -> None:
+        """Take it for one that may be asked again: where it was wrongly missed, its next report says what it has."""
+        joined = self.membership.members.get(NodeId(node))
+        if joined is not None and joined.epoch in self._silent:
+            self._silent.discard(joined.epoch)
+            self._tell_members()
+
+    def _fell_silent(self, node: str, endpoint: str) -> None:
+        """Do without it, and see to it that another one leads where it did: its lease may last for long yet."""
         leader = self._leader
         joined = self.membership.members.get(NodeId(node))
         if joined is None or joined.member.endpoint != endpoint:
@@ -266,9 +273,9 @@ class Many:
         try:
             if await unseat(self.store, leader):
                 self._unseated.add(epoch)
-                log.warning("%s, who led, listens at %s no more: another one may lead", node, endpoint)
+                log.warning("%s, who led, is not heard from %s any more: another one may lead", node, endpoint)
         except MetadataFailed as failed:
-            log.warning("%s listens no more, and can't be kept from leading: %s", node, failed.message)
+            log.warning("%s is heard no more, and can't be kept from leading: %s", node, failed.message)
 
 
 Cluster = Alone | Many

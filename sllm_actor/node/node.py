@@ -83,11 +83,12 @@ class Node:
         self.config = config
         self.clock = clock or SystemClock()
         self._first_models = first_models(config.models)
+        limits = Limits(mailbox_messages=config.mailbox_messages, stream_credit=config.stream_credit)
         self.system = ActorSystem(
             node_id=config.node_id,
             messages=(*PEER_MESSAGES, *BETWEEN_NODES),
             security=read_cluster_secret(config.cluster_secret_file),
-            limits=Limits(mailbox_messages=config.mailbox_messages, stream_credit=config.stream_credit),
+            limits=limits.silent_within(config.node_silence_s),
             clock=self.clock,
         )
         self.lag = LoopLag(self.clock, config.loop_lag_fault_s)

@@ -11,6 +11,8 @@ from collections import deque
 
 HISTORY_INTERVALS = 100
 MIN_DEVIATION_SHARE = 0.1
+# Behind the pause, nobody is borne with for longer than so many intervals, however irregular.
+MOST_INTERVALS = 2
 
 
 class FailureDetector:
@@ -45,6 +47,8 @@ class FailureDetector:
         variance = sum((interval - mean_s) ** 2 for interval in self._intervals) / count
         deviation_s = max(math.sqrt(variance), self._min_deviation_s)
         silent_s = now_s - self._last_s - self._excused_s - self._acceptable_pause_s
+        if silent_s > MOST_INTERVALS * self._interval_s:
+            return math.inf
         # The logistic approximation of the normal distribution's tail.
         y = (silent_s - mean_s) / deviation_s
         exponent = y * (1.5976 + 0.070566 * y * y)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 REMEMBERED_BEATS = 64
+# Of an interval: a beat that comes later by more says that this process was held up.
+LATE_SHARE = 0.4
 
 
 class Heartbeat:
@@ -24,6 +26,7 @@ class Heartbeat:
 
     def __init__(self, link: Link, clock: Clock, limits: Limits) -> None:
         self.round_trip_s = 0.0
+        self.gave_up = False
         self._link = link
         self._clock = clock
         self._interval_s = limits.heartbeat_s
@@ -47,11 +50,12 @@ class Heartbeat:
         assert self._detector is not None
         now_s = self._clock.monotonic_s()
         late_s = now_s - self._last_s - self._interval_s
-        if late_s > self._interval_s / 10:
+        if late_s > self._interval_s * LATE_SHARE:
             # We ourselves were not listening: that is no fault of the peer's.
             self._detector.excuse(late_s)
         self._last_s = now_s
         if self._detector.phi(now_s) > self._threshold:
+            self.gave_up = True
             self._link.close(NodeUnreachable(f"{self._link.peer_name} has been silent for too long"))
             # It would not answer a polite end either.
             self._link.abort()

@@ -30,9 +30,16 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     # Time.
     handshake_timeout_s: float = 5.0
-    heartbeat_s: float = 1.0
-    acceptable_pause_s: float = 3.0
+    heartbeat_s: float = 0.25
+    acceptable_pause_s: float = 1.25
     phi_threshold: float = 8.0
     redial_first_s: float = 0.05
     redial_last_s: float = 5.0
     down_after_s: float = 30.0
+
+    def silent_within(self, silence_s: float) -> Limits:
+        """Give the same bounds with such heartbeats that a peer which fell silent is found so within `silence_s`.
+
+        A pause of three eighths less is borne with at any time, for instance of one that waits for its processor.
+        """
+        return msgspec.structs.replace(self, heartbeat_s=silence_s / 8, acceptable_pause_s=silence_s * 5 / 8)

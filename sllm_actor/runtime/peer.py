@@ -205,6 +205,7 @@ class Peer:
         self.said_goodbye = False
         self.endpoint = hello.endpoint or self.endpoint
         self.dialling.succeeded()
+        self._remotes.is_heard(self.node)
         if self._down_timer is not None:
             self._down_timer.cancel()
             self._down_timer = None
@@ -271,6 +272,8 @@ class Peer:
         failed = NodeUnreachable(f"{self.node}: {error}")
         for number in (*self.calls, *self.streams):
             self.fail_call(number, failed)
+        if link.heartbeat.gave_up:
+            self._remotes.fell_silent(self.node, self.endpoint)
         incoming = list(self.incoming.values())
         self.incoming.clear()
         for theirs in incoming:
@@ -280,7 +283,8 @@ class Peer:
         elif not self._remotes.closing:
             self._await_end()
             if self.endpoint:
-                self.dialling.begin()
+                # One that is silent may well accept a connection, and say nothing there either.
+                self.dialling.begin(failed if link.heartbeat.gave_up else None)
 
     def _await_end(self) -> None:
         if self._down_timer is None and self.link is None:

@@ -34,10 +34,13 @@ class Dialling:
         """Tell whether an attempt runs that has not failed yet."""
         return self._task is not None and self.error is None
 
-    def begin(self) -> None:
-        """Dial until there is a link; does nothing if that is being done, or there is nowhere to dial."""
+    def begin(self, failed: SllmError | None = None) -> None:
+        """Dial until there is a link; does nothing if that is being done, or there is nowhere to dial.
+
+        Where it is known to have `failed` already, nobody waits for the first attempt.
+        """
         if self._task is None and self._peer.link is None and self._peer.endpoint and not self._remotes.closing:
-            system = self._remotes.system
+            system, self.error = self._remotes.system, failed
             self._task = system.tasks.spawn(self._run(), f"dial-{self._peer.node}", context=system.fresh_context())
 
     def succeeded(self) -> None:
@@ -99,7 +102,7 @@ class Dialling:
             return error
         except OSError as error:
             if isinstance(error, ConnectionRefusedError):
-                self._remotes.nobody_listens(peer.node, peer.endpoint)
+                self._remotes.fell_silent(peer.node, peer.endpoint)
             return NodeUnreachable(f"{peer.node} can't be reached at {peer.endpoint}: {error.strerror or error}")
         finally:
             if not link.is_open:

@@ -54,8 +54,10 @@ class Remotes:
         self._down: dict[str, int] = {}
         # Whether who knows better says that an incarnation lives.
         self.vouched: Callable[[str, int], bool] = lambda _node, _uid: False
-        # Told of each node (and its endpoint) whose machine answered a dial, and nobody listens there.
-        self.nobody_listens: Callable[[str, str], None] = lambda _node, _endpoint: None
+        # Told of each node (and its endpoint) that fell silent, or whose machine says that nobody listens there.
+        self.fell_silent: Callable[[str, str], None] = lambda _node, _endpoint: None
+        # And of each that a link is open to.
+        self.is_heard: Callable[[str], None] = lambda _node: None
         system.deadlines.watch(lambda now_s: min([peer.sweep(now_s) for peer in self._peers.values()], default=inf))
         self._owners: dict[Link, Peer | None] = {}
         self._listener: Listener | None = None

@@ -80,9 +80,9 @@ class ActorSystem:
         """Have somebody say which incarnations (node, uid) live: they are let in again after a time without a link."""
         self._remotes.vouched = vouched
 
-    def hear_of_silence(self, hear: Callable[[str, str], None]) -> None:
-        """Call `hear` with a node and its endpoint whenever the machine there says that nobody listens."""
-        self._remotes.nobody_listens = hear
+    def hear_of_silence(self, fell_silent: Callable[[str, str], None], is_heard: Callable[[str], None]) -> None:
+        """Say of each node, and its endpoint, that it answers no heartbeats or no dials; and of each that it does."""
+        self._remotes.fell_silent, self._remotes.is_heard = fell_silent, is_heard
 
     def fresh_context(self) -> contextvars.Context:
         """Give the context of a handler, free of whoever happened to wake it."""

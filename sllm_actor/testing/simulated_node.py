@@ -42,7 +42,7 @@ PORT = 7000
 SECRET = b"the secret of a simulated cluster"
 # How often a watch looks whether its node can be reached again.
 LOOK_S = 0.05
-LIMITS = Limits(handshake_timeout_s=1.0, acceptable_pause_s=1.0, redial_last_s=0.5)
+LIMITS = Limits(handshake_timeout_s=1.0, heartbeat_s=1.0, acceptable_pause_s=1.0, redial_last_s=0.5)
 
 
 def config_of(name: str, slots: int, placement_policy: str) -> Config:
