@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from clusters import CHAT, NAMES, ask, eventually, home_of, placed_on, streamed, under_way, whole
 from conftest import SMALL
+from lora_adapters import save_adapter
 from metadata_stores import UNPACKED
 
+from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 from sllm_actor.testing.node_process import CLI, NodeProcess, living
 
@@ -128,6 +131,27 @@ def test_whatever_is_asked_of_an_answer_holds_when_it_moves(cluster: NodeCluster
         assert logprobs == pytest.approx(its_logprobs, abs=1e-3)
 
 
+def test_an_answer_with_an_adapter_moves_where_its_base_runs_and_the_adapter_comes_with_it(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    whole(cluster)
+    node, wish = cluster.nodes["n1"], {"temperature": 0, "max_tokens": 700, "ignore_eos": True}
+    node.deploy(save_adapter(tmp_path / "tuned", BUILTIN["demo"], ("q_proj", "v_proj")), "tuned", base="a")
+    eventually(lambda: all(one.request("GET", "/v1/models/tuned").status == 200 for one in cluster.nodes.values()))
+    placed_on(cluster, "a", "n2")
+    plain, undisturbed = (streamed(node, model, LONG, **wish) for model in ("a", "tuned"))
+    assert undisturbed[1] is None and undisturbed != plain
+    stream = pool.submit(streamed, node, "tuned", LONG, **wish)
+    eventually(lambda: under_way(node) > 20)
+    request_id = node.call("GET", "/admin/requests")["requests"][0]["request_id"]
+    assert node.call("POST", f"/admin/requests/{request_id}/migrate", {"to": "n3"})["node"] == "n3"
+    running = not stream.done()
+    assert stream.result() == undisturbed
+    assert running
+    assert node.call("GET", f"/admin/requests/{request_id}")["node"] == "n3"
+    cluster.nodes["n3"].call("DELETE", "/admin/models/tuned")
+
+
 def running(node: NodeProcess) -> list[dict[str, Any]]:
     shown = node.call("GET", "/admin/requests")["requests"]
     return [one for one in shown if one["outcome"] == "running"]
@@ -208,6 +232,19 @@ def test_a_move_to_a_node_that_was_just_killed_is_refused_while_the_answer_goes_
     assert reply.json()["error"]["code"] in ("destination_failed", "node_not_found")
     assert stream.result() == (wanted, None)
     assert running
+
+
+def test_a_stream_whose_node_hangs_goes_on_elsewhere_while_that_node_still_hangs(
+    cluster: NodeCluster, pool: ThreadPoolExecutor, wanted: str
+) -> None:
+    whole(cluster)
+    placed_on(cluster, "a", "n2")
+    stream, request_id = begun(cluster, pool, "n1", "a")
+    cluster.hold_up("n2")
+    assert stream.result() == (wanted, None)
+    assert cluster.nodes["n1"].call("GET", f"/admin/requests/{request_id}")["node"] != "n2"
+    cluster.go_on("n2")
+    whole(cluster)
 
 
 @pytest.mark.parametrize("killed", ["source", "destination"])
