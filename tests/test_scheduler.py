@@ -226,6 +226,18 @@ async def test_who_would_have_a_node_alone_is_told_at_once_that_it_has_gone(
     assert (await ask(system, only_on("node-1"))).node == "node-1"
 
 
+async def test_who_would_have_any_other_node_is_told_at_once_that_there_is_none(system: ActorSystem) -> None:
+    members = {NodeId("node-1"): 3, NodeId("node-2"): 5}
+    elsewhere: Any = msgspec.structs.replace(cast(Any, question()), not_on=(NodeId("node-1"),))
+    scheduler(system).tell(MembersChanged(epochs=members, gone=(NodeId("node-2"),)))
+    scheduler(system).tell(report(epoch=3))
+    with pytest.raises(DestinationFailed, match="there is no other node"):
+        await ask(system, elsewhere)
+    scheduler(system).tell(MembersChanged(epochs=members))
+    scheduler(system).tell(report(epoch=5, name="node-2"))
+    assert (await ask(system, elsewhere)).node == "node-2"
+
+
 async def test_one_that_was_gone_and_reports_is_a_place_again(system: ActorSystem) -> None:
     members = {NodeId("node-1"): 3}
     scheduler(system).tell(MembersChanged(epochs=members, gone=(NodeId("node-1"),)))

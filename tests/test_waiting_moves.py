@@ -16,7 +16,7 @@ from sllm_actor.domain import NodeId, RequestId
 from sllm_actor.errors import Draining, MigrationFailed, SllmError
 from sllm_actor.messages.instances import InstanceStarted
 from sllm_actor.messages.migration import InstanceMoved, MigrateRequest, MoveInstance
-from sllm_actor.messages.operations import DrainNode
+from sllm_actor.messages.operations import CordonNode, DrainNode
 from sllm_actor.messages.placement import RunsAlready
 from sllm_actor.runtime.cell import Cell
 from sllm_actor.testing.cluster_witness import Asked
@@ -34,7 +34,8 @@ PATIENCE_S = 60.0
 class Crowded:
     """An instance with more requests than slots, and another node."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests: int = ASKED) -> None:
+        self.requests = requests
         self.cluster = SimulatedCluster(1, LONG)
         self.streams: list[asyncio.Task[None]] = []
 
@@ -44,9 +45,9 @@ class Crowded:
         await cluster.start_all()
         await cluster.clock.sleep(2.0)
         gateway = cluster.nodes["n1"]
-        self.streams = [cluster.ask(number, gateway, "m1", cluster.dice) for number in range(ASKED)]
-        await self.until(lambda: len(self.generating()) == GENERATING and len(self.worker()._live) == ASKED)
-        assert len(self.waiting()) == ASKED - GENERATING
+        self.streams = [cluster.ask(number, gateway, "m1", cluster.dice) for number in range(self.requests)]
+        await self.until(lambda: len(self.generating()) == GENERATING and len(self.worker()._live) == self.requests)
+        assert len(self.waiting()) == self.requests - GENERATING
 
     async def until(self, holds: Callable[[], bool]) -> None:
         until_s = self.cluster.clock.monotonic_s() + PATIENCE_S
@@ -94,7 +95,7 @@ class Crowded:
     async def end(self) -> None:
         """See every answer end as it should."""
         await asyncio.wait(self.streams)
-        assert [one.outcome for one in self.asked()] == ["finished"] * ASKED
+        assert [one.outcome for one in self.asked()] == ["finished"] * self.requests
         assert self.cluster.witness.problems == []
         for name in self.cluster.names:
             await self.cluster.leave(name)
@@ -102,9 +103,9 @@ class Crowded:
         await self.cluster.truth.close()
 
 
-def crowded(test: Callable[[Crowded], Awaitable[None]]) -> None:
+def crowded(test: Callable[[Crowded], Awaitable[None]], requests: int = ASKED) -> None:
     async def main() -> None:
-        made = Crowded()
+        made = Crowded(requests)
         await made.begin()
         await test(made)
         await made.end()
@@ -156,6 +157,22 @@ def test_one_that_waits_for_a_slot_is_not_moved_by_itself_either() -> None:
             await node.system.ref(COORDINATOR).ask(MigrateRequest(request_id=waiting, to=NodeId("")), timeout_s=30.0)
 
     crowded(refused)
+
+
+def test_a_node_is_drained_when_its_answers_have_ended_also_where_nothing_has_a_place_elsewhere() -> None:
+    async def drain(made: Crowded) -> None:
+        node, _ = made.source()
+        (other,) = (one for one in made.cluster.living() if one is not node)
+        await other.system.ref(NODE_KEEPER).ask(CordonNode(cordoned=True), timeout_s=30.0)
+        await made.cluster.clock.sleep(1.0)
+        draining = asyncio.ensure_future(node.system.ref(NODE_KEEPER).ask(DrainNode(), timeout_s=60.0))
+        await asyncio.wait(made.streams)
+        ended_s = made.cluster.clock.monotonic_s()
+        await draining
+        # It takes as long to look as the stopping of the engine does; a place would have been waited for for 20 s.
+        assert made.cluster.clock.monotonic_s() < ended_s + 2.0
+
+    crowded(drain, GENERATING)
 
 
 async def test_slots_that_are_held_are_nobodys_and_are_given_behind_the_hold() -> None:

@@ -56,6 +56,8 @@ MAX_DESTINATIONS = 3
 # An instance that has new requests whenever the last ones have moved takes no more of them then.
 MAX_SWEEPS = 3
 SWEEP_EVERY_S = 0.1
+# So often it is looked whether what waits for a place still generates.
+LOOK_EVERY_S = 0.5
 # So long nobody is given a slot that the moves away from a node make free.
 HELD_S = 5.0
 
@@ -284,6 +286,21 @@ class MigrationCoordinator(Actor):
                 destination = None
 
     async def _destination(self, at: RequestLocation, to: str, refused: Sequence[NodeId]) -> InstanceStarted:
+        """Find it a place elsewhere, as long as it generates: nobody waits for a place for what has ended."""
+        placing = self.context.tasks.spawn(
+            self._placed(at, to, refused), f"place-{at.request_id}", on_failure=lambda _: None
+        )
+        try:
+            while not placing.done():
+                await asyncio.wait([placing], timeout=LOOK_EVERY_S)
+                if not placing.done() and (await self._locate(at.request_id)).instance_id != at.instance_id:
+                    raise MigrationFailed(f"request {at.request_id} has left {at.node} before it had a place elsewhere")
+            found: InstanceStarted = placing.result()
+            return found
+        finally:
+            placing.cancel()
+
+    async def _placed(self, at: RequestLocation, to: str, refused: Sequence[NodeId]) -> InstanceStarted:
         instance, _ = await self._starting.start(
             self.context.system,
             at.request_id,

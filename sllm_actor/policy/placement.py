@@ -104,6 +104,8 @@ def refusal(
     node = NodeId(question.only_on)
     if node and (node in gone or (members and node not in members)):
         return DestinationFailed(f"{node} has left the cluster", param="to")
+    if members and question.not_on and not set(members) - set(question.not_on) - set(gone):
+        return DestinationFailed(f"there is no other node for {question.model}", param="to")
     if node in view.nodes and view.nodes[node].report.cordoned and not _runs_on(question, view, node):
         return DestinationFailed(f"{node} is cordoned: nothing starts there", param="to")
     if set(members) <= view.nodes.keys() and (reason := fits_nowhere(question, view)):
