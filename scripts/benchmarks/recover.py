@@ -1,4 +1,4 @@
-"""How long a stream stands still whose node is killed (-9): until it is missed, and until it goes on elsewhere.
+"""How long a stream stands still whose node is killed (-9) or hangs (SIGSTOP): until it is missed, until it goes on.
 
 OPT-125M's shape in fp32 on real nodes that share this machine, with their default knobs of time, one greedy stream at a
 time. Beside the pause stands what it may be: the detection and one start, as the Scheduler estimated it.
@@ -34,11 +34,12 @@ KNOBS = (
 
 
 class Death(NamedTuple):
-    """One of them, in seconds: from the kill to where another start is asked for, to the next token, and the gaps.
+    """One of them, in seconds: from the signal to where another start is asked for, to the next token, and the gaps.
 
     `prefill_s` is the computing of prompt and tokens where it goes on: the estimate is of the start alone.
     """
 
+    hangs: bool
     leads: bool
     detected_s: float
     pause_s: float
@@ -80,20 +81,23 @@ def placed(cluster: NodeCluster, victim: str) -> None:
     until("they are not any more", lambda: not any(one["cordoned"] for one in cluster.shown(avoided[0]).values()))
 
 
-def die(cluster: NodeCluster, draw: random.Random, number: int, tokens: int) -> Death:
-    """Kill the node of a stream in its middle."""
+def die(cluster: NodeCluster, draw: random.Random, number: int, tokens: int, hangs: bool) -> Death:
+    """Kill the node of a stream in its middle, or have it hang."""
     leader = cluster.leader(NAMES[0])
     victim = leader if number % 2 else next(name for name in NAMES if name != leader)
     asked = next(name for name in NAMES if name != victim)
     gateway = cluster.nodes[asked]
     placed(cluster, victim)
-    request_id, come = f"death-{number}", list[float]()
+    request_id, come = f"{'silent' if hangs else 'death'}-{number}", list[float]()
     prompt = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(PROMPT_TOKENS)]
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(stream, gateway, request_id, prompt, tokens, come)
         until("the stream has begun", lambda: len(come) >= BEFORE_TOKENS or answer.done())
         killed_s = time.monotonic()
-        cluster.kill(victim)
+        if hangs:
+            cluster.hold_up(victim)
+        else:
+            cluster.kill(victim)
         answer.result()
     timeline: dict[str, Any] = gateway.call("GET", f"/admin/requests/{request_id}")
     decision = gateway.call("GET", f"/admin/explain/{request_id}")["decision"]
@@ -103,9 +107,14 @@ def die(cluster: NodeCluster, draw: random.Random, number: int, tokens: int) -> 
     prefill_s = sum(one["end_s"] - one["begin_s"] for one in behind)
     gaps = [later - earlier for earlier, later in itertools.pairwise(come) if later < killed_s]
     detected_s, usual_gap_s = min(starts) - killed_s, statistics.median(gaps)
-    found = Death(victim == leader, detected_s, pause_s, decision["predicted_s"], prefill_s, usual_gap_s, len(come))
+    found = Death(
+        hangs, victim == leader, detected_s, pause_s, decision["predicted_s"], prefill_s, usual_gap_s, len(come)
+    )
     out.print(f"{request_id} of {victim}: {json.dumps(found._asdict())}")
-    cluster.start(victim)
+    if hangs:
+        cluster.go_on(victim)
+    else:
+        cluster.start(victim)
     until("all are there again", lambda: all(one["reported"] for one in cluster.shown(asked).values()))
     until("it is known", lambda: victim in cluster.shown(asked))
     return found
@@ -122,15 +131,16 @@ def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
         cluster.nodes[NAMES[0]].deploy(folder.absolute(), MODEL)
         for name in NAMES:  # So that every node has the checkpoint, and the estimates have something to go by.
             placed(cluster, name)
-        deaths = [die(cluster, draw, number, tokens) for number in range(repeats)]
-    report.ratio("detected_s", [one.detected_s for one in deaths])
-    for who, leads in (("another", False), ("the leader", True)):
-        if found := [one for one in deaths if one.leads is leads]:
-            _rows(report, who, found)
+        deaths = [die(cluster, draw, number, tokens, hangs) for number in range(repeats) for hangs in (False, True)]
+    for how, hangs in (("", False), ("silent.", True)):
+        report.ratio(f"{how}detected_s", [one.detected_s for one in deaths if one.hangs is hangs])
+        for who, leads in (("another", False), ("the leader", True)):
+            if found := [one for one in deaths if (one.hangs, one.leads) == (hangs, leads)]:
+                _rows(report, how, who, found)
 
 
-def _rows(report: Report, who: str, deaths: list[Death]) -> None:
-    """Add what was measured where the leader died, whom another one has to follow first, or another node."""
+def _rows(report: Report, how: str, who: str, deaths: list[Death]) -> None:
+    """Add what was measured where the leader died or hung, whom another one has to follow first, or another node."""
     for what, values in (
         ("until it is missed", [one.detected_s for one in deaths]),
         ("one start, as estimated", [one.estimated_start_s for one in deaths]),
@@ -139,10 +149,11 @@ def _rows(report: Report, who: str, deaths: list[Death]) -> None:
         ("usual gap", [one.usual_gap_s for one in deaths]),
     ):
         report.row(
-            killed=who, measured=what, unit="s", median=round(statistics.median(values), 4),
-            min=round(min(values), 4), max=round(max(values), 4), n=len(values),
+            signal="SIGSTOP" if how else "SIGKILL", node=who, measured=what, unit="s",
+            median=round(statistics.median(values), 4), min=round(min(values), 4), max=round(max(values), 4),
+            n=len(values),
         )  # fmt: skip
-    name = who.replace(" ", "_")
+    name = f"{how}{who.replace(' ', '_')}"
     bounds = [one.detected_s + one.estimated_start_s for one in deaths]
     shares = [one.pause_s / bound for one, bound in zip(deaths, bounds, strict=True)]
     report.ratio(f"pause_over_detection_and_estimate.{name}", shares)
