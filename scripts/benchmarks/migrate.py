@@ -26,10 +26,10 @@ from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
 NODES = ("n1", "n2")
 # What is drained away.
 STREAMS, STREAM_TOKENS, DRAINED_PROMPT_TOKENS, TINY_STREAMS = 20, 500, 64, 3
-MODEL = "opt"
+MODEL, SMALL_MODEL = "opt", "demo"
 PROMPTS_TOKENS, TINY_PROMPTS_TOKENS = (64, 256, 1024), (16,)
 BEFORE_TOKENS, ANSWER_TOKENS = 48, 240
-VOCABULARY_TOKENS = 50_000
+VOCABULARY_TOKENS, SMALL_VOCABULARY_TOKENS = 50_000, 500
 # Of each token in each layer, keys and values: hidden size 768, 12 layers, four bytes each.
 KV_BYTES_PER_TOKEN = 2 * 12 * 768 * 4
 KNOBS = (
@@ -52,10 +52,10 @@ class Move(NamedTuple):
         return max(0.0, self.pause_s - self.usual_gap_s) / self.usual_gap_s
 
 
-def body_of(prompt: list[int], max_tokens: int) -> dict[str, Any]:
+def body_of(prompt: list[int], max_tokens: int, model: str = MODEL) -> dict[str, Any]:
     """Ask for so many tokens, whatever they are."""
     return {
-        "model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+        "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
         "stream": True,
     }  # fmt: skip
 
@@ -120,16 +120,19 @@ class Drain(NamedTuple):
     would_take_s: float
 
 
-async def drain(cluster: NodeCluster, draw: random.Random, streams: int) -> Drain:
+async def drain(cluster: NodeCluster, draw: random.Random, streams: int, model: str, vocabulary: int) -> Drain:
     """Begin streams at a node's only instance, and drain the node in their midst."""
+
+    def asked(prompt_tokens: int, max_tokens: int) -> dict[str, Any]:
+        return body_of([draw.randrange(10, vocabulary) for _ in range(prompt_tokens)], max_tokens, model)
+
     loop, gateway = asyncio.get_running_loop(), cluster.nodes["n1"].url
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         begun = []
         for number in range(streams):
-            prompt = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(DRAINED_PROMPT_TOKENS)]
             come, enough = list[float](), asyncio.Event()
-            body = body_of(prompt, STREAM_TOKENS)
-            task = asyncio.create_task(times_of(session, gateway, body, f"drained-{number}", come, enough))
+            body = asked(DRAINED_PROMPT_TOKENS, STREAM_TOKENS)
+            task = asyncio.create_task(times_of(session, gateway, body, f"{model}-{number}", come, enough))
             begun.append((task, come, enough))
         await asyncio.gather(*(enough.wait() for _, _, enough in begun))
         begin_s = loop.time()
@@ -141,35 +144,36 @@ async def drain(cluster: NodeCluster, draw: random.Random, streams: int) -> Drai
         gaps = [later - earlier for _, come, _ in begun for earlier, later in itertools.pairwise(come[:BEFORE_TOKENS])]
         left = max(STREAM_TOKENS - sum(at_s < begin_s for at_s in come) for _, come, _ in begun)
         await asyncio.gather(*(task for task, _, _ in begun))
-        fresh = [draw.randrange(10, VOCABULARY_TOKENS) for _ in range(DRAINED_PROMPT_TOKENS + BEFORE_TOKENS)]
         anew, asked_s = list[float](), loop.time()
-        await times_of(session, gateway, body_of(fresh, 1), "one-resume", anew, asyncio.Event())
+        fresh = asked(DRAINED_PROMPT_TOKENS + BEFORE_TOKENS, 1)
+        await times_of(session, gateway, fresh, f"{model}-resume", anew, asyncio.Event())
     return Drain(streams, took_s, anew[0] - asked_s, left * statistics.median(gaps))
 
 
-def on_n2_alone(cluster: NodeCluster) -> None:
+def on_n2_alone(cluster: NodeCluster, model: str) -> None:
     """Have the model run on the node that is drained, and nowhere else; the other one has its bytes."""
     n1 = cluster.nodes["n1"]
-    n1.call("POST", f"/admin/models/{MODEL}/unload")
+    n1.call("POST", f"/admin/models/{model}/unload")
     n1.call("POST", "/admin/nodes/n1/cordon")
     while not cluster.shown("n1")["n1"]["cordoned"]:
         pass
-    n1.call("POST", "/v1/completions", body_of([10], 1) | {"stream": False})
+    n1.call("POST", "/v1/completions", body_of([10], 1, model) | {"stream": False})
     n1.call("POST", "/admin/nodes/n1/uncordon")
     while cluster.shown("n1")["n1"]["cordoned"]:
         pass
 
 
-def _drain_rows(report: Report, made: Drain) -> None:
+def _drain_rows(report: Report, model: str, made: Drain) -> None:
     for what, seconds in (
-        (f"drain of {made.streams} streams of {STREAM_TOKENS} tokens", made.took_s),
-        ("one resume", made.resume_s),
-        ("the streams would have gone on for", made.would_take_s),
+        (f"{model}: drain of {made.streams} streams of {STREAM_TOKENS} tokens", made.took_s),
+        (f"{model}: one resume", made.resume_s),
+        (f"{model}: the streams would have gone on for", made.would_take_s),
     ):
         value = round(seconds, 3)
         report.row(prompt=DRAINED_PROMPT_TOKENS, measured=what, unit="s", median=value, min=value, max=value, n=1)
-    report.ratio("drain_s", [made.took_s])
-    report.ratio("drain_less_resume_s", [made.took_s - made.resume_s])
+    report.ratio(f"{model}.drain_s", [made.took_s])
+    report.ratio(f"{model}.drain_less_resume_s", [made.took_s - made.resume_s])
+    report.ratio(f"{model}.drain_in_resumes", [made.took_s / made.resume_s])
 
 
 def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
@@ -188,11 +192,17 @@ def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
             for tokens in (TINY_PROMPTS_TOKENS if tiny else PROMPTS_TOKENS)
         }
         cluster.nodes["n1"].deploy(folder.absolute(), MODEL, replace=True)
-        on_n2_alone(cluster)
-        drained = asyncio.run(drain(cluster, draw, TINY_STREAMS if tiny else STREAMS))
+        cluster.nodes["n1"].deploy("builtin:demo", SMALL_MODEL)
+        drained = {}
+        # The one costs these cores as much as the streams have tokens; the other shows what the moves take themselves.
+        for model, vocabulary in ((MODEL, VOCABULARY_TOKENS), (SMALL_MODEL, SMALL_VOCABULARY_TOKENS)):
+            on_n2_alone(cluster, model)
+            drained[model] = asyncio.run(drain(cluster, draw, TINY_STREAMS if tiny else STREAMS, model, vocabulary))
+            cluster.nodes["n1"].call("POST", "/admin/nodes/n2/uncordon")
     for tokens, made in moves.items():
         _rows(report, tokens, made)
-    _drain_rows(report, drained)
+    for model, ended in drained.items():
+        _drain_rows(report, model, ended)
     everything = [one for made in moves.values() for one in made]
     report.ratio("pause_in_gaps", [one.pause_in_gaps for one in everything])
     report.ratio("anew_in_gaps", [one.anew_s / one.usual_gap_s for one in everything])
