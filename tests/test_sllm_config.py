@@ -11,6 +11,7 @@ import pytest
 from lora_adapters import save_adapter
 
 from sllm_actor.cli.sllm_config import MAX_CONFIG_BYTES, Deployment, parse_deployment, read_deployment
+from sllm_actor.domain import Backend
 from sllm_actor.errors import ConfigInvalid
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.node_process import CLI, NodeProcess
@@ -52,6 +53,7 @@ def test_every_field_of_their_example_has_its_counterpart() -> None:
         "min_instances": 1,
         "max_instances": 4,
         "target_concurrency": 3,
+        "backend": "sllm",
     }
     assert plan.adapters == (
         {"name": "sql", "source": "hf://crumb/opt-lora", "base": "facebook/opt-1.3b"},
@@ -70,8 +72,30 @@ def test_what_a_file_leaves_out_is_as_their_default_file_has_it() -> None:
         "min_instances": 0,
         "max_instances": 10,
         "target_concurrency": 1,
+        "backend": "sllm",
     }
-    assert "backend: this project's own engine serves it, not vLLM" in plan.warnings
+    assert [warning.split(":")[0] for warning in plan.warnings] == ["backend", "num_gpus"]
+
+
+def test_vllm_serves_it_where_the_file_or_the_command_line_names_it() -> None:
+    assert parsed(theirs(backend="vllm")).model["backend"] == "vllm"
+    named = json.dumps(theirs(backend="vllm")).encode()
+    assert parse_deployment(named, Backend.SLLM).model["backend"] == "sllm"
+    unnamed = json.dumps({"model": "facebook/opt-125m", "num_gpus": 0}).encode()
+    told = parse_deployment(unnamed, Backend.VLLM)
+    assert (told.model["backend"], told.warnings) == ("vllm", ())
+
+
+def test_what_vllm_is_not_given_here_is_refused_before_anything_is_registered() -> None:
+    adapters = {"enable_lora": True, "lora_adapters": {"a": "b/c"}}
+    with pytest.raises(ConfigInvalid) as refused:
+        parsed(theirs(backend="vllm", backend_config=adapters))
+    assert refused.value.param == "backend_config.lora_adapters"
+    with pytest.raises(ConfigInvalid) as refused:
+        parsed(theirs(backend="vllm", backend_config={"task": "embed"}))
+    assert refused.value.param == "backend_config.task"
+    both = json.dumps(theirs(backend="vllm", backend_config=adapters)).encode()
+    assert len(parse_deployment(both, Backend.SLLM).adapters) == 1
 
 
 def test_a_folder_that_is_there_is_taken_before_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,7 +107,6 @@ def test_a_folder_that_is_there_is_taken_before_the_hub(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"backend": "vllm"}, "backend"),
         ({"placement_config": {"target_nodes": ["0"]}}, "placement_config"),
         ({"placement_config": {"local_disk": ["0"], "memory_pool": ["1"]}}, "placement_config"),
         ({"router_config": {"migration_delta": 10}}, "router_config"),
@@ -181,6 +204,18 @@ def test_a_folder_on_the_command_line_stands_above_the_files(node: NodeProcess, 
     file.write_text(json.dumps(theirs(model="their/demo", auto_scaling_config={"min_instances": 0})))
     made = deploy("builtin:demo", "--config", file, "--url", node.url)
     assert (made["model"]["name"], made["model"]["source"]) == ("their/demo", str(BUILTIN["demo"]))
+
+
+def test_a_node_without_vllm_refuses_a_file_that_names_it_and_says_what_to_do(
+    node: NodeProcess, tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps(theirs(model="their/fast", backend="vllm", auto_scaling_config={"min_instances": 0})))
+    error = deploy("builtin:demo", "--config", file, "--url", node.url, status=1)["error"]
+    assert (error["code"], error["param"]) == ("backend_invalid", "backend")
+    assert "--backend sllm" in error["hint"]
+    made = deploy("builtin:demo", "--config", file, "--backend", "sllm", "--url", node.url)
+    assert made["model"]["backend"] == "sllm"
 
 
 def test_a_refused_file_registers_nothing(node: NodeProcess, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ HINTS = {
     "access_denied": "use a key that may: 'sllm-node keys list' shows what each is for",
     "checkpoint_missing": _FOLDER,
     "checkpoint_empty": _FOLDER,
+    "backend_invalid": "docs/vllm.md says what vLLM needs; --backend sllm has this project's own engine serve it",
     "target_busy": "wait for the other process, or choose another target",
     "model_too_large": "'sllm-node start --set host_pool_bytes=…' gives models more memory",
     "no_capacity": "'sllm-node ps' shows what runs, 'sllm-node stop MODEL' makes room",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 
+from sllm_actor.domain import Backend
 from sllm_actor.errors import ConfigInvalid
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -69,7 +70,8 @@ class _Backend(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Config(msgspec.Struct, forbid_unknown_fields=True):
     model: Annotated[str, msgspec.Meta(min_length=1)]
-    backend: str = "vllm"
+    # Theirs is vllm where none is named; that alone is no wish for it.
+    backend: str = ""
     num_gpus: _Count = 1
     auto_scaling_config: _AutoScaling = msgspec.field(default_factory=_AutoScaling)
     backend_config: _Backend = msgspec.field(default_factory=_Backend)
@@ -100,14 +102,14 @@ def read_deployment(path: Path, over: Mapping[str, Any], *, named: bool) -> Depl
         raise ConfigInvalid(f"{path} can't be read: {wrong.strerror}", param="config") from None
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigInvalid(f"{path} is longer than {MAX_CONFIG_BYTES} bytes", param="config")
-    plan = parse_deployment(raw)
+    plan = parse_deployment(raw, over.get("backend"))
     changed = plan.model | {key: value for key, value in over.items() if key != "name" or named}
     adapters = tuple(adapter | {"base": changed["name"]} for adapter in plan.adapters)
     return msgspec.structs.replace(plan, model=changed, adapters=adapters)
 
 
-def parse_deployment(raw: bytes) -> Deployment:
-    """Put a configuration into this project's terms.
+def parse_deployment(raw: bytes, backend_instead: Backend | None = None) -> Deployment:
+    """Put a configuration into this project's terms; `backend_instead` stands above the backend that it names.
 
     Raises:
         ConfigInvalid: as `read_deployment`.
@@ -115,6 +117,9 @@ def parse_deployment(raw: bytes) -> Deployment:
     config = _parse(raw)
     backend, scaling = config.backend_config, config.auto_scaling_config
     _check_backend(config)
+    chosen = backend_instead or (Backend.VLLM if config.backend == "vllm" else Backend.SLLM)
+    if chosen is Backend.VLLM:
+        _check_for_vllm(backend)
     if scaling.metric != "concurrency":
         _refuse("auto_scaling_config.metric", f"{scaling.metric!r}: instances are scaled by concurrency alone")
     if scaling.max_instances < scaling.min_instances:
@@ -127,6 +132,7 @@ def parse_deployment(raw: bytes) -> Deployment:
         "min_instances": scaling.min_instances,
         "max_instances": scaling.max_instances,
         "target_concurrency": scaling.target,
+        "backend": chosen,
     }
     adapters = (backend.lora_adapters or {}).items() if backend.enable_lora else ()
     return Deployment(
@@ -136,7 +142,7 @@ def parse_deployment(raw: bytes) -> Deployment:
             for name, path in adapters
         ),
         DTYPES[backend.torch_dtype.removeprefix("torch.")],
-        tuple(_warnings(config)),
+        tuple(_warnings(config, is_told=backend_instead is not None)),
     )
 
 
@@ -177,7 +183,7 @@ def _parse(raw: bytes) -> _Config:
 
 def _check_backend(config: _Config) -> None:
     backend = config.backend_config
-    if config.backend not in ("transformers", "vllm"):
+    if config.backend not in ("", "transformers", "vllm"):
         _refuse("backend", f"{config.backend!r}: transformers or vllm")
     if config.num_gpus > 1:
         _refuse("num_gpus", f"{config.num_gpus}: an instance has one device at most")
@@ -200,11 +206,19 @@ def _check_backend(config: _Config) -> None:
         _refuse("backend_config.task", f"{backend.task!r}: auto, generate or embed; the checkpoint decides")
 
 
-def _warnings(config: _Config) -> list[str]:
+def _check_for_vllm(backend: _Backend) -> None:
+    """Refuse what the node would refuse later, when the model is registered and its adapters are not."""
+    if backend.enable_lora and backend.lora_adapters:
+        _refuse("backend_config.lora_adapters", "not with vLLM as the backend; --backend sllm serves them")
+    if backend.task == "embed":
+        _refuse("backend_config.task", "'embed': not with vLLM as the backend; --backend sllm serves it")
+
+
+def _warnings(config: _Config, *, is_told: bool) -> list[str]:
     backend = config.backend_config
     said = []
-    if config.backend == "vllm":
-        said.append("backend: this project's own engine serves it, not vLLM")
+    if not config.backend and not is_told:
+        said.append("backend: none is named, and this project's own engine serves it; --backend vllm has vLLM do so")
     if config.num_gpus:
         said.append("num_gpus: not reserved; the Scheduler gives an instance what its node has")
     if backend.lora_adapters and not backend.enable_lora:
