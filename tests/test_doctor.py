@@ -5,18 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
+from conftest import StartNode
 from fake_cuda import build_fake
 from metadata_stores import UNPACKED
 
 from sllm_actor.loader.libc import huge_page_refusal
+from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.testing.etcd import EtcdCluster, running_etcd
 from sllm_actor.testing.node_process import CLI
 
@@ -100,6 +104,39 @@ def test_a_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         found = doctor(tmp_path, "--port", str(taken.getsockname()[1]), is_fit=False)
     assert [check["check"] for check in found.values() if check["level"] == "error"] == ["port"]
+
+
+def test_beside_ones_own_node_what_that_holds_is_well_and_it_is_named(start_node: StartNode, tmp_path: Path) -> None:
+    with start_node() as node:
+        port = str(urlsplit(node.url).port)
+        found = doctor(tmp_path / "data", "--port", port)
+        assert (found["node"]["level"], found["node"]["found"]) == (
+            "ok",
+            f"process {node.process.pid} serves at {node.url}",
+        )
+        for check in ("port", "data folder"):
+            assert (found[check]["level"], found[check]["mend"]) == ("ok", "")
+            assert f"process {node.process.pid}, " in found[check]["found"]
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            other = doctor(tmp_path / "data", "--port", str(taken.getsockname()[1]), is_fit=False)
+        assert (other["port"]["level"], other["data folder"]["level"]) == ("error", "ok")
+        assert doctor(tmp_path / "another", "--port", port, is_fit=False)["port"]["level"] == "error"
+        node.process.send_signal(signal.SIGSTOP)
+        assert doctor(tmp_path / "data")["node"]["level"] == "warning"
+        node.process.kill()
+        node.process.wait()
+        assert doctor(tmp_path / "data", "--port", port)["node"]["found"] == "none serves on this data folder"
+
+
+def test_a_data_folder_whose_holder_does_not_serve_is_an_error(tmp_path: Path) -> None:
+    held = DataFolder.open(tmp_path)
+    try:
+        found = doctor(tmp_path, is_fit=False)
+    finally:
+        held.close()
+    assert found["data folder"]["level"] == "error"
+    assert f"process {os.getpid()}" in found["data folder"]["found"]
+    assert found["node"]["found"] == "none serves on this data folder"
 
 
 def test_a_store_that_is_there_grants_a_lease_and_tells_its_version(tmp_path: Path, etcd: EtcdCluster) -> None:

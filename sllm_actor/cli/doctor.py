@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-from sllm_actor.cli import surroundings
+from sllm_actor.cli import running, surroundings
 from sllm_actor.cli.exit_codes import ExitCode
 from sllm_actor.cli.findings import Finding
 from sllm_actor.cli.show import out, print_json, table
@@ -23,7 +23,7 @@ from sllm_actor.frontend.server import bind
 from sllm_actor.loader.choice import use_native
 from sllm_actor.loader.device_profile import read_profile
 from sllm_actor.loader.libc import huge_page_refusal, io_uring_refusal
-from sllm_actor.loader.memory import reserved_bytes
+from sllm_actor.loader.memory import available_bytes, reserved_bytes
 from sllm_actor.node.data_folder import DataFolder
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.units import GIB, KIB, MIB, format_bytes, format_rate
@@ -63,7 +63,7 @@ def _native(_: Config) -> Finding:
 
 
 def _memory(config: Config) -> Finding:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = available_bytes()
     found = f"{format_bytes(config.host_pool_bytes)} wanted for the host pool, {format_bytes(available)} free"
     if config.host_pool_bytes > available:
         return Finding("host memory", "error", found, "lower host_pool_bytes, or free memory")
@@ -179,9 +179,15 @@ CHECKS: tuple[Callable[[Config], Finding], ...] = (
 )  # fmt: skip
 
 
+def _findings(config: Config) -> list[Finding]:
+    holder = running.serving_on(config)
+    findings = [running.running(holder), *(check(config) for check in CHECKS)]
+    return findings if holder is None else [running.beside(holder, finding, config) for finding in findings]
+
+
 def report(resolved: Resolved, *, as_json: bool) -> ExitCode:
     """Run every check, print the findings and the knobs, and give what the worst finding amounts to."""
-    findings = [check(resolved.config) for check in CHECKS]
+    findings = _findings(resolved.config)
     worst = max((BY_LEVEL[finding.level] for finding in findings), key=list(BY_LEVEL.values()).index)
     values = [
         (

@@ -5,10 +5,20 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from sllm_actor.errors import ConfigInvalid, DataFolderInUse
 
 LOCK = "node.lock"
+# A process and an address.
+_MAX_LOCK_BYTES = 1024
+
+
+class Holder(NamedTuple):
+    """The process that holds a folder; `url` is where it serves, empty as long as it does not."""
+
+    pid: int
+    url: str
 
 
 class DataFolder:
@@ -34,10 +44,11 @@ class DataFolder:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(fd)
+            holder = last_holder(path)
+            pid = holder.pid if holder else "unknown"
             raise DataFolderInUse(
-                f"the data folder {path} is held by another living node (process {holder}); "
+                f"the data folder {path} is held by another living node (process {pid}); "
                 "stop it, or choose another with --data-dir",
                 param="data_dir",
             ) from None
@@ -45,6 +56,20 @@ class DataFolder:
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return cls(path, fd)
 
+    def serve_at(self, url: str) -> None:
+        """Write down where the holder serves, for whoever finds the folder held."""
+        os.pwrite(self._fd, f"{os.getpid()}\n{url}\n".encode(), 0)
+
     def close(self) -> None:
         """Give the folder free."""
         os.close(self._fd)
+
+
+def last_holder(path: Path) -> Holder | None:
+    """Give what its holder has written into a folder: the one of now, where it is held."""
+    try:
+        with (path / LOCK).open("rb") as lock:
+            pid, url, *_ = [*lock.read(_MAX_LOCK_BYTES).decode().split("\n"), ""]
+        return Holder(int(pid), url)
+    except (OSError, ValueError):
+        return None

@@ -196,7 +196,7 @@ class Node:
         stack.push_async_callback(self._http.close)
         await self._http.start(listening)
         self.url = self._http.url
-
+        folder.serve_at(self.url)
         await importing
         await engines.start()
         if Role.GATEWAY in self._roles:
