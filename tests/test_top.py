@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from terminals import in_terminal
 from test_cli import UNREACHABLE, cli, cli_json
 
 from sllm_actor.cli.fitting import Column, fitted, shares
+from sllm_actor.cli.seen import Seen, SeenRequest
 from sllm_actor.cli.token_rates import TokenRates, rates_between, rates_so_far
 from sllm_actor.cli.top_view import Glance, draw
 from sllm_actor.testing.node_process import CLI, NodeProcess
@@ -62,7 +64,7 @@ def glance(nodes: int = 2, streams: int = 2, trouble: str = "", parts: dict[str,
         "node": {"node": "n0", "version": "1", "ready": True, "waiting": {"qwen": 2}, "failed_starts": {}},
         "nodes": [node(f"n{number}", leads=not number) for number in range(nodes)],
         "models": [
-            {"name": "qwen", "fingerprint": "f", "size_bytes": GIB, "state": "loading", "loading_bytes": GIB * 0.45}
+            {"name": "qwen", "fingerprint": "f", "size_bytes": GIB, "state": "loading", "loading_bytes": GIB // 20 * 9}
         ],
         "tiers": {
             "host_bytes": 2 * GIB, "host_free_bytes": GIB, "ssd_used_bytes": GIB, "ssd_quota_bytes": 64 * GIB,
@@ -72,7 +74,8 @@ def glance(nodes: int = 2, streams: int = 2, trouble: str = "", parts: dict[str,
         ],
         "requests": [*requests, request("waits", 0)], "problems": {},
     } | (parts or {})  # fmt: skip
-    return Glance("http://h:8400", seen, rates_so_far(seen["requests"], 100.0), 100.0, trouble)
+    read = msgspec.convert(seen, Seen)
+    return Glance("http://h:8400", read, rates_so_far(read.requests, 100.0), 100.0, trouble)
 
 
 # What it draws.
@@ -129,7 +132,8 @@ def test_lines_are_shared_out_up_to_what_is_wanted_and_there(wanted: list[int], 
 
 
 def test_a_rate_is_of_the_tokens_since_the_look_before() -> None:
-    now = [request("a", 30, "i", 1.0), request("b", 10, "i", 1.0), request("c", 8, "j", 1.0, end_s=2.0)]
+    told = [request("a", 30, "i", 1.0), request("b", 10, "i", 1.0), request("c", 8, "j", 1.0, end_s=2.0)]
+    now = msgspec.convert(told, list[SeenRequest])
     rates = rates_between({"a": 20, "c": 4}, now, 2.0)
     assert rates == TokenRates(2.0, 12.0, {"i": 10.0, "j": 2.0}, {"a": 5.0, "b": 5.0})
     assert rates_between({"a": 99}, now[:1], 2.0).in_all == 0.0
@@ -223,6 +227,14 @@ def test_a_gateway_that_goes_away_and_comes_back_is_shown_again(node: NodeProces
         terminal.until(lambda text: "healthy" in text)
         terminal.type(CTRL_C)
         assert terminal.ended() == 0
+
+
+def test_a_node_that_tells_what_this_version_can_not_read_ends_it_and_is_no_traceback(node: NodeProcess) -> None:
+    told = snapshot(node).replace(b'"ready":true', b'"ready":"surely","more":1')
+    events = {"Content-Type": "text/event-stream", "Content-Length": None}
+    with RawServer(lambda request: request.reply(200, events, told)) as server:
+        error = cli_json("top", "--once", "--url", server.url, status=1)["error"]
+    assert error["message"].startswith("the node tells what this version can't read: Expected `bool`")
 
 
 def test_no_node_and_a_wrong_key_end_it_before_it_has_begun() -> None:

@@ -9,6 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import aiohttp
+import msgspec
+
+from sllm_actor.cli.seen import Moment, Seen
 
 CONNECT_TIMEOUT_S = 5.0
 DEFAULT_URL = "http://127.0.0.1:8400"
@@ -147,18 +150,28 @@ class NodeClient:
                     kind = line[len(b"event: ") :].decode().strip()
                 if not line.startswith(b"data: "):
                     continue
-                content = json.loads(line[len(b"data: ") :])
+                data = line[len(b"data: ") :]
                 if kind == "error":
-                    raise _from_error(content["error"])
-                parts = parts | content["parts"]
-                yield Look(content["moment"], parts)
+                    raise _from_error(json.loads(data)["error"])
+                try:
+                    change = msgspec.json.decode(data, type=_Change)
+                    parts = parts | change.parts
+                    yield Look(change.moment, parts, msgspec.convert(parts, Seen))
+                except msgspec.DecodeError as wrong:
+                    raise NodeRefused(f"the node tells what this version can't read: {wrong}") from None
+
+
+class _Change(msgspec.Struct):
+    moment: Moment
+    parts: dict[str, Any]
 
 
 class Look(NamedTuple):
-    """A node and its cluster at a moment, by both clocks of the node; docs/page.md has what the parts are."""
+    """A node and its cluster at a moment: `parts` as they were told (docs/page.md), and what is `seen` in them."""
 
-    moment: dict[str, float]
+    moment: Moment
     parts: dict[str, Any]
+    seen: Seen
 
 
 def _why(error: Exception) -> str:

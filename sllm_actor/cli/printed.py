@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from sllm_actor.cli.printed_parts import (
+    AskedNode,
     Decision,
     Instance,
     Model,
@@ -16,6 +17,9 @@ from sllm_actor.cli.printed_parts import (
     Printed,
     Tiers,
     Timeline,
+    TopInstance,
+    TopModel,
+    TopTiers,
 )
 from sllm_actor.loader.device_profile import DeviceProfile
 
@@ -278,12 +282,12 @@ class Rates(Printed):
 class Look(Printed):
     """One look; a line each `--interval` without `--once`. The parts are those of the page's events (docs/page.md)."""
 
-    node: dict[str, Any]
+    node: AskedNode
     nodes: list[Node]
-    models: list[dict[str, Any]]
-    instances: list[dict[str, Any]]
+    models: list[TopModel]
+    instances: list[TopInstance]
     requests: list[Timeline]
-    tiers: dict[str, Any] | None
+    tiers: TopTiers | None
     problems: dict[str, str]
     monotonic_s: float
     trouble: str

@@ -254,3 +254,61 @@ class Decision(Printed):
     outcome: str
     moved: list[MovedAnswer]
     made_room_s: float
+
+
+class AskedNode(Printed):
+    """The node that is asked: requests that wait by model, failed starts by reason, migrations by outcome."""
+
+    node: str
+    version: str
+    ready: bool
+    waiting: dict[str, int]
+    failed_starts: dict[str, int]
+    migrations: dict[str, int]
+    lag_faults: int
+
+
+class TopModel(Printed):
+    """A registration, and how far a load of it is."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    size_bytes: int
+    base: str
+    chat: bool
+    generates: bool
+    state: str
+    instances: int
+    loading_bytes: int
+
+
+class TopInstance(Printed):
+    """A running instance, and how many requests it answers."""
+
+    instance_id: str
+    model: str
+    node: str
+    active: int
+
+
+class TopTierEntry(Printed):
+    """One checkpoint in one tier."""
+
+    models: list[str]
+    size_bytes: int
+    done_bytes: int
+    leases: int
+    pinned: bool
+
+
+class TopTiers(Printed):
+    """What the tiers of the asked node hold."""
+
+    host: list[TopTierEntry]
+    host_free_bytes: int
+    host_bytes: int
+    ssd: list[TopTierEntry]
+    ssd_used_bytes: int
+    ssd_quota_bytes: int

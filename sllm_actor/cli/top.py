@@ -25,7 +25,7 @@ from sllm_actor.units import format_seconds
 # A node that has nothing to tell says so each heartbeat_interval_s, 4 s by default.
 SILENCE_S = 15.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 5.0
-# A part that a node could not have looked up yet.
+# What `--json` has of a part that a node could not look up yet.
 NOTHING: dict[str, Any] = {"models": [], "nodes": [], "instances": [], "requests": [], "tiers": None, "problems": {}}
 FOR_GOOD = (KeyInvalid.code, AccessDenied.code)
 Interval = Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks, which rates are of.")]
@@ -107,23 +107,29 @@ class _Watch:
         """Tell whether it has ever said anything."""
         return self._look is not None
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Give what was told, as it was told."""
+        assert self._look is not None
+        return NOTHING | self._look.parts
+
     def glance(self) -> Glance:
         """Give what is known now, with the rates since the last glance."""
         assert self._look is not None
-        parts = NOTHING | self._look.parts
+        seen = self._look.seen
         silent_s = self._clock.monotonic_s() - self._looked_s
-        now_s = self._look.moment["monotonic_s"]
+        now_s = self._look.moment.monotonic_s
         if self._lost_for:
             trouble = f"no news for {format_seconds(silent_s)}: {self._lost_for}"
-            return Glance(self.client.url, parts, TokenRates(0.0, 0.0, {}, {}), now_s, trouble)
+            return Glance(self.client.url, seen, TokenRates(0.0, 0.0, {}, {}), now_s, trouble)
         now_s += silent_s
         if self._before is None or now_s <= self._before_s:
-            rates = rates_so_far(parts["requests"], now_s)
+            rates = rates_so_far(seen.requests, now_s)
         else:
-            rates = rates_between(self._before, parts["requests"], now_s - self._before_s)
-        self._before = {one["request_id"]: one["generated_tokens"] for one in parts["requests"]}
+            rates = rates_between(self._before, seen.requests, now_s - self._before_s)
+        self._before = {one.request_id: one.generated_tokens for one in seen.requests}
         self._before_s = now_s
-        return Glance(self.client.url, parts, rates, now_s)
+        return Glance(self.client.url, seen, rates, now_s)
 
 
 async def _look_once(watch: _Watch, *, as_json: bool) -> None:
@@ -134,7 +140,7 @@ async def _look_once(watch: _Watch, *, as_json: bool) -> None:
         else:
             raise NodeRefused("the answer ended before it was complete", "stream_cut")
     if as_json:
-        print_json(_written(watch.glance()))
+        print_json(_written(watch.glance(), watch.parts))
     else:
         out.print(draw(watch.glance(), _width(), None), soft_wrap=False)
 
@@ -183,7 +189,7 @@ async def _draw_on(watch: _Watch, interval_s: float, stop: asyncio.Event, resize
 
 async def _print_on(watch: _Watch, interval_s: float, stop: asyncio.Event) -> None:
     while not (stop.is_set() or watch.failure):
-        print_json(_written(watch.glance()))
+        print_json(_written(watch.glance(), watch.parts))
         await _wait(stop, interval_s)
 
 
@@ -207,9 +213,9 @@ def _signals(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _written(glance: Glance) -> dict[str, Any]:
+def _written(glance: Glance, parts: dict[str, Any]) -> dict[str, Any]:
     return {
-        **glance.parts,
+        **parts,
         "monotonic_s": glance.now_s,
         "trouble": glance.trouble,
         "rates": {
