@@ -12,9 +12,12 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
+from rich.text import Text
+
 from sllm_actor.cli import running, surroundings
 from sllm_actor.cli.exit_codes import ExitCode
 from sllm_actor.cli.findings import Finding
+from sllm_actor.cli.fitting import Column
 from sllm_actor.cli.show import out, print_json, table
 from sllm_actor.config import Config, Resolved
 from sllm_actor.config.load import knobs
@@ -31,6 +34,7 @@ from sllm_actor.units import GIB, KIB, MIB, format_bytes, format_rate
 MIN_OPEN_FILES = 4096
 HUGE_PAGE_BYTES = 2 * MIB
 CALIBRATE = "sllm-node calibrate, with the node stopped"
+COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 # From the best to the worst.
 BY_LEVEL = {"ok": ExitCode.DONE, "warning": ExitCode.WARNINGS, "error": ExitCode.REFUSED}
 
@@ -213,14 +217,16 @@ def report(resolved: Resolved, *, as_json: bool) -> ExitCode:
             }
         )
         return worst
-    marks = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "error": "[red]error[/red]"}
     table(
-        ("CHECK", "", "FOUND", "TO MEND IT"),
-        [(finding.check, marks[finding.level], finding.found, finding.mend) for finding in findings],
+        (Column("CHECK"), Column(""), "FOUND", "TO MEND IT"),
+        [
+            (finding.check, Text(finding.level, COLORS[finding.level]), finding.found, finding.mend)
+            for finding in findings
+        ],
     )
     out.print()
     table(
-        ("KNOB", "VALUE", "UNIT", "FROM", "WHAT"),
+        (Column("KNOB"), Column("VALUE"), Column("UNIT", 1), "FROM", Column("WHAT", 2, wraps=True)),
         [(name, _shown(value, unit), unit, origin, description) for name, value, unit, origin, description in values],
     )
     return worst

@@ -12,6 +12,7 @@ from rich.markup import escape
 from sllm_actor.cli import completion
 from sllm_actor.cli.asking import Json, Key, Url, ask
 from sllm_actor.cli.client import DEFAULT_URL
+from sllm_actor.cli.fitting import Column
 from sllm_actor.cli.show import duration, out, print_json, table
 from sllm_actor.units import format_bytes
 
@@ -43,7 +44,9 @@ def _print_decision(decision: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys(term["name"] for one in decision["candidates"] for term in one["terms"]))
     rows = [_row(decision, one, names) for one in decision["candidates"]]
     if rows:
-        table(("NODE", "ACTION", "FROM", "ESTIMATE", *(name.upper() for name in names), "OF", ""), rows)
+        terms = (Column(name.upper(), 3) for name in names)
+        first = (Column("NODE"), Column("ACTION", wraps=True), Column("FROM", 2, wraps=True), Column("ESTIMATE"))
+        table((*first, *terms, Column("OF", 4, wraps=True), Column("", 1, wraps=True)), rows)
     if decision["more"]:
         out.print(f"and {decision['more']} more nodes")
     out.print()

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from sllm_actor.cli.fitting import Column
 from sllm_actor.cli.names import nearest
 from sllm_actor.cli.show import out, print_json, table
 from sllm_actor.errors import ConfigInvalid
@@ -54,6 +55,12 @@ def revoke(path: str, name: str, *, as_json: bool) -> None:
     print_json({"revoked": name}) if as_json else out.print(f"revoked {name}")
 
 
+KEYS = (
+    Column("NAME"), Column("SHA256", 2), Column("REQUESTS/MIN", 4), Column("TOKENS/MIN", 5), Column("AT ONCE", 6),
+    Column("PRIORITY FROM", 7), Column("MODELS", 1, wraps=True), Column("ADMIN", 3),
+)  # fmt: skip
+
+
 def show(path: str, *, as_json: bool) -> None:
     """List the keys and what each may do."""
     keys = read_keys(path).keys
@@ -68,7 +75,7 @@ def show(path: str, *, as_json: bool) -> None:
         )
         for key in keys
     ]  # fmt: skip
-    table(("NAME", "SHA256", "REQUESTS/MIN", "TOKENS/MIN", "AT ONCE", "PRIORITY FROM", "MODELS", "ADMIN"), rows)
+    table(KEYS, rows)
 
 
 def _bound(value: int | None) -> str:

@@ -15,6 +15,7 @@ from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.configuring import configure
 from sllm_actor.cli.deploying import deploy_all, print_deployed, registration
 from sllm_actor.cli.exit_codes import ExitCode
+from sllm_actor.cli.fitting import Column
 from sllm_actor.cli.pull import pull_model
 from sllm_actor.cli.run import run_model
 from sllm_actor.cli.show import duration, out, print_json, print_tiers, state, table
@@ -75,6 +76,15 @@ BackendChoice = Annotated[
 ]
 ModelName = Annotated[str, typer.Argument(help="Its name, as 'ls' shows it.", autocompletion=completion.models)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KNOB=VALUE", help="Any knob; 'doctor' lists them.")]
+
+MODELS = (
+    Column("NAME"), Column("STATE", 1), Column("SIZE", 2), Column("ARCHITECTURE", 4), Column("DTYPE", 6),
+    Column("CONTEXT", 5), Column("KEEP ALIVE", 3),
+)  # fmt: skip
+INSTANCES = (
+    Column("INSTANCE"), Column("MODEL", 6), Column("NODE", 1), Column("PID", 5), Column("REQUESTS", 3),
+    Column("SIZE", 4), Column("UNLOADS IN", 2),
+)  # fmt: skip
 
 
 @app.command()
@@ -234,7 +244,7 @@ def list_models(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False
         )
         for status in answer["models"]
     ]  # fmt: skip
-    table(("NAME", "STATE", "SIZE", "ARCHITECTURE", "DTYPE", "CONTEXT", "KEEP ALIVE"), rows)
+    table(MODELS, rows)
 
 
 @app.command("rm")
@@ -280,7 +290,7 @@ def processes(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) 
         )
         for instance in answer["instances"]
     ]  # fmt: skip
-    table(("INSTANCE", "MODEL", "NODE", "PID", "REQUESTS", "SIZE", "UNLOADS IN"), rows)
+    table(INSTANCES, rows)
     out.print()
     print_tiers(answer["tiers"])
 

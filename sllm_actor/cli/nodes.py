@@ -11,6 +11,7 @@ import typer
 from sllm_actor.cli import completion
 from sllm_actor.cli.asking import Json, Key, Url, ask
 from sllm_actor.cli.client import DEFAULT_URL
+from sllm_actor.cli.fitting import Column
 from sllm_actor.cli.show import out, print_json, table
 from sllm_actor.units import format_bytes
 
@@ -21,6 +22,11 @@ To = Annotated[
     ),
 ]
 Node = Annotated[str, typer.Argument(help="Its name, as 'status' shows it.", autocompletion=completion.nodes)]
+
+NODES = (
+    Column("NODE"), Column("STATE", 1, wraps=True), Column("ROLES", 5), Column("INSTANCES", 2), Column("REQUESTS", 4),
+    Column("CHECKPOINTS", 7), Column("HOST POOL", 6), Column("LISTENS AT", 3),
+)  # fmt: skip
 
 
 def status(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> None:
@@ -34,13 +40,13 @@ def status(url: Url = DEFAULT_URL, api_key: Key = "", as_json: Json = False) -> 
         return
     rows = [
         (
-            node["node"], _state(node), ",".join(node["roles"]), f"{node['instances']}/{node['slots']}",
-            str(node["active"]), str(node["checkpoints"]),
+            node["node"], _state(node), "all" if len(node["roles"]) == 3 else ",".join(node["roles"]),
+            f"{node['instances']}/{node['slots']}", str(node["active"]), str(node["checkpoints"]),
             format_bytes(node["host_pool_bytes"]), node["address"].partition("@")[2],
         )
         for node in answer["nodes"]
     ]  # fmt: skip
-    table(("NODE", "STATE", "ROLES", "INSTANCES", "REQUESTS", "CHECKPOINTS", "HOST POOL", "LISTENS AT"), rows)
+    table(NODES, rows)
 
 
 def _state(node: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from sllm_actor.node.data_folder import DataFolder, Holder, last_holder
 # A person waits for the answer.
 TIMEOUT_S = 3.0
 # What a node takes at its start, so that a second start would not find it.
-HELD = ("host memory", "huge pages", "port", "data folder")
+HELD = ("host memory", "port", "data folder")
 
 
 def serving_on(config: Config) -> Holder | None:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
+from sllm_actor.cli.fitting import Column, Row, fitted
 from sllm_actor.units import format_bytes, format_rate, format_seconds
 
 out = Console(highlight=False, soft_wrap=True)
@@ -19,6 +19,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 BAR_CHARACTERS = 40
 # Whoever reads a pipe does not want lines that are folded.
 PIPE_CHARACTERS = 1000
+# No table is wider.
+WIDEST_CHARACTERS = 100_000
+TIERS = (
+    Column("TIER"), Column("MODEL", wraps=True), Column("SIZE", 1), Column("PINNED", 3),
+    Column("HELD BY", 4, wraps=True), Column("IDLE", 2),
+)  # fmt: skip
 # The rows of a start, in the order in which a person thinks of them; what a span is called inside is on the left.
 LABELS = {
     "text": "text (template, tokens)",
@@ -50,21 +56,18 @@ def _finite(content: Any) -> Any:
     return content
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table, or nothing but its head where there are no rows."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        # What is in the first column is there to be copied.
-        shown.add_column(column, overflow="fold", no_wrap=index == 0)
-    for row in rows:
-        shown.add_row(*row)
-    where = out if out.is_terminal else Console(file=out.file, width=PIPE_CHARACTERS, highlight=False)
-    where.print(shown)
+def table(columns: Sequence[Column | str], rows: Sequence[Row]) -> None:
+    """Print a plain table, or nothing but its head where there are no rows; a column's mere name may be folded."""
+    width = out.width if out.is_terminal else PIPE_CHARACTERS
+    named = [column if isinstance(column, Column) else Column(column, wraps=True) for column in columns]
+    shown = fitted(named, rows, width, may_fold=False)
+    # Of a name that is longer than the terminal is wide, the terminal itself begins a line anew: it is copied whole.
+    Console(file=out.file, width=WIDEST_CHARACTERS, highlight=False).print(shown)
 
 
 def print_tiers(tiers: Mapping[str, Any]) -> None:
     """Print what each tier holds: of which model, who has it and for how long, since when nobody has."""
-    rows = []
+    rows: list[Row] = []
     for tier, used_bytes, size_bytes in (
         ("host", tiers["host_bytes"] - tiers["host_free_bytes"], tiers["host_bytes"]),
         ("ssd", tiers["ssd_used_bytes"], tiers["ssd_quota_bytes"]),
@@ -78,7 +81,7 @@ def print_tiers(tiers: Mapping[str, Any]) -> None:
             )
             for entry in tiers[tier]
         ]  # fmt: skip
-    table(("TIER", "MODEL", "SIZE", "PINNED", "HELD BY", "IDLE"), rows)
+    table(TIERS, rows)
 
 
 def state(status: Mapping[str, Any]) -> str:
