@@ -24,7 +24,8 @@ HINTS = {
     "queue_full": "'sllm-node top' shows what is waited for; try again, or raise max_waiting_requests",
     "rate_limit_exceeded": "try again later; 'sllm-node keys list' shows the bounds of each key",
     "conflict": "'sllm-node ps' shows what is held, pinned or on its way, and by whom",
-    "source_unreachable": "the same command goes on where this one has stopped",
+    "source_unreachable": "the same command goes on where this one has stopped; behind a proxy the node needs "
+    "HTTPS_PROXY, and without a network a folder that was downloaded elsewhere",
     "source_refused": "docs/sources.md says where credentials are looked for",
     "source_missing": "look at the name, and at the revision behind @",
     "role_missing": "'sllm-node status' shows which node has which role; name it with --url",
