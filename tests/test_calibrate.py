@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import pytest
 from loaders import held, settled
+from terminals import in_terminal
 
 from sllm_actor.errors import CheckpointChanged, ConfigInvalid, WriteFailed
 from sllm_actor.loader import calibration
@@ -110,6 +111,14 @@ def test_people_get_tables_and_the_portable_reader_is_measured_as_itself(tmp_pat
     assert "read by portable" in first.stdout
     assert "reading threads that are best: " in first.stdout
     assert first.stdout.count("GB/s") == 2 * len(THREADS) + 2 * len(BESIDE_THREADS)
+
+
+def test_a_terminal_shows_how_far_it_is_and_how_much_time_is_left(tmp_path: Path) -> None:
+    with in_terminal([CLI, "calibrate", *TINY, "--data-dir", tmp_path], 80, 40) as terminal:
+        assert terminal.ended() == 0
+    assert b" left  " in terminal.raw
+    assert "left" not in terminal.text
+    assert "reading threads that are best: " in terminal.text
 
 
 def test_a_folder_that_another_node_holds_is_refused(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import pty
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from raw_server import RawServer, Request
+from terminals import in_terminal
 
 from sllm_actor.cli.printed import PRINTED, Failed
 from sllm_actor.cli.show import table
@@ -66,6 +68,22 @@ def test_people_get_tables_and_text(node: NodeProcess) -> None:
 
 def test_a_piped_prompt_is_answered(node: NodeProcess) -> None:
     assert cli("run", "demo", "--url", node.url, stdin="What is 47 + 35?").stdout == "47 + 35 = 82\n"
+
+
+def test_a_terminal_shows_that_a_source_is_looked_at_until_it_has_been() -> None:
+    looked = threading.Event()
+
+    def answer(request: Request) -> None:
+        looked.wait(60)
+        request.reply(400, {"Content-Type": "application/json"}, b'{"error": {"message": "no", "code": "gone"}}')
+
+    with RawServer(answer) as server:
+        words: list[str | Path] = [CLI, "deploy", "hf://a/b", "--url", server.url]
+        with in_terminal(words, 80, 24) as terminal:
+            terminal.until(lambda text: "looking at hf://a/b 0:00:00" in text)
+            looked.set()
+            assert terminal.ended() == 1
+    assert terminal.lines[0] == "error: no"
 
 
 def test_deploying_the_same_again_changes_nothing_and_something_else_is_refused(

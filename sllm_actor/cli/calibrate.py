@@ -46,10 +46,11 @@ def run(config: Config, size_bytes: int, seconds: float, *, as_json: bool) -> No
 @contextmanager
 def _progress(*, shown: bool) -> Iterator[OnStep]:
     """Show the measurement that is under way, and how many are left, on the terminal's error stream."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err, transient=True, disable=not shown) as progress:
+    # How long it takes is known from all the measurements so far: each is about as long.
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left  {task.description}"))
+    with Progress(*columns, console=err, transient=True, disable=not shown, speed_estimate_period=3600) as progress:
         task = progress.add_task("", total=STEPS)
 
         def on_step(label: str, done: int, of: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sllm_actor.cli.client import NodeClient
 from sllm_actor.cli.pull import default_name
@@ -27,6 +28,17 @@ def registration(source: str, name: str, keep_alive: str, *, base: str, replace:
     return body | {"keep_alive": keep_alive} if keep_alive else body
 
 
+async def deploy_one(client: NodeClient, body: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    """Register a model and give the answer.
+
+    No weights move meanwhile, which `pull` has a bar for: config, tokenizer and headers do, from however far away.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=as_json or not err.is_terminal) as progress:
+        progress.add_task(f"looking at {escape(body['source'])}")
+        return await client.call("POST", "/admin/models", body)
+
+
 def print_deployed(model: dict[str, Any]) -> None:
     """Say what was registered."""
     kind = f"adapter of {model['base']}" if model["base"] else model["architecture"]
@@ -39,7 +51,7 @@ async def deploy_all(client: NodeClient, plan: Deployment, *, replace: bool, as_
     made = []
     warnings = list(plan.warnings)
     for body in (plan.model, *plan.adapters):
-        answer = await client.call("POST", "/admin/models", body | {"replace": replace})
+        answer = await deploy_one(client, body | {"replace": replace}, as_json=as_json)
         made.append(answer["model"])
     if plan.dtype and made[0]["dtype"] != plan.dtype:
         warnings.append(

@@ -13,7 +13,7 @@ from sllm_actor.cli import checkpoints, completion, explain, keep, key_commands,
 from sllm_actor.cli.asking import Json, Key, Url, ask, fail, refusals
 from sllm_actor.cli.client import DEFAULT_URL, NodeClient
 from sllm_actor.cli.configuring import configure
-from sllm_actor.cli.deploying import deploy_all, print_deployed, registration
+from sllm_actor.cli.deploying import deploy_all, deploy_one, print_deployed, registration
 from sllm_actor.cli.exit_codes import ExitCode
 from sllm_actor.cli.fitting import Column
 from sllm_actor.cli.pull import pull_model
@@ -199,7 +199,7 @@ def deploy(
     said = {knob: value for knob, value in scaling.items() if value is not None}
     if config is None:
         body = registration(source, name, keep_alive, base=base, replace=replace) | said
-        answer = ask(url, api_key, lambda client: client.call("POST", "/admin/models", body), as_json=as_json)
+        answer = ask(url, api_key, lambda client: deploy_one(client, body, as_json=as_json), as_json=as_json)
         print_json(answer) if as_json else print_deployed(answer["model"])
         return
     if base:
