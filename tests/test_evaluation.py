@@ -54,6 +54,35 @@ def test_a_burst_for_one_model_spreads_over_the_instances_that_come_up() -> None
     assert max(answered.waits_s()) < 4 * 3.3
 
 
+def test_a_burst_of_one_model_does_not_take_all_that_is_free_from_a_larger_one_of_another() -> None:
+    """The first burst's model has the lower number, and as many requests as there are devices."""
+    described = changed(SMALL, "copies=2")
+    both = [Arrival(0.01 * number, 0, 50, 200) for number in range(8)]
+    both += [Arrival(0.1 + 0.01 * number, 1, 50, 200) for number in range(24)]
+    answered = run(both, described=described)
+    waits_s = {model: [one.wait_s for one in answered.seen if one.model == model] for model in (0, 1)}
+    # An answer takes 6.6 s. Whoever has three times as many requests waits not much longer for them than the others.
+    assert max(waits_s[1]) < 1.5 * max(waits_s[0])
+
+
+def test_a_wait_is_split_into_what_it_was_for() -> None:
+    first, second = run([Arrival(0.0, 0, 50, 100), Arrival(0.0, 0, 50, 100)], described=changed(SMALL, "copies=2")).seen
+    for one in (first, second):
+        assert sum(one.parts) == pytest.approx(one.wait_s) and min(one.parts) >= 0.0
+    # 13.3 GB at 6 GB/s and 0.1 s to attach; whoever came later waited for an instance that came up beside it, too.
+    assert first.parts.load_s == pytest.approx(2.2, abs=0.1) and first.parts.slot_s < 0.2 < 0.5 < second.parts.slot_s
+    few = changed(SMALL, "nodes=1,devices=1")
+    waiting = run([Arrival(0.0, 0, 50, 100), Arrival(0.0, 1, 50, 100)], described=few).seen[1]
+    assert waiting.parts.place_s > 3.0 and waiting.parts.slot_s < 1.0
+
+
+def test_two_models_that_are_asked_at_once_for_one_device_take_turns_and_both_are_answered() -> None:
+    """Each start made the other's instance leave before its request had come there, until both were refused."""
+    few = changed(SMALL, "nodes=1,devices=1")
+    answered = run([Arrival(0.0, 0, 50, 100), Arrival(0.0, 1, 50, 100)], described=few)
+    assert not answered.errors() and answered.starts <= 4
+
+
 def test_an_instance_that_helps_another_comes_from_the_memory_beside_it_and_not_from_far() -> None:
     answered = run(BURST[:3])
     assert {one.node for one in answered.seen} == {"n0001"} and answered.starts == 3

@@ -11,7 +11,7 @@ from sllm_actor.domain import Model, ModelName, RequestId
 from sllm_actor.errors import SllmError
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
 from sllm_actor.messages.placement import Placement, PlaceModel
-from sllm_actor.policy.autoscaling import Running, surplus, wanted
+from sllm_actor.policy.autoscaling import Running, Short, by_need, surplus, wanted
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.runtime import ActorSystem, Clock
 
@@ -44,17 +44,27 @@ class Autoscaler:
         return [found[name] for name in sorted(found)]
 
     def missing(self, view: ClusterView, starting: Mapping[ModelName, int]) -> Iterator[PlaceModel]:
-        """Give a question for each instance that should run beside those that do, or are being started."""
+        """Give a question for each instance that should run beside those that do, or are being started.
+
+        The next one is always for the model whose instances have the most to do.
+        """
         now_s = self._clock.monotonic_s()
         self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
-        for model in self.scaled(view):
-            if model.name in self._rests:
-                continue
-            running = self._running(view, model, now_s)
-            there = len(running) + starting.get(model.name, 0)
-            for number in range(there, self._want(model, running)):
-                # Those that run at all times do so on different nodes; who is to help others is to come soonest.
-                yield self._question(model, running if number < model.scaling.min_instances else [])
+        models = [model for model in self.scaled(view) if model.name not in self._rests]
+        running = {model.name: self._running(view, model, now_s) for model in models}
+        short = {
+            model.name: Short(
+                self._active(running[model.name]),
+                len(running[model.name]) + starting.get(model.name, 0),
+                self._want(model, running[model.name]),
+                model.scaling.min_instances,
+            )
+            for model in models
+        }
+        known = {model.name: model for model in models}
+        for name, number in by_need(short):
+            # Those that run at all times do so on different nodes; who is to help others is to come soonest.
+            yield self._question(known[name], running[name] if number < short[name].least else [])
 
     def surplus(self, view: ClusterView) -> Iterator[Running]:
         """Give an instance of each model of which one too many has been idle for long enough."""
@@ -71,12 +81,14 @@ class Autoscaler:
             for report, one in view.running(model.name)
         ]
 
+    def _active(self, running: list[Running]) -> int:
+        return sum(one.instance.active for one in running)
+
     def _want(self, model: Model, running: list[Running]) -> int:
-        active = sum(one.instance.active for one in running)
         # Where a first one is missing, those who wait for it see to that.
         if not running and not model.scaling.min_instances:
             return 0
-        return wanted(model.scaling, active, self._instance_takes)
+        return wanted(model.scaling, self._active(running), self._instance_takes)
 
     def _question(self, model: Model, running: list[Running]) -> PlaceModel:
         return PlaceModel(

@@ -295,7 +295,10 @@ class Look(Printed):
 
 
 class Simulated(Printed):
-    """What a system came to; seconds and shares are null where nothing was answered."""
+    """What a system came to; seconds and shares are null where nothing was answered.
+
+    The mean wait is the sum of four: for a device, for bytes and engine, for a slot of an instance, for the prompt.
+    """
 
     requests: int
     failed: int
@@ -304,6 +307,10 @@ class Simulated(Printed):
     wait_p50_s: float | None
     wait_p95_s: float | None
     wait_p99_s: float | None
+    wait_place_s: float | None
+    wait_load_s: float | None
+    wait_slot_s: float | None
+    wait_prompt_s: float | None
     end_mean_s: float | None
     end_p99_s: float | None
     warm: float

@@ -29,6 +29,7 @@ from sllm_actor.testing.simulated_node import SimulatedNode, registered
 from sllm_actor.testing.simulated_store import MemoryStore
 from sllm_actor.testing.trace import TraceRecorder
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
+from sllm_actor.testing.waits import Parts, parts_of
 from sllm_actor.testing.workloads import Arrival
 from sllm_actor.testing.world import REPORT_EVERY_S, World
 
@@ -41,7 +42,7 @@ WARM, JOINED = "running", "another's start"
 class Seen(NamedTuple):
     """What one request met: its times in seconds from the beginning, and by which tier its model came.
 
-    `error` is empty where it was answered; else the times that never came are 0.
+    `error` is empty where it was answered; else the times that never came are 0. Its wait was made of `parts`.
     """
 
     arrived_s: float
@@ -51,6 +52,7 @@ class Seen(NamedTuple):
     tier: str
     node: str
     error: str
+    parts: Parts = Parts()
 
     @property
     def wait_s(self) -> float:
@@ -89,6 +91,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         """Count what went wrong."""
         return Counter(one.error for one in self.seen if one.error)
 
+    def parts(self) -> dict[str, float]:
+        """Give what the mean wait was made of: the mean seconds of each part."""
+        answered = [one.parts for one in self.seen if not one.error]
+        means = map(statistics.fmean, zip(*answered, strict=True)) if answered else [float("nan")] * len(Parts._fields)
+        return {f"wait_{name}": mean_s for name, mean_s in zip(Parts._fields, means, strict=True)}
+
     def summary(self) -> dict[str, Any]:
         """Give what a table shows."""
         waits, times = self.waits_s() or [float("nan")], self.times_s() or [float("nan")]
@@ -103,6 +111,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
             "wait_p50_s": part(waits, 0.5),
             "wait_p95_s": part(waits, 0.95),
             "wait_p99_s": part(waits, 0.99),
+            **self.parts(),
             "end_mean_s": statistics.fmean(times),
             "end_p99_s": part(times, 0.99),
             "warm": tiers[WARM] / answered,
@@ -217,7 +226,10 @@ class _Evaluation:
         timeline: Timeline = node.actor("router")._log.timeline(request_id)
         tiers = [span.tier for span in timeline.spans if span.name == "load"]
         tier = (tiers[-1] if tiers else JOINED) if timeline.cold else WARM
-        self._seen.append(Seen(begin_s, arrival.model, first_s, self._now_s(), tier, timeline.node, error))
+        parts = Parts()
+        if first_s:
+            parts = parts_of(timeline, begin_s + self._begin_s, first_s + self._begin_s)
+        self._seen.append(Seen(begin_s, arrival.model, first_s, self._now_s(), tier, timeline.node, error, parts))
         self._on_answered(len(self._seen))
 
     def _now_s(self) -> float:

@@ -222,7 +222,6 @@ class World:
             max_waiting_per_model=100_000,
             placement_policy=self.system.policy,
             request_history=100_000,
-            switch_hold_s=0.0,
             roles=EVERYTHING if name in self.gateways else Role.WORKER.value,
             report_every_s=REPORT_EVERY_S,
         )
