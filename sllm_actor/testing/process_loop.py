@@ -28,9 +28,6 @@ def context_of(process: str) -> Context:
 class ProcessLoop(VirtualLoop):
     """Holds back what belongs to stopped processes. What names no process runs always."""
 
-    # The base class's own, which its type stubs do not name.
-    _ready: deque[asyncio.Handle]
-
     def __init__(self, **limits: Any) -> None:
         super().__init__(**limits)
         self._held: dict[str, list[asyncio.Handle]] = {}
@@ -48,8 +45,7 @@ class ProcessLoop(VirtualLoop):
             self.continue_process(process)
         super().wind_up()
 
-    def _process_events(self, event_list: object) -> None:
-        """Take aside what must not run in this turn: the base class calls this before it looks at what is due."""
+    def _take_aside(self) -> None:
         if not self._held:
             return
         ready, self._ready = self._ready, deque()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import signal
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -71,7 +72,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """How long a process takes: to be forked, to attach, for a token of a prompt, for a step and each row of it.
 
     The weights come to a device within `copy_s` of when they are mapped. Where many steps are one turn
-    (`tokens_a_turn`), their tokens come together, but the first one, which comes with the prompt.
+    (`tokens_a_turn`), their tokens come together, but the first one, which comes with the prompt. Such a turn ends with
+    the first answer that does, or at the next step where a request comes that there is a slot for.
     """
 
     fork_s: float = 0.02
@@ -89,6 +91,11 @@ class Cores:
     def __init__(self, count: float = inf) -> None:
         self._count = count
         self._busy = 0
+
+    @property
+    def enough(self) -> bool:
+        """Tell whether everybody has a core."""
+        return self._count == inf
 
     async def work(self, seconds: float) -> float:
         """Compute what takes one so long that has a core for itself; give how long it took."""
@@ -282,16 +289,36 @@ class EngineProcess:
                 row = self._waiting.popleft()
                 await self._prefill(row)
                 running.append(row)
-            turn_s = (self._speed.step_s + self._speed.row_s * len(running)) * self._tokens_of_turn(running)
-            self.busy_s += await self._cores.work(turn_s)
+            steps = await self._turn(running)
             for row in running:
                 if self._runs(row):
-                    self._step(row, self._speed.tokens_a_turn)
+                    self._step(row, steps)
 
-    def _tokens_of_turn(self, running: Sequence[_Row]) -> int:
-        """Count the steps of the next turn: as many as a turn has, or as the longest answer still needs."""
-        left = max((len(row.answer) - row.position for row in running), default=1)
+    def _steps_of_turn(self, running: Sequence[_Row]) -> int:
+        """Count the steps of the next turn: as many as a turn has, or as the first of the answers still needs."""
+        left = min((len(row.answer) - row.position for row in running), default=1)
         return max(1, min(self._speed.tokens_a_turn, left))
+
+    async def _turn(self, running: Sequence[_Row]) -> int:
+        """Compute the steps of one turn; give how many. It ends early for a request that there is a slot for."""
+        steps, step_s = self._steps_of_turn(running), self._speed.step_s + self._speed.row_s * len(running)
+        if steps > 1 and self._cores.enough and len(running) < self.slots and not self._waiting:
+            self._woken.clear()
+            begin_s = VirtualLoop.running().now_s
+            try:
+                async with asyncio.timeout(steps * step_s):
+                    await self._woken.wait()
+            except TimeoutError:
+                self.busy_s += steps * step_s
+                return steps
+            steps_begun = math.ceil((VirtualLoop.running().now_s - begin_s) / step_s)
+            steps = min(max(1, steps_begun), steps)
+            left_s = begin_s + steps * step_s - VirtualLoop.running().now_s
+            self.busy_s += steps * step_s - left_s
+            self.busy_s += await self._cores.work(left_s)
+            return steps
+        self.busy_s += await self._cores.work(steps * step_s)
+        return steps
 
     def _runs(self, row: _Row) -> bool:
         return self.rows.get(row.request.request_id) is row

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import heapq
 import os
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextvars import Context
 from math import ulp
@@ -26,6 +28,8 @@ WIND_UP_S = 600.0
 WIND_UP_ROUNDS = 10
 NAMED_TASKS = 20
 MAX_AWAIT_DEPTH = 50
+# So many cancelled timers may lie among the others, as with the base class.
+MANY_CANCELLED = 100
 
 
 class SimulationError(Exception):
@@ -60,28 +64,6 @@ class VirtualClock:
         await asyncio.sleep(duration_s)
 
 
-class _Jump:
-    """Stands where the loop expects a selector: instead of waiting for a file, it moves the time."""
-
-    __slots__ = ("_virtual",)
-
-    def __init__(self, loop: VirtualLoop) -> None:
-        self._virtual = loop
-
-    def select(self, timeout: float | None) -> tuple[()]:
-        loop = self._virtual
-        loop.turns += 1
-        if loop.turns > loop.last_turn:
-            raise SimulationTooLong(f"more than {loop.last_turn} turns of the loop; {loop.describe_tasks()}")
-        if loop.failures and not loop.winding_up:
-            loop.raise_failure()
-        if timeout is None:
-            raise SimulationStuck(f"nothing can happen any more; {loop.describe_tasks()}")
-        if timeout:
-            loop.jump()
-        return ()
-
-
 class VirtualLoop(asyncio.BaseEventLoop):
     """Runs callbacks in order at virtual moments. It is cheap: it has no file descriptor.
 
@@ -90,8 +72,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # The base class's own, which its type stubs do not name.
     _clock_resolution: float
+    _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
-    _selector: _Jump | None
+    _stopping: bool
+    _timer_cancelled_count: int
     _asyncgens: weakref.WeakSet[AsyncGenerator[Any, Any]]
 
     def __init__(self, *, limit_s: float = LIMIT_S, limit_turns: int = LIMIT_TURNS) -> None:
@@ -102,7 +86,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.last_turn = limit_turns
         self.winding_up = False
         self.failures: list[dict[str, Any]] = []
-        self._selector = _Jump(self)
         self._clock_resolution = ulp(START_S)
         self._begun = 0
         # In the order of their start. Weak, as the base class's: a task that nobody keeps is to be found lost.
@@ -125,7 +108,55 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.now_s
 
-    def jump(self) -> None:
+    def _run_once(self) -> None:
+        """Do what the base class does in a turn, in its order, without what only files, threads and people need.
+
+        Instead of waiting for a file it moves the time.
+        """
+        self._sweep_timers()
+        self._begin_turn()
+        if not self._ready and not self._stopping:
+            if not self._scheduled:
+                raise SimulationStuck(f"nothing can happen any more; {self.describe_tasks()}")
+            if self._scheduled[0].when() > self.now_s:
+                self._jump()
+        self._take_aside()
+        ready, scheduled = self._ready, self._scheduled
+        end_s = self.now_s + self._clock_resolution
+        while scheduled and scheduled[0].when() < end_s:
+            timer = heapq.heappop(scheduled)
+            timer._scheduled = False  # type: ignore[attr-defined]  # As the base class does.
+            ready.append(timer)
+        # What these make ready has its turn in the next one.
+        for _ in range(len(ready)):
+            handle: Any = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
+
+    def _sweep_timers(self) -> None:
+        """Let cancelled timers go: all where they are many, else those that would be next."""
+        scheduled: list[Any] = self._scheduled
+        if self._timer_cancelled_count > MANY_CANCELLED and self._timer_cancelled_count > len(scheduled) / 2:
+            for timer in scheduled:
+                timer._scheduled = not timer._cancelled
+            scheduled = self._scheduled = [timer for timer in scheduled if not timer._cancelled]
+            heapq.heapify(scheduled)
+            self._timer_cancelled_count = 0
+        while scheduled and scheduled[0]._cancelled:
+            self._timer_cancelled_count -= 1
+            heapq.heappop(scheduled)._scheduled = False
+
+    def _begin_turn(self) -> None:
+        self.turns += 1
+        if self.turns > self.last_turn:
+            raise SimulationTooLong(f"more than {self.last_turn} turns of the loop; {self.describe_tasks()}")
+        if self.failures and not self.winding_up:
+            self.raise_failure()
+
+    def _take_aside(self) -> None:
+        """Take from what is ready or due what may not run in this turn: nothing, here."""
+
+    def _jump(self) -> None:
         """Move the time to the next timer."""
         next_s = self._scheduled[0].when()
         if next_s > self.last_s:
@@ -200,11 +231,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
             raise SimulationStuck(f"tasks start tasks while they are cancelled; {self.describe_tasks()}")
         self.run_until_complete(self.shutdown_asyncgens())
 
-    def close(self) -> None:
-        super().close()
-        # Cuts the cycle, so that a closed loop goes without the garbage collector.
-        self._selector = None
-
     def call_soon_threadsafe(self, callback: object, *args: object, context: object = None) -> NoReturn:
         raise SimulationError("a simulation has one thread: no other can call into it")
 
@@ -223,9 +249,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _check_closed(self) -> None:
         if self.is_closed():
             raise RuntimeError("Event loop is closed")
-
-    def _process_events(self, event_list: object) -> None:
-        """There are none."""
 
     def _write_to_self(self) -> None:
         """No other thread wakes this loop."""
