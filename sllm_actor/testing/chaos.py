@@ -24,6 +24,7 @@ from sllm_actor.testing.chaos_actors import TABLE, Echo, Worker
 from sllm_actor.testing.chaos_drivers import Driver, Plan
 from sllm_actor.testing.chaos_faults import Faults, draw_weather
 from sllm_actor.testing.chaos_witness import ErrorLog, Witness
+from sllm_actor.testing.seed_runs import alone_with_log, broke_off, findings, heard_by
 from sllm_actor.testing.simulated_network import SimulatedNetwork
 from sllm_actor.testing.trace import TraceRecorder
 from sllm_actor.testing.virtual_loop import SimulationError, VirtualLoop, run_virtual
@@ -255,32 +256,19 @@ class Simulation:
 
 def run_seed(seed: int, plan: Plan | None = None) -> Outcome:
     """Run the scenario once; whatever the seed finds is in `problems`."""
-    logger = logging.getLogger("sllm_actor")
-    level = logger.level
 
     async def main() -> Outcome:
         simulation = Simulation(seed, plan or Plan())
         witness, trace = simulation.witness, simulation.trace
-        errors = ErrorLog(witness)
-        logger.addHandler(errors)
-        try:
+        with heard_by(logger, ErrorLog(witness)):
             await simulation.run()
-        finally:
-            logger.removeHandler(errors)
         return Outcome(seed, tuple(witness.problems), trace.digest(), witness.counts)
 
-    logger.setLevel(logging.ERROR)
-    propagates, logger.propagate = logger.propagate, False
-    try:
-        return run_virtual(main)
-    except SimulationError as error:
-        return Outcome(seed, (f"{type(error).__name__}: {error}",), "", {})
-    except BaseException as error:
-        error.add_note(f"in seed {seed}; {how_to_run(seed)}")
-        raise
-    finally:
-        logger.setLevel(level)
-        logger.propagate = propagates
+    with alone_with_log(logging.ERROR, f"in seed {seed}; {how_to_run(seed)}") as logger:
+        try:
+            return run_virtual(main)
+        except SimulationError as error:
+            return Outcome(seed, (broke_off(error),), "", {})
 
 
 def check_seed(seed: int) -> Outcome:
@@ -297,8 +285,7 @@ def check_seed(seed: int) -> Outcome:
 
 def describe(outcome: Outcome) -> str:
     """Say what a seed has found, and how to see it again."""
-    lines = [f"seed {outcome.seed} found {len(outcome.problems)} problems:", *outcome.problems[:10]]
-    return "\n  ".join([*lines, how_to_run(outcome.seed)])
+    return findings(outcome.seed, outcome.problems, how_to_run(outcome.seed))
 
 
 def how_to_run(seed: int) -> str:

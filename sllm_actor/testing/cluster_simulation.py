@@ -22,6 +22,7 @@ from sllm_actor.testing.cluster_faults import ClusterFaults, draw_weather
 from sllm_actor.testing.cluster_moves import CELLS, empty_cells, other_counts, table
 from sllm_actor.testing.cluster_witness import LogWatch
 from sllm_actor.testing.process_loop import ProcessLoop
+from sllm_actor.testing.seed_runs import alone_with_log, broke_off, findings, heard_by
 from sllm_actor.testing.simulated_cluster import LONGEST_STREAM_S, MOVING, Plan, SimulatedCluster
 from sllm_actor.testing.simulated_node import SimulatedNode
 from sllm_actor.testing.virtual_loop import SimulationError, run_virtual
@@ -164,37 +165,25 @@ class Simulation:
 
 def run_seed(seed: int, plan: Plan = MOVING) -> Outcome:
     """Run the scenario once; whatever the seed finds is in `problems`."""
-    logger = logging.getLogger("sllm_actor")
-    level, propagates = logger.level, logger.propagate
     lines: list[str] = []
     problems: list[str] = []
 
     async def main() -> Outcome:
         simulation = Simulation(seed, plan)
         witness, trace = simulation.cluster.witness, simulation.cluster.trace
-        watch = LogWatch(witness, trace)
-        logger.addHandler(watch)
         try:
-            await simulation.run()
+            with heard_by(logger, LogWatch(witness, trace)):
+                await simulation.run()
         finally:
-            logger.removeHandler(watch)
             lines.extend(trace.lines())
             problems.extend(witness.problems)
         return Outcome(seed, plan, tuple(problems), trace.digest(), witness.counts, tuple(lines))
 
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    try:
-        return run_virtual(lambda: main(), kind=ProcessLoop, limit_turns=LIMIT_TURNS)
-    except SimulationError as error:
-        cause = f" {error.__cause__!r}" if error.__cause__ is not None else ""
-        return Outcome(seed, plan, (*problems, f"{type(error).__name__}: {error}{cause}"), "", {}, tuple(lines))
-    except BaseException as error:
-        error.add_note(f"in seed {seed}; {how_to_run(seed, plan)}")
-        raise
-    finally:
-        logger.setLevel(level)
-        logger.propagate = propagates
+    with alone_with_log(logging.WARNING, f"in seed {seed}; {how_to_run(seed, plan)}") as logger:
+        try:
+            return run_virtual(lambda: main(), kind=ProcessLoop, limit_turns=LIMIT_TURNS)
+        except SimulationError as error:
+            return Outcome(seed, plan, (*problems, broke_off(error)), "", {}, tuple(lines))
 
 
 def check_seed(seed: int, plan: Plan = MOVING) -> Outcome:
@@ -211,8 +200,7 @@ def check_seed(seed: int, plan: Plan = MOVING) -> Outcome:
 
 def describe(outcome: Outcome) -> str:
     """Say what a seed has found, and how to see it again."""
-    lines = [f"seed {outcome.seed} found {len(outcome.problems)} problems:", *outcome.problems[:10]]
-    return "\n  ".join([*lines, how_to_run(outcome.seed, outcome.plan)])
+    return findings(outcome.seed, outcome.problems, how_to_run(outcome.seed, outcome.plan))
 
 
 def how_to_run(seed: int, plan: Plan) -> str:
