@@ -44,6 +44,12 @@ def test_promises_to_clients_hold_whatever_breaks(first: int) -> None:
         check_seed(seed, Plan())
 
 
+def test_promises_hold_for_a_long_time_at_low_load_with_a_fault_now_and_then() -> None:
+    """A day is `scripts/simulate_faults --seeds 1..1 --hours 24`."""
+    counts = check_seed(1, plan_of(12, 3, 30.0, hours=0.15)).counts
+    assert counts["finished"] > 8 and sum(count for what, count in counts.items() if what.startswith("fault:")) > 2
+
+
 @pytest.mark.parametrize("seed", [84, 94, 225])
 def test_an_engine_that_dies_while_its_model_starts_costs_a_pause(seed: int) -> None:
     check_seed(seed, Plan())

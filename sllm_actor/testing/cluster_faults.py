@@ -8,6 +8,7 @@ at an answer's move: they come when it has just reached a step, and hit who has 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -41,6 +42,11 @@ class Weather(msgspec.Struct, frozen=True, kw_only=True):
     span_s: float
     weights: dict[str, int]
     aims: tuple[tuple[Step, Met], ...] = ()
+
+
+def steady_weather(span_s: float, every_s: float) -> Weather:
+    """Have faults of all kinds, one in so long on average."""
+    return Weather(faults=math.ceil(span_s / every_s), span_s=span_s, weights=KINDS)
 
 
 def draw_weather(dice: random.Random, span_s: float, *, moves: bool = False) -> Weather:

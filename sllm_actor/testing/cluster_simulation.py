@@ -2,7 +2,7 @@
 
 A seed fixes all of it. `run_seed` gives what was found, `check_seed` raises it, and
 `python -m sllm_actor.testing.cluster_simulation --seeds 0..999 [--moves N] [--nodes N]` runs many, and shows which
-faults have met moving answers at which step.
+faults have met moving answers at which step; `--hours 24` is a day of each.
 Source of the ideas: FoundationDB's simulation tests, TigerBeetle's simulator.
 """
 
@@ -18,22 +18,30 @@ import msgspec
 
 from sllm_actor.runtime import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
-from sllm_actor.testing.cluster_faults import ClusterFaults, draw_weather
+from sllm_actor.testing.cluster_faults import ClusterFaults, draw_weather, steady_weather
 from sllm_actor.testing.cluster_moves import CELLS, empty_cells, other_counts, table
 from sllm_actor.testing.cluster_witness import LogWatch
 from sllm_actor.testing.process_loop import ProcessLoop
 from sllm_actor.testing.seed_runs import alone_with_log, broke_off, findings, heard_by
-from sllm_actor.testing.simulated_cluster import LONGEST_STREAM_S, MOVING, Plan, SimulatedCluster
+from sllm_actor.testing.simulated_cluster import (
+    FAULT_EVERY_S,
+    LONGEST_STREAM_S,
+    MOVING,
+    Plan,
+    SimulatedCluster,
+    hours_of,
+)
 from sllm_actor.testing.simulated_node import SimulatedNode
-from sllm_actor.testing.virtual_loop import SimulationError, run_virtual
+from sllm_actor.testing.virtual_loop import LIMIT_S, SimulationError, run_virtual
 
-SPAN_S = 8.0
 SETTLE_S = 8.0
 # Idle instances leave, their routes with them, and what was lost on the way is told again.
 REST_S = 14.0
 SAMPLE_S = 0.1
-# Some ten times what a seed takes.
-LIMIT_TURNS = 300_000
+# From so long on, faults come one by one.
+LONG_S = 60.0
+# Some ten times what a seed takes, and a second of a long one.
+LIMIT_TURNS, LIMIT_TURNS_PER_S = 300_000, 10_000
 # Of what operators wish, so much is a drain.
 DRAINS = 0.15
 SHOWN_LINES = 400
@@ -71,7 +79,11 @@ class Simulation:
         faults = ClusterFaults(
             cluster.network, cluster, cluster.names, witness, cluster.dice, cluster.clock, cluster.moves
         )
-        weather = draw_weather(cluster.dice, SPAN_S, moves=self._plan.moves > 0)
+        span_s = self._plan.span_s
+        if span_s > LONG_S:
+            weather = steady_weather(span_s, FAULT_EVERY_S)
+        else:
+            weather = draw_weather(cluster.dice, span_s, moves=self._plan.moves > 0)
         clients = looking.spawn(self._arrivals(), "arrivals")
         operators = looking.spawn(self._wishes(), "wishes")
         await faults.run(weather)
@@ -92,7 +104,7 @@ class Simulation:
     async def _arrivals(self) -> None:
         cluster, dice = self.cluster, self.cluster.dice
         for _ in range(self._plan.requests):
-            await cluster.clock.sleep(dice.expovariate(self._plan.requests / SPAN_S))
+            await cluster.clock.sleep(dice.expovariate(self._plan.requests / self._plan.span_s))
             living = cluster.living()
             if living:
                 self._ask(dice.choice(living), dice.choice(cluster.models).name)
@@ -101,7 +113,7 @@ class Simulation:
         """Have operators move answers and drain nodes, as often as is planned."""
         cluster, dice, moves = self.cluster, self.cluster.dice, self._plan.moves
         for _ in range(moves):
-            await cluster.clock.sleep(dice.expovariate(moves / SPAN_S))
+            await cluster.clock.sleep(dice.expovariate(moves / self._plan.span_s))
             living = cluster.living()
             running = [asked for asked in cluster.witness.asked if asked.taken and not asked.outcome]
             if living and dice.random() < DRAINS:
@@ -167,6 +179,7 @@ def run_seed(seed: int, plan: Plan = MOVING) -> Outcome:
     """Run the scenario once; whatever the seed finds is in `problems`."""
     lines: list[str] = []
     problems: list[str] = []
+    turns = LIMIT_TURNS + int(plan.span_s * LIMIT_TURNS_PER_S)
 
     async def main() -> Outcome:
         simulation = Simulation(seed, plan)
@@ -181,7 +194,7 @@ def run_seed(seed: int, plan: Plan = MOVING) -> Outcome:
 
     with alone_with_log(logging.WARNING, f"in seed {seed}; {how_to_run(seed, plan)}") as logger:
         try:
-            return run_virtual(lambda: main(), kind=ProcessLoop, limit_turns=LIMIT_TURNS)
+            return run_virtual(lambda: main(), kind=ProcessLoop, limit_s=LIMIT_S + plan.span_s, limit_turns=turns)
         except SimulationError as error:
             return Outcome(seed, plan, (*problems, broke_off(error)), "", {}, tuple(lines))
 
@@ -206,16 +219,18 @@ def describe(outcome: Outcome) -> str:
 def how_to_run(seed: int, plan: Plan) -> str:
     """Give the command that runs a seed again."""
     given = [f"--seeds {seed}..{seed}"]
-    given += [f"--moves {plan.moves}"] if plan.moves != MOVING.moves else []
+    given += [f"--moves {plan.moves}"] if plan.moves != MOVING.moves and plan.span_s <= LONG_S else []
     given += [f"--nodes {plan.nodes}"] if plan.nodes != MOVING.nodes else []
+    given += [f"--hours {plan.span_s / 3600:g}"] if plan.span_s != MOVING.span_s else []
     given += [f"--down-after {plan.down_after_s:g}"] if plan.down_after_s != MOVING.down_after_s else []
     return f"again, with what happened: scripts/simulate_faults {' '.join(given)}"
 
 
-def plan_of(moves: int, nodes: int, down_after_s: float) -> Plan:
+def plan_of(moves: int, nodes: int, down_after_s: float, hours: float = 0.0) -> Plan:
     """Plan a run as the command line does; without moves, answers are short."""
     base = MOVING if moves else Plan()
-    return msgspec.structs.replace(base, moves=moves, nodes=nodes, down_after_s=down_after_s)
+    plan = msgspec.structs.replace(base, moves=moves, nodes=nodes, down_after_s=down_after_s)
+    return hours_of(plan, hours) if hours else plan
 
 
 def _seeds(text: str) -> range:
@@ -232,8 +247,9 @@ def main() -> None:
     )
     parser.add_argument("--nodes", type=int, default=MOVING.nodes)
     parser.add_argument("--down-after", type=float, default=MOVING.down_after_s, metavar="S")
+    parser.add_argument("--hours", type=float, default=0.0, help="so long at low load, not seconds at a high one")
     given = parser.parse_args()
-    plan = plan_of(given.moves, given.nodes, given.down_after)
+    plan = plan_of(given.moves, given.nodes, given.down_after, given.hours)
     clock = SystemClock()
     began_s, failed, counts = clock.monotonic_s(), 0, dict[str, int]()
     for seed in given.seeds:

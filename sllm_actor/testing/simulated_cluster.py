@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from contextlib import aclosing
 from functools import partial
@@ -48,7 +49,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How much is asked of how many nodes, which give each other up for good after `down_after_s` without a link.
 
     Requests draw their priority where there are several. So many times (`moves`) an operator has an answer moved, or a
-    node drained; then some answers are long.
+    node drained; then some answers are long. All of that, and the faults, are spread over `span_s`.
     """
 
     nodes: int = 3
@@ -60,9 +61,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 2
     placement_policy: str = "startup_time"
     priorities: tuple[int, ...] = ()
+    span_s: float = 8.0
 
 
 MOVING = Plan(moves=12, max_tokens=150)
+# Of a long time: a request a minute, a move or a drain every five, and a fault every two minutes.
+REQUEST_EVERY_S, MOVE_EVERY_S, FAULT_EVERY_S = 60.0, 300.0, 120.0
+
+
+def hours_of(plan: Plan, hours: float) -> Plan:
+    """Plan as much time, at low load."""
+    span_s = hours * 3600
+    requests, moves = math.ceil(span_s / REQUEST_EVERY_S), math.ceil(span_s / MOVE_EVERY_S)
+    return msgspec.structs.replace(plan, span_s=span_s, requests=requests, moves=moves)
 
 
 class SimulatedCluster:
