@@ -23,7 +23,11 @@ Reader::Reader(Pool& pool, unsigned threads, unsigned max_loads, bool use_ring)
   if (threads == 0 || threads > kMaxThreads || max_loads == 0)
     throw Error(SLLM_INVALID, "reader: the number of threads or loads is out of bounds");
   try {
-    for (unsigned k = 0; k < threads; ++k) threads_.emplace_back([this] { work(); });
+    for (unsigned k = 0; k < threads; ++k) {
+      threads_.emplace_back([this] { work(); });
+      // As top and gdb will show it, from the moment that there is a reader.
+      pthread_setname_np(threads_.back().native_handle(), "sllm-reader");
+    }
   } catch (...) {
     stop_threads();
     throw;
@@ -99,7 +103,6 @@ const std::shared_ptr<Load>& Reader::find(uint64_t load_id) const {
 }
 
 void Reader::work() {
-  pthread_setname_np(pthread_self(), "sllm-reader");  // As top and gdb will show it.
   std::unique_lock lock(mutex_);
   for (;;) {
     wake_.wait(lock, [this] { return stopping_ || !runnable_.empty(); });
