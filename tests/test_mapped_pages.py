@@ -119,7 +119,7 @@ async def test_a_pool_lies_in_huge_pages_and_is_mapped_by_them_where_the_kernel_
     checkpoint = checkpoint_in(tmp_path)
     loader = await opened(huge_pages=True)
     try:
-        # Each kernel since 6.1 does, unless it is told to deny it.
+        # As the kernel does for a page that is put together without a pool.
         assert (loader.facts().huge_bytes == loader.pool_bytes) == (not huge_page_refusal())
         if huge_page_refusal():
             return

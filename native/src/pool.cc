@@ -50,7 +50,7 @@ void fault_range(std::byte* begin, uint64_t length) {
 }
 
 // Makes a huge page of each that is wanted, whatever the machine's settings for shared memory are (Linux 6.1). Such a
-// page is one piece of memory for the disk, too, where small ones lie scattered; and it is had ten times as fast.
+// page is one piece of memory for the disk, too, where small ones lie scattered.
 void collapse_range(std::byte* begin, uint64_t length, std::atomic<unsigned>& refusals) {
   for (uint64_t at = 0; at + kHugePage <= length && refusals < kMaxRefusals; at += kHugePage) {
     touch(begin + at, 1);  // What has no page at all is refused.
@@ -104,8 +104,9 @@ Pool::Pool(uint64_t chunk_bytes, uint64_t chunks, unsigned fault_threads, bool l
   reserved_ = pages == SLLM_HUGE_PAGES && map_reserved();
   if (!reserved_) map_ordinary();
   try {
-    if (pages == SLLM_HUGE_PAGES && !reserved_) madvise(base_, size_bytes(), MADV_HUGEPAGE);
-    fault_in(fault_threads, pages == SLLM_HUGE_PAGES && !reserved_);
+    const bool collapse = pages == SLLM_HUGE_PAGES && !reserved_;
+    if (collapse) madvise(base_, size_bytes(), MADV_HUGEPAGE);
+    fault_in(fault_threads, collapse);
     locked_ = lock && mlock(base_, size_bytes()) == 0;
     huge_bytes_ = reserved_ ? size_bytes() : huge_bytes_at(base_);
   } catch (...) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 
 from sllm_actor.domain import Model, ModelName, RequestId
@@ -54,7 +54,7 @@ class Autoscaler:
         running = {model.name: self._running(view, model, now_s) for model in models}
         short = {
             model.name: Short(
-                self._active(running[model.name]),
+                _active(running[model.name]),
                 len(running[model.name]) + starting.get(model.name, 0),
                 self._want(model, running[model.name]),
                 model.scaling.min_instances,
@@ -81,14 +81,11 @@ class Autoscaler:
             for report, one in view.running(model.name)
         ]
 
-    def _active(self, running: list[Running]) -> int:
-        return sum(one.instance.active for one in running)
-
     def _want(self, model: Model, running: list[Running]) -> int:
         # Where a first one is missing, those who wait for it see to that.
         if not running and not model.scaling.min_instances:
             return 0
-        return wanted(model.scaling, self._active(running), self._instance_takes)
+        return wanted(model.scaling, _active(running), self._instance_takes)
 
     def _question(self, model: Model, running: list[Running]) -> PlaceModel:
         return PlaceModel(
@@ -114,3 +111,7 @@ class Autoscaler:
         except SllmError as error:
             self._rests[model] = self._clock.monotonic_s() + REST_S
             log.warning("one more instance of %s could not be started on %s: %s", model, placement.node, error.message)
+
+
+def _active(running: Sequence[Running]) -> int:
+    return sum(one.instance.active for one in running)

@@ -361,9 +361,9 @@ class Scheduler(Actor):
 
     def _refuse(self) -> None:
         """Tell those who would wait in vain, also behind others."""
+        heard = bool(self._waiting) and self._members.keys() <= self._view.nodes.keys()
         for waiting in list(self._waiting):
-            error = refusal(waiting.question, self._view, self._members.keys(), self._gone)
-            if error is not None:
+            if error := refusal(waiting.question, self._view, self._members.keys(), self._gone, heard=heard):
                 self._waiting.remove(waiting)
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)

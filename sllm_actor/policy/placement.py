@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
@@ -95,20 +95,21 @@ def next_of(waiting: Sequence[Waiter], now_s: float) -> int:
 
 
 def refusal(
-    question: PlaceModel, view: ClusterView, members: Collection[NodeId], gone: Collection[NodeId]
+    question: PlaceModel, view: ClusterView, members: Set[NodeId], gone: Set[NodeId], *, heard: bool
 ) -> SllmError | None:
     """Say why who asks would wait in vain; a member that was not heard of yet may have the room.
 
     Where there are no `members`, all nodes are taken for such; those `gone` have ended, whatever their leases say.
+    `heard` says that every member has reported.
     """
     node = NodeId(question.only_on)
     if node and (node in gone or (members and node not in members)):
         return DestinationFailed(f"{node} has left the cluster", param="to")
-    if members and question.not_on and not set(members) - set(question.not_on) - set(gone):
+    if members and question.not_on and not members - set(question.not_on) - gone:
         return DestinationFailed(f"there is no other node for {question.model}", param="to")
     if node in view.nodes and view.nodes[node].report.cordoned and not _runs_on(question, view, node):
         return DestinationFailed(f"{node} is cordoned: nothing starts there", param="to")
-    if set(members) <= view.nodes.keys() and (reason := fits_nowhere(question, view)):
+    if heard and (reason := fits_nowhere(question, view)):
         return ModelTooLarge(reason, param="model")
     return None
 
