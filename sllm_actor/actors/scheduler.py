@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import Any, cast
 
 import msgspec
 
 from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
-from sllm_actor.actors.decision_log import DecisionLog, Granted, adopted, granted
+from sllm_actor.actors.decision_log import DecisionLog, granted
 from sllm_actor.actors.estimate_book import EstimateBook
+from sllm_actor.actors.granted_starts import GrantedStarts
 from sllm_actor.actors.making_room import MakingRoom
 from sllm_actor.actors.rooms import TOLD_WITHIN_S, Rooms, Waiting, runs_already
 from sllm_actor.actors.scheduler_limits import Limits as Limits
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.actors.waiting_starts import WaitingStarts
 from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.errors import NoCapacity, QueueFull
 from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PER_S
@@ -47,8 +48,7 @@ from sllm_actor.policy.placement import (
     Wait,
     Waiter,
     decide,
-    next_of,
-    refusal,
+    in_order,
 )
 from sllm_actor.policy.policies import Situation
 from sllm_actor.policy.retrying import Pace, placement_s
@@ -87,8 +87,8 @@ class Scheduler(Actor):
         self._view = ClusterView(FIRST_SSD_BYTES_PER_S, FIRST_REMOTE_BYTES_PER_S)
         self._estimator = Estimator()
         self._decisions = DecisionLog(limits.decision_history)
-        self._granted: dict[str, Granted] = {}
-        self._waiting: list[Waiting] = []
+        self._granted = GrantedStarts()
+        self._waiting = WaitingStarts()
         # One that came after another of its epoch, which is 0 for a lone node's, has names of its own.
         self._life = str(epoch) if epoch else f"{round(clock.monotonic_s() * 1e6):x}"
         self._placements = itertools.count(1)
@@ -98,7 +98,6 @@ class Scheduler(Actor):
         self._gone = set(gone)
         self._awaited = self._members.keys() - self._gone
         self._newest_epoch = max(self._members.values(), default=0)
-        self._begun: set[str] = set()
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
         self._book = book
@@ -142,7 +141,7 @@ class Scheduler(Actor):
 
     def _scale_up(self, autoscaler: Autoscaler) -> None:
         now_s, full = self._clock.monotonic_s(), set[ModelName]()
-        for question in autoscaler.missing(self._view, Counter(start.model for start in self._granted.values())):
+        for question in autoscaler.missing(self._view, self._granted.counts()):
             if question.model in full:
                 continue
             # On a node that has none of it; where there is none, beside another.
@@ -167,7 +166,9 @@ class Scheduler(Actor):
         now_s = self._clock.monotonic_s()
         self._awaited.discard(report.node)
         self._gone.discard(report.node)
+        before = self._view.nodes.get(report.node)
         self._view.hear(report, now_s)
+        self._waiting.hear(before.report if before is not None else None, report)
         for instance_id in self._turns.came_back(report, now_s):
             self._view.hold(report.node, instance_id)
             self.context.tasks.spawn(self._hold(report.node, instance_id), f"hold-{instance_id}")
@@ -190,8 +191,7 @@ class Scheduler(Actor):
             self._view.extend(placement_id, expires_s)
         else:
             self._view.grant(placement_id, Grant(node, start.host_bytes, expires_s, start.slots))
-            self._granted.setdefault(placement_id, adopted(start, node, now_s))
-        self._begun.add(placement_id)
+        self._granted.goes_on(placement_id, node, start, now_s)
 
     async def _hold(self, node: NodeId, instance_id: str) -> None:
         await self._clock.sleep(self._limits.switch_hold_s)
@@ -205,19 +205,19 @@ class Scheduler(Actor):
         for node, view in list(self._view.nodes.items()):
             if node not in message.gone and view.report.epoch >= message.epochs.get(node, float("inf")):
                 continue
-            for placement_id in [key for key, start in self._granted.items() if start.node == node]:
+            for placement_id in self._granted.on(node):
                 self._ended(placement_id, "failed", now_s)
             self._view.forget(node)
             self._turns.forget(node)
         self._members, self._gone = dict(message.epochs), set(message.gone)
         self._newest_epoch = max(self._newest_epoch, *self._members.values(), 0)
         self._awaited &= message.epochs.keys() - self._gone
+        self._waiting.doubt_all()
         self._serve()
 
     def _ended(self, placement_id: str, outcome: str, now_s: float) -> None:
         """Learn from what a start took, compared with what was expected."""
-        self._begun.discard(placement_id)
-        if (start := self._granted.pop(placement_id, None)) is None:
+        if (start := self._granted.end(placement_id)) is None:
             return
         observed_s = now_s - start.granted_s
         self._decisions.end(start.request_id, outcome, observed_s)
@@ -242,7 +242,7 @@ class Scheduler(Actor):
         if len(self._waiting) >= self._limits.max_waiting:
             raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=self._pace.next_s(now_s))
         waiting = Waiting(question, now_s, QUIET if is_restricted(question) else ABLE)
-        self._waiting.append(waiting)
+        self._waiting.add(waiting)
         self._serve()
         if self._limits.placement_policy == "locality_wait" and not waiting.answer.done() and waiting.recheck is None:
             waiting.recheck = self.context.tasks.spawn(self._serve_later(self._limits.locality_wait_s), "recheck")
@@ -257,21 +257,13 @@ class Scheduler(Actor):
                 retry_after_s=placement_s(question, self._view.nodes.values()),
             ) from None
         finally:
-            if waiting in self._waiting:
-                self._waiting.remove(waiting)
-            if waiting.recheck is not None:
-                waiting.recheck.cancel()
+            self._waiting.leave(waiting)
             self._rooms.leave(waiting)
             self._pace.note(self._clock.monotonic_s())
 
     @handles(HurryPlacement)
     async def hurry(self, message: HurryPlacement) -> None:
-        for waiting in self._waiting:
-            if waiting.question.request_id == message.request_id:
-                question = waiting.question
-                failed = tuple(dict.fromkeys((*question.failed, *message.failed)))
-                priority = min(question.priority, message.priority)
-                waiting.question = msgspec.structs.replace(cast(Any, question), priority=priority, failed=failed)
+        self._waiting.hurry(message)
         self._serve()
 
     async def _serve_later(self, wait_s: float) -> None:
@@ -287,18 +279,21 @@ class Scheduler(Actor):
         """Grant by priority and then in the order of asking, until someone has to wait."""
         if self._awaited:
             return
-        self._refuse()
+        self._waiting.refuse(self._view, self._members.keys(), self._gone)
         now_s = self._clock.monotonic_s()
         for placement_id in self._view.expired(now_s):
             self._ended(placement_id, "expired", now_s)
-        asking = self._without_a_place(now_s)
-        while asking:
-            waiting = asking.pop(next_of([Waiter(one.question, one.asked_s) for one in asking], now_s))
-            if self._is_answered(waiting, now_s):  # One before it has asked for the same.
+        self._start_in_rooms(now_s)
+        with_room = self._waiting.models_with_room()
+        asking = [one for one in self._waiting if not self._is_answered(one, now_s, with_room) and one.room is None]
+        for place in in_order([Waiter(one.question, one.asked_s) for one in asking], now_s):
+            waiting = asking[place]
+            if self._is_answered(waiting, now_s, with_room):  # One before it has asked for the same.
                 continue
             decision = self._decide(waiting, now_s)
             if isinstance(decision, MakeRoom):
                 self._rooms.make(waiting, decision, now_s)
+                with_room.add(waiting.question.model)
                 continue
             if isinstance(decision, Wait):
                 waiting.why = decision.reason
@@ -308,44 +303,31 @@ class Scheduler(Actor):
             if isinstance(decision, Evict):
                 self._give_up(waiting, decision)
                 return
-            self._answer(waiting, self._grant(waiting, decision, now_s))
+            self._waiting.answer(waiting, self._grant(waiting, decision, now_s))
 
-    def _without_a_place(self, now_s: float) -> list[Waiting]:
-        """Answer those who wait for nothing that others want; give the rest."""
-        rest = []
-        for waiting in list(self._waiting):
+    def _start_in_rooms(self, now_s: float) -> None:
+        """Answer those whom room has been made for."""
+        for waiting in self._waiting:
             in_room = self._rooms.start_in(waiting, now_s)
             if in_room is not None:
-                self._answer(waiting, self._grant(waiting, in_room, now_s))
-            elif not self._is_answered(waiting, now_s) and waiting.room is None:
-                rest.append(waiting)
-        return rest
+                self._waiting.answer(waiting, self._grant(waiting, in_room, now_s))
 
-    def _is_answered(self, waiting: Waiting, now_s: float) -> bool:
-        """Spare a start where an instance runs, or is starting, that somebody else has asked for."""
+    def _is_answered(self, waiting: Waiting, now_s: float, with_room: Set[ModelName]) -> bool:
+        """Spare a start where an instance runs, is starting, or has room made, that somebody else has asked for."""
         question = waiting.question
         for report, instance in self._view.running(question.model):
             if instance.instance_id not in question.failed and allows(question, report.node):
-                self._answer(waiting, runs_already(report, instance))
+                self._waiting.answer(waiting, runs_already(report, instance))
                 return True
-        if any(
-            start.model == question.model and (key in self._begun or now_s < start.granted_s + TOLD_WITHIN_S)
-            for key, start in self._granted.items()
-        ):
+        if self._granted.comes(question.model, now_s):
             waiting.why = f"{question.model} is being started already"
             if waiting.recheck is None:
                 waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
             return True
-        others = (one for one in self._waiting if one is not waiting and one.question.model == question.model)
-        if any(one.room is not None for one in others):
+        if waiting.room is None and question.model in with_room:
             waiting.why = f"room is being made for {question.model} already"
             return True
         return False
-
-    def _answer(self, waiting: Waiting, answer: Placement | RunsAlready) -> None:
-        self._waiting.remove(waiting)
-        if not waiting.answer.done():
-            waiting.answer.set_result(answer)
 
     def _decide(self, waiting: Waiting, now_s: float) -> Decision:
         situation = Situation(
@@ -359,22 +341,13 @@ class Scheduler(Actor):
         )
         return decide(situation, self._limits.placement_policy, waiting.given_up)
 
-    def _refuse(self) -> None:
-        """Tell those who would wait in vain, also behind others."""
-        heard = bool(self._waiting) and self._members.keys() <= self._view.nodes.keys()
-        for waiting in list(self._waiting):
-            if error := refusal(waiting.question, self._view, self._members.keys(), self._gone, heard=heard):
-                self._waiting.remove(waiting)
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
-
     def _grant(self, waiting: Waiting, start: Start, now_s: float) -> Placement:
         question = waiting.question
         placement_id = f"placement-{self._life}-{next(self._placements)}"
         lease_s = min(self._limits.lease_s, BEGIN_WITHIN_S)
         room = Grant(start.report.node, question.host_bytes, now_s + lease_s, question.slots)
         self._view.grant(placement_id, room)
-        self._granted[placement_id] = granted(question, start, now_s)
+        self._granted.grant(placement_id, granted(question, start, now_s))
         self._decisions.note(start.explanation)
         return Placement(
             placement_id=placement_id,

@@ -171,6 +171,9 @@ def soonest(view: ClusterView, estimator: Estimator, question: PlaceModel, most:
             break
         if (bytes_per_s > 0 and queue_s + size_bytes / bytes_per_s > worst_s) or name in holders:
             continue
+        # Of many that are as good at best, the first by name are wanted.
+        if len(best) == most and queue_s + least_s == worst_s and name > best[-1].node:
+            continue
         _take(best, offer_of(view.nodes[name], estimator, question), most)
         worst_s = best[-1].estimate_s if len(best) == most else INF
     return best

@@ -82,16 +82,24 @@ class Waiter(NamedTuple):
     since_s: float
 
 
-def next_of(waiting: Sequence[Waiter], now_s: float) -> int:
-    """Choose who of those that wait, in order of arrival, is served next; give its place in that order.
+def in_order(waiting: Sequence[Waiter], now_s: float) -> list[int]:
+    """Give the places of those that wait, who are in order of arrival, in the order in which they are served.
 
     The lowest priority is first, and of equals who came first. But one that has waited for half of its time goes
-    before all who came later, so that however many urgent ones come, nobody waits in vain for a node that serves.
+    before all who have not, so that however many urgent ones come, nobody waits in vain for a node that serves.
     """
-    for place, (question, since_s) in enumerate(waiting):
-        if now_s - since_s >= question.timeout_s / 2:
-            return place
-    return min(range(len(waiting)), key=lambda place: (waiting[place].question.priority, place))
+
+    def rank(place: int) -> tuple[bool, int]:
+        question, since_s = waiting[place]
+        is_late = now_s - since_s >= question.timeout_s / 2
+        return not is_late, 0 if is_late else question.priority
+
+    return sorted(range(len(waiting)), key=rank)
+
+
+def limits_of(report: NodeReport) -> tuple[object, ...]:
+    """Give what of a report `refusal` depends on, but for cordons and what runs beside them."""
+    return report.slots, report.host_pool_bytes, report.pinned_host_bytes, report.cordoned
 
 
 def refusal(

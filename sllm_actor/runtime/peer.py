@@ -297,7 +297,10 @@ class Peer:
             self._down_timer.cancel()
             self._down_timer = None
         if self.uid:
-            log.warning("node %s is declared down", self.node)
+            if self.said_goodbye:
+                log.info("node %s has left", self.node)
+            else:
+                log.warning("node %s is declared down", self.node)
             self._remotes.declare_down(self.node, self.uid)
         self.dialling.stop()
         self.unreachable(NodeUnreachable(f"{self.node} could not be reached for {self.limits.down_after_s:g} s"))

@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextvars import Context
 from math import ulp
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 # Not 0, which no real clock shows: a time that is mistaken for "none" is to be found here.
 START_S = 1_000.0
 WALL_START_S = 1_700_000_000.0
@@ -107,6 +108,23 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def time(self) -> float:
         return self.now_s
+
+    # As the base class's, which also look for mistakes that nobody makes here. One request of a cluster needs some 150.
+
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._scheduled, timer)
+        timer._scheduled = True  # type: ignore[attr-defined]  # As the base class does.
+        return timer
 
     def _run_once(self) -> None:
         """Do what the base class does in a turn, in its order, without what only files, threads and people need.

@@ -38,7 +38,7 @@ from sllm_actor.units import MIB
 
 MAX_FILE_BYTES = MIB
 # The members of a cluster that nothing happens to need not look after each other often.
-LEASE_TTL_S, HEARTBEAT_S, REPORT_EVERY_S = 120, 30.0, 10.0
+LEASE_TTL_S, HEARTBEAT_S, REPORT_EVERY_S = 120, 600.0, 10.0
 CALM = Limits(heartbeat_s=HEARTBEAT_S, acceptable_pause_s=4 * HEARTBEAT_S, down_after_s=600.0)
 CHUNK_BYTES = 16 * MIB
 EVERYTHING = ",".join(role.value for role in Role)

@@ -1,0 +1,82 @@
+"""The starts that a Scheduler has been asked for and has not answered, in the order in which they came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from typing import Any, cast
+
+import msgspec
+
+from sllm_actor.actors.rooms import Waiting
+from sllm_actor.domain import ModelName, NodeId
+from sllm_actor.messages.placement import HurryPlacement, NodeReport, Placement, RunsAlready
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.policy.placement import limits_of, refusal
+
+
+class WaitingStarts:
+    """Answers them, or refuses them; who waits in vain is looked for only where something has changed by which one may.
+
+    Iterating gives those that wait at its begin.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Waiting] = []
+        self._doubtful: list[Waiting] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(tuple(self._waiting))
+
+    def add(self, waiting: Waiting) -> None:
+        """Let one wait."""
+        self._waiting.append(waiting)
+        self._doubtful.append(waiting)
+
+    def leave(self, waiting: Waiting) -> None:
+        """Forget one, answered or not."""
+        if waiting in self._waiting:
+            self._waiting.remove(waiting)
+        if waiting.recheck is not None:
+            waiting.recheck.cancel()
+
+    def answer(self, waiting: Waiting, answer: Placement | RunsAlready) -> None:
+        """Answer one that waits."""
+        self._waiting.remove(waiting)
+        if not waiting.answer.done():
+            waiting.answer.set_result(answer)
+
+    def hurry(self, message: HurryPlacement) -> None:
+        """Change what one waits for: how urgent it is, and where it would not go."""
+        for waiting in self._waiting:
+            if waiting.question.request_id == message.request_id:
+                question = waiting.question
+                failed = tuple(dict.fromkeys((*question.failed, *message.failed)))
+                priority = min(question.priority, message.priority)
+                waiting.question = msgspec.structs.replace(cast(Any, question), priority=priority, failed=failed)
+
+    def hear(self, before: NodeReport | None, report: NodeReport) -> None:
+        """Doubt all where a node's newest report says what those wait in vain for who do."""
+        if before is None or report.cordoned or limits_of(before) != limits_of(report):
+            self.doubt_all()
+
+    def doubt_all(self) -> None:
+        """Have the next `refuse` look at all."""
+        self._doubtful = list(self._waiting)
+
+    def refuse(self, view: ClusterView, members: Set[NodeId], gone: Set[NodeId]) -> None:
+        """Tell those who would wait in vain, also behind others."""
+        doubtful, self._doubtful = self._doubtful, []
+        heard = bool(doubtful) and members <= view.nodes.keys()
+        for waiting in doubtful:
+            error = refusal(waiting.question, view, members, gone, heard=heard)
+            if error is not None and waiting in self._waiting:
+                self._waiting.remove(waiting)
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
+
+    def models_with_room(self) -> set[ModelName]:
+        """Name the models that room is being made for."""
+        return {waiting.question.model for waiting in self._waiting if waiting.room is not None}
