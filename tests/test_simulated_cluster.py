@@ -109,8 +109,10 @@ def test_a_stopped_process_stands_still_and_then_goes_on_with_what_came_due() ->
         loop.stop_process("a")
         await loop.clock.sleep(3.0)
         assert said == ["a timer of b"]
+        assert (loop.is_stopped("a"), loop.is_stopped("b")) == (True, False)
         loop.continue_process("a")
         await loop.clock.sleep(0.0)
+        assert not loop.is_stopped("a")
         return said, loop.now_s
 
     said, now_s = run_virtual(main, kind=ProcessLoop)

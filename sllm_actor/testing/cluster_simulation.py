@@ -99,7 +99,10 @@ class Simulation:
     async def _look_on(self) -> None:
         while True:
             await self.cluster.clock.sleep(SAMPLE_S)
-            self.cluster.witness.look_at_leaders(self.cluster.living())
+            # One that is stopped does nothing, and can't know yet that another one leads.
+            living = self.cluster.living()
+            running = [node for node in living if not self.cluster.loop.is_stopped(node.process)]
+            self.cluster.witness.look_at_leaders(running)
 
     async def _arrivals(self) -> None:
         cluster, dice = self.cluster, self.cluster.dice

@@ -40,6 +40,10 @@ class ProcessLoop(VirtualLoop):
         """Let it go on: everything that came due meanwhile does so at once, in its order."""
         self._ready.extend(self._held.pop(process, []))
 
+    def is_stopped(self, process: str) -> bool:
+        """Tell whether nothing of a process runs."""
+        return process in self._held
+
     def wind_up(self) -> None:
         for process in list(self._held):
             self.continue_process(process)
