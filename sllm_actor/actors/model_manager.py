@@ -103,6 +103,7 @@ class ModelManager(Actor):
         await self._registry.open()
         self._reporting.begin(self.context.self_ref.name, self._instances, self._starting)
         if not self._place.alone:
+            self.context.tasks.spawn(self._reporting.introduce(), "introduce")
             self.context.tasks.spawn(self._reporting.keep_telling(), "report")
             self.context.tasks.spawn(self._follow_models(), "follow")
 

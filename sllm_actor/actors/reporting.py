@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 
@@ -11,15 +12,20 @@ from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.domain import ModelName
+from sllm_actor.errors import SllmError
 from sllm_actor.loader.tiers import Tiers
 from sllm_actor.messages.placement import NodeReport, StartingView
 from sllm_actor.policy.bandwidth import ObservedWay
-from sllm_actor.runtime import Clock
+from sllm_actor.runtime import ActorRef, Clock
+
+log = logging.getLogger(__name__)
 
 # A report may be lost with its connection: the last starts that ended are told again.
 ENDED_KEPT = 64
 # A report comes sooner where so many more, or fewer, threads want the cores than the Scheduler knows of.
 LOOK_EVERY_S = 0.25
+# Before a leader that has not heard of this node is told again, at first: a Scheduler begins soon after it is known.
+FIRST_AGAIN_S = 0.02
 TOLD_THREADS = 2.0
 
 
@@ -53,12 +59,39 @@ class Reporting:
         self._ended.append((placement_id, failed))
 
     def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, ModelName]) -> None:
-        """Tell of these from now on: at once, to each new leader, and whenever `tell` is called."""
+        """Tell of these from now on: whenever `tell` is called, and, where this node is alone, its own Scheduler."""
         self._manager, self._instances, self._starting = manager, instances, starting
         self._tiers.when_stored(self._stored)
-        self._way.listen(self.tell)
         self._registry.on_found = self.tell
-        self.tell()
+        if self._place.alone:
+            self._way.listen(self.tell)
+            self.tell()
+
+    async def introduce(self) -> None:
+        """Have each new leader hear of this node for certain: it is known of before its Scheduler has begun."""
+        heard: ActorRef | None = None
+        again_s = FIRST_AGAIN_S
+        while True:
+            leader = self._way.ref
+            if leader is None or leader == heard:
+                await self._way.changed()
+                again_s = FIRST_AGAIN_S
+            elif await self._is_heard_by(leader):
+                heard = leader
+            else:
+                await self._way.changed(again_s)
+                again_s = min(2 * again_s, self._every_s)
+
+    async def _is_heard_by(self, leader: ActorRef) -> bool:
+        report = self._report()
+        if report is None:
+            return False
+        try:
+            await leader.ask(report, timeout_s=self._every_s)
+        except SllmError as error:
+            log.debug("the scheduler of %s does not hear this node yet: %s", leader.address.node, error.message)
+            return False
+        return True
 
     async def keep_telling(self) -> None:
         """Tell it again and again, since what is told may be lost on its way to another node."""
@@ -77,40 +110,44 @@ class Reporting:
 
     def tell(self) -> None:
         """Tell all of it, unless this node is no member: then nothing may be placed here."""
+        report = self._report()
+        if report is not None:
+            self._way.tell(report)
+
+    def _report(self) -> NodeReport | None:
+        """Say all that there is to tell; None while this node is no member."""
         epoch = self._place.epoch
         if epoch is None:
-            return
+            return None
         # Where nothing is ever started, nothing is held for it either.
         residents = self._tiers.loader.residents() if self._max_instances else []
         pinned = {resident.fingerprint for resident in residents if resident.pinned}
         now_s = self._clock.monotonic_s()
-        self._way.tell(
-            NodeReport(
-                node=self._place.node,
-                manager=self._manager,
-                slots=self._max_instances,
-                host_pool_bytes=self._tiers.loader.pool_bytes if self._max_instances else 0,
-                instances=tuple(one.view(pinned, now_s) for one in self._instances.values()),
-                pinned_host_bytes={
-                    model.fingerprint: model.host_bytes
-                    for model in (self._registry.models() if pinned else ())
-                    if model.fingerprint in pinned
-                },
-                ended_placements=tuple(placement_id for placement_id, _ in self._ended),
-                starting=self._under_way(),
-                host_fingerprints=tuple(resident.fingerprint for resident in residents),
-                ssd_fingerprints=self._registry.on_disk.fingerprints() if self._max_instances else (),
-                ssd_bytes_per_s=self._ssd.bytes_per_s,
-                disk_queues_s=self._registry.on_disk.queues_s(),
-                remote_bytes_per_s=self._remote.bytes_per_s,
-                remote_queue_s=self._tiers.queues().remote_s,
-                failed_placements=tuple(placement_id for placement_id, failed in self._ended if failed),
-                address=self._place.address,
-                epoch=epoch,
-                cordoned=self._place.cordoned,
-                told_s=now_s,
-                core_threads=self._place.threads,
-            )
+        return NodeReport(
+            node=self._place.node,
+            manager=self._manager,
+            slots=self._max_instances,
+            host_pool_bytes=self._tiers.loader.pool_bytes if self._max_instances else 0,
+            instances=tuple(one.view(pinned, now_s) for one in self._instances.values()),
+            pinned_host_bytes={
+                model.fingerprint: model.host_bytes
+                for model in (self._registry.models() if pinned else ())
+                if model.fingerprint in pinned
+            },
+            ended_placements=tuple(placement_id for placement_id, _ in self._ended),
+            starting=self._under_way(),
+            host_fingerprints=tuple(resident.fingerprint for resident in residents),
+            ssd_fingerprints=self._registry.on_disk.fingerprints() if self._max_instances else (),
+            ssd_bytes_per_s=self._ssd.bytes_per_s,
+            disk_queues_s=self._registry.on_disk.queues_s(),
+            remote_bytes_per_s=self._remote.bytes_per_s,
+            remote_queue_s=self._tiers.queues().remote_s,
+            failed_placements=tuple(placement_id for placement_id, failed in self._ended if failed),
+            address=self._place.address,
+            epoch=epoch,
+            cordoned=self._place.cordoned,
+            told_s=now_s,
+            core_threads=self._place.threads,
         )
 
     def _under_way(self) -> tuple[StartingView, ...]:

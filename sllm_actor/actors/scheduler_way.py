@@ -48,6 +48,12 @@ class SchedulerWay:
             for listener in self._listeners:
                 listener()
 
+    async def changed(self, within_s: float | None = None) -> None:
+        """Wait until somebody else leads, or nobody, or this time is over; None waits for as long as it takes."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._changed.wait()
+
     def tell(self, message: object) -> None:
         """Tell the Scheduler; the next one hears nothing of it."""
         if self._ref is not None:
