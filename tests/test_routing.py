@@ -25,7 +25,7 @@ from sllm_actor.actors.starting import MAX_ATTEMPTS, Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
 from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
-from sllm_actor.errors import EngineDied, NodeUnreachable, NoLeader, Preempted, SllmError
+from sllm_actor.errors import EngineDied, NoCapacity, NodeUnreachable, NoLeader, Preempted, SllmError
 from sllm_actor.messages.generation import Finished, Generate, GetTimeline, Tokens
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
 from sllm_actor.messages.models import GetModel
@@ -172,6 +172,38 @@ async def test_a_request_that_others_have_ended_goes_on_and_in_the_end_nobody_en
     priorities = sorted(priority for worker in workers for priority in worker.priorities)
     assert priorities == [MOST_URGENT] * (len(names) - MAX_PREEMPTIONS) + [0] * MAX_PREEMPTIONS
     assert last.priorities == [MOST_URGENT]
+    await made.close()
+
+
+class Crowded(Everything):
+    """Has no place for so many questions, each of which it keeps waiting for as long as may be."""
+
+    def __init__(self, refuses: int) -> None:
+        super().__init__()
+        self._refuses = refuses
+
+    @handles(PlaceModel, concurrent=True)
+    async def place(self, message: PlaceModel) -> Placement | RunsAlready:
+        if len(self.asked) < self._refuses:
+            self.asked.append(message)
+            await asyncio.sleep(message.timeout_s)
+            raise NoCapacity("all of them are busy")
+        return await super().place(message)
+
+
+@virtually
+async def test_a_request_that_others_have_ended_waits_for_a_place_as_long_as_its_client_does() -> None:
+    everything = Crowded(refuses=4 * MAX_ATTEMPTS)
+    made, routes = await routed(everything, ("first", Worker(1, dies_of=Preempted)), ("i1", Worker()))
+    routes.add(instance("first"))
+    assert await said(made) == list(range(9))
+    assert len(everything.asked) == 4 * MAX_ATTEMPTS + 1
+    # One that never had a place is told.
+    routes.remove(ModelName("m"), "i1")
+    everything.asked.clear()
+    with pytest.raises(NoCapacity):
+        await said(made, request("another"))
+    assert len(everything.asked) == 1
     await made.close()
 
 

@@ -50,6 +50,9 @@ from sllm_actor.runtime import Actor, Clock, handles
 
 log = logging.getLogger(__name__)
 
+# Before a place is asked for anew, where none became free in time.
+PAUSE_S = 0.2
+
 
 class _Start:
     """A start under way, the request it was begun for, how many wait for it, and the lowest priority of them so far."""
@@ -138,11 +141,11 @@ class Router(Actor):
         while True:
             try:
                 instance = called or (_reached(moved) if moved else await self._instance(request, record, failed))
-            except NoCapacity as full:
-                # Who had a place waits on for another one.
+            except NoCapacity:
+                # Who had a place waits on for another one, as long as whoever asked waits.
                 if not tries.preempted:
                     raise
-                tries.note(full, had_slot=True)
+                await self._clock.sleep(PAUSE_S)
                 continue
             self._log.route(record, instance)
             rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
