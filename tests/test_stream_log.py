@@ -20,8 +20,8 @@ from sllm_actor.frontend.keys import Key
 from sllm_actor.frontend.live_stream import LiveStream
 from sllm_actor.frontend.orders import CompletionOrder, new_stream_id
 from sllm_actor.frontend.schema import CompletionRequest
-from sllm_actor.frontend.stream_log import Found, StreamLimits, StreamLog
-from sllm_actor.frontend.stream_records import PART_TOKENS, PREFIX
+from sllm_actor.frontend.stream_log import WRITTEN_WITHIN_S, StreamLimits, StreamLog
+from sllm_actor.frontend.stream_records import PART_TOKENS, PREFIX, Found
 from sllm_actor.messages.generation import Finished
 from sllm_actor.metadata import SqliteStore, Store
 from sllm_actor.testing.simulated_store import MemoryStore, Way
@@ -95,6 +95,29 @@ async def test_what_was_asked_is_written_at_once_and_tokens_within_the_lag() -> 
             await asyncio.sleep(0.01)
         assert now_s() - began_s <= LAG_S + 0.1
         assert await known(other, stream) == [[], [7, 8, 9]]
+
+
+@virtually
+async def test_one_asked_for_elsewhere_before_it_is_written_is_waited_for_and_what_never_comes_not_long() -> None:
+    store = truth()
+    async with (
+        opened(slow := way(store)) as log,
+        opened(way(store)) as other,
+        opened(way(store), shared=False) as alone,
+    ):
+        slow.latency_s = 0.1
+        stream = log.begin(order(), 1, MODEL, ALICE)
+        assert (await other.find(stream.id, ALICE)).record.choices == 1
+        for asked, stream_id, key, waits in (
+            (other, new_stream_id(), ALICE, True),
+            (other, stream.id, BOB, True),
+            (other, "stream-1", ALICE, False),
+            (alone, new_stream_id(), ALICE, False),
+        ):
+            began_s = now_s()
+            with pytest.raises(StreamNotFound):
+                await asked.find(stream_id, key)
+            assert (WRITTEN_WITHIN_S <= now_s() - began_s < 2 * WRITTEN_WITHIN_S) is waits
 
 
 @virtually

@@ -21,7 +21,7 @@ from sllm_actor.frontend.positions import Place
 from sllm_actor.frontend.schema import StreamOptions
 from sllm_actor.frontend.shapes import Shape, WholeChoice
 from sllm_actor.frontend.sse import EventStream
-from sllm_actor.frontend.stream_log import Found
+from sllm_actor.frontend.stream_records import Found
 from sllm_actor.frontend.visit import VISIT, TokenTimes
 from sllm_actor.runtime import tracing
 

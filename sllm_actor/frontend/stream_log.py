@@ -30,10 +30,12 @@ from sllm_actor.frontend.orders import Order
 from sllm_actor.frontend.owned_writes import COMMIT_OPERATIONS, Write, commit_owned
 from sllm_actor.frontend.stream_records import (
     PREFIX,
+    Found,
     Record,
     asked_by,
     encode,
     is_stream_id,
+    look_up,
     parts_of,
     prefix_of,
     read_parts,
@@ -55,6 +57,8 @@ PAUSE_S = 15.0
 LEASE_SHARED_S = 60.0
 MAX_LEASE_S = 86_400
 TAKE_OVERS = 3
+# Whoever asks for a stream that another gateway has just begun waits so long for its record.
+WRITTEN_WITHIN_S, LOOK_AGAIN_S = 0.5, 0.1
 
 
 class StreamLimits(NamedTuple):
@@ -65,13 +69,6 @@ class StreamLimits(NamedTuple):
     stream_log_bytes: int
     max_kept_streams: int
     request_timeout_s: float
-
-
-class Found(NamedTuple):
-    """A stream that is known, and its record as it lies in the store."""
-
-    record: Record
-    fact: Fact
 
 
 class StreamLog:
@@ -203,13 +200,12 @@ class StreamLog:
             raise unknown
         if stream_id in self._beginning:
             await self._beginning[stream_id].decided.wait()
-        fact = await self._store.get(record_key(stream_id))
-        record = read_record(fact) if fact is not None else None
-        if fact is None or record is None or record.asked_by != asked_by(key):
-            raise unknown
-        if self._clock.wall_s() > record.expires_wall_s:
-            raise unknown
-        return Found(record, fact)
+        until_s = self._clock.monotonic_s() + (WRITTEN_WITHIN_S if self._shared else 0.0)
+        while (found := await look_up(self._store, stream_id, key, self._clock.wall_s())) is None:
+            if self._clock.monotonic_s() >= until_s:
+                raise unknown
+            await self._clock.sleep(LOOK_AGAIN_S)
+        return found
 
     async def take_over(self, found: Found, key: Key | None) -> LiveStream:
         """Become the one who answers a stream; whoever did so until now learns of it, and ends.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,7 +19,7 @@ from sllm_actor.frontend.choice_log import ChoiceLog
 from sllm_actor.frontend.keys import Key
 from sllm_actor.frontend.orders import ChatOrder, CompletionOrder
 from sllm_actor.messages.generation import Finished
-from sllm_actor.metadata import Fact
+from sllm_actor.metadata import Fact, Store
 
 PREFIX = "streams/"
 PART_TOKENS = 64
@@ -37,6 +38,13 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     asked_by: str
     owner: str
     expires_wall_s: float
+
+
+class Found(NamedTuple):
+    """A stream that is known, and its record as it lies in the store."""
+
+    record: Record
+    fact: Fact
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +90,19 @@ def read_record(fact: Fact) -> Record | None:
         return _records.decode(fact.value)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+async def look_up(store: Store, stream_id: str, key: Key | None, now_wall_s: float) -> Found | None:
+    """Give the record of a stream; None where there is none, none any more, or it is not this key's.
+
+    Raises:
+        MetadataFailed: the store can't be asked.
+    """
+    fact = await store.get(record_key(stream_id))
+    record = read_record(fact) if fact is not None else None
+    if fact is None or record is None or record.asked_by != asked_by(key):
+        return None
+    return Found(record, fact) if now_wall_s <= record.expires_wall_s else None
 
 
 def parts_of(stream_id: str, choice: int, log: ChoiceLog, written: int) -> Iterator[tuple[str, bytes]]:
