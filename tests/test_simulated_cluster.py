@@ -27,7 +27,7 @@ FOUND = {
     "last_tokens_not_taken": (1, "has parked another answer"),
     "held_tokens_given_twice": (7, "has parked another answer"),
     "prepared_never_ends": (2, "does not end"),
-    "prepared_keeps_its_slot": (10, "does not end"),
+    "prepared_keeps_its_slot": (12, "does not end"),
     "waits_for_its_router_for_ever": (11, "still has"),
     "two_owners": (0, "finishes after"),
     "repeated_tokens": (1, "has parked another answer"),

@@ -13,9 +13,9 @@ from sllm_actor.actors.migration_coordinator import MigrationCoordinator
 from sllm_actor.actors.node_keeper import COORDINATOR, NODE_KEEPER
 from sllm_actor.actors.slots import Slots
 from sllm_actor.domain import NodeId, RequestId
-from sllm_actor.errors import Draining, MigrationFailed, SllmError
+from sllm_actor.errors import Conflict, Draining, MigrationFailed, SllmError
 from sllm_actor.messages.instances import InstanceStarted
-from sllm_actor.messages.migration import InstanceMoved, MigrateRequest, MoveInstance
+from sllm_actor.messages.migration import HandedOver, InstanceMoved, MigrateOut, MigrateRequest, MoveInstance
 from sllm_actor.messages.operations import CordonNode, DrainNode
 from sllm_actor.messages.placement import RunsAlready
 from sllm_actor.runtime.cell import Cell
@@ -157,6 +157,52 @@ def test_one_that_waits_for_a_slot_is_not_moved_by_itself_either() -> None:
             await node.system.ref(COORDINATOR).ask(MigrateRequest(request_id=waiting, to=NodeId("")), timeout_s=30.0)
 
     crowded(refused)
+
+
+def test_two_who_wish_an_answer_moved_to_one_node_both_see_it_go_there_and_a_third_is_told_where_it_goes() -> None:
+    async def move(made: Crowded) -> None:
+        (source, worker), there = made.source(), await made.started_elsewhere()
+        request_id = made.generating()[0]
+        wish = MigrateRequest(request_id=request_id, to=there.node)
+        asking = [
+            asyncio.ensure_future(node.system.ref(COORDINATOR).ask(wish, timeout_s=30.0))
+            for node in made.cluster.living()
+        ]
+        await made.until(lambda: worker._live[request_id].moving is not None)
+        elsewhere = MigrateOut(
+            request_id=request_id, migration_id="x", instance_id="i", model=there.model, node=NodeId("n9"),
+            worker="w", address="",
+        )  # fmt: skip
+        (at,) = (cell.name for _, cell in made._cells() if cell.actor is worker)
+        with pytest.raises(Conflict, match=f"is being moved to {there.node} already"):
+            await source.system.ref(at).ask(elsewhere, timeout_s=30.0)
+        moved: list[HandedOver] = await asyncio.gather(*asking)
+        assert [(one.node, one.instance_id) for one in moved] == [(there.node, there.instance_id)] * 2
+        assert sorted(one.rounds > 0 for one in moved) == [False, True]
+        assert sum(node.parts.migrations.aborted for node in made.cluster.living()) == 0
+
+    crowded(move, GENERATING)
+
+
+def test_who_waits_for_a_move_that_fails_moves_it_himself() -> None:
+    async def move(made: Crowded) -> None:
+        (source, worker), there = made.source(), await made.started_elsewhere()
+        request_id = made.generating()[0]
+        (at,) = (cell.name for _, cell in made._cells() if cell.actor is worker)
+        wishes = [
+            MigrateOut(
+                request_id=request_id, migration_id=number, instance_id=there.instance_id, model=there.model,
+                node=there.node, worker=there.worker, address=there.address,
+            )
+            for number in ("first", "second")
+        ]  # fmt: skip
+        first, second = (asyncio.ensure_future(source.system.ref(at).ask(one, timeout_s=30.0)) for one in wishes)
+        await made.until(lambda: worker._live[request_id].moving is not None)
+        first.cancel()
+        handed: HandedOver = await second
+        assert (handed.node, handed.rounds > 0) == (there.node, True)
+
+    crowded(move, GENERATING)
 
 
 def test_a_node_is_drained_when_its_answers_have_ended_also_where_nothing_has_a_place_elsewhere() -> None:

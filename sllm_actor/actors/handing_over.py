@@ -25,7 +25,7 @@ class Live:
     def __init__(self, request: Generate) -> None:
         self.request = request
         self.stream = AnswerStream()
-        self.moving = ""
+        self.moving: HandingOver | None = None
         # For a slot of its instance.
         self.waits = False
         # Its reader has left, or it is over.
@@ -65,33 +65,40 @@ class HandingOver:
         self._target = target
         self._limits = limits
         self._clock = clock
+        self._over = asyncio.Event()
+        self._is_handed_over = False
         self._recomputed_s = 0.0
-        self._sent = live.token_ids()
+        self._sent: list[int] = []
         self._moved_bytes = 0
 
     async def run(self) -> HandedOver:
-        """Hand it over.
+        """Hand it over. Where somebody else has it handed over to the same node, wait for that.
 
         Raises:
-            Conflict: it is being moved already.
+            Conflict: it is being moved to another node already.
             MigrationFailed: the answer ended first, or its reader left, or it has no slot yet.
             DestinationFailed: the destination refused it, was lost, or said nothing for too long.
         """
         live, message = self._live, self._message
-        if live.moving:
-            raise Conflict(f"request {message.request_id} is being moved already", param="request_id")
+        while live.moving is not None:
+            handed = await live.moving.joined_by(message)
+            if handed is not None:
+                return handed
         if live.waits:
             raise MigrationFailed(f"request {message.request_id} waits for a slot: there is nothing to move yet")
-        live.moving = message.migration_id
+        live.moving = self
         try:
+            self._sent = live.token_ids()
             request = msgspec.structs.replace(cast(Any, live.request), generated=pack_uint32(self._sent), adapter="")
             self._moved_bytes = len(request.prompt) + len(request.generated)
             prepare = Prepare(migration_id=message.migration_id, request=request)
             async with aclosing(self._target.stream(prepare)) as steps:
                 rounds = await self._rounds(steps)
                 await self._hand_over()
+                self._is_handed_over = True
         finally:
-            live.moving = ""
+            live.moving = None
+            self._over.set()
         return HandedOver(
             node=message.node,
             instance_id=message.instance_id,
@@ -99,6 +106,22 @@ class HandingOver:
             tokens=len(live.request.prompt) // 4 + len(self._sent),
             bytes_moved=self._moved_bytes,
             recomputed_s=self._recomputed_s,
+        )
+
+    async def joined_by(self, other: MigrateOut) -> HandedOver | None:
+        """Wait for the end of this, which somebody else wishes, too; None where it has failed.
+
+        Raises:
+            Conflict: they wish it elsewhere.
+        """
+        node = self._message.node
+        if other.node != node:
+            raise Conflict(f"request {other.request_id} is being moved to {node} already", param="request_id")
+        await self._over.wait()
+        if not self._is_handed_over:
+            return None
+        return HandedOver(
+            node=node, instance_id=self._message.instance_id, rounds=0, tokens=0, bytes_moved=0, recomputed_s=0.0
         )
 
     async def _rounds(self, steps: Any) -> int:

@@ -28,8 +28,9 @@ class MigrateRequest:
 class MigrateOut:
     """Told to the worker that has a request: hand it over to this instance, generating until that has caught up.
 
-    Answered by `HandedOver`; fails with `RequestNotFound`, with `Conflict` where it is being moved already, with
-    `MigrationFailed`, or, where the destination is to blame, `DestinationFailed`: then it goes on where it is.
+    Answered by `HandedOver`, also where somebody else has it moved to that node; fails with `RequestNotFound`, with
+    `Conflict` where it is being moved to another one already, with `MigrationFailed`, or, where the destination is to
+    blame, `DestinationFailed`: then it goes on where it is.
     """
 
     request_id: RequestId
@@ -46,6 +47,7 @@ class HandedOver:
     """The destination has it: after so many rounds, in which so many tokens, prompt included, and bytes were moved.
 
     For `recomputed_s` it was busy with keys and values that the source had computed already, beside what else it did.
+    Who waited for a move that somebody else had asked for is told of no rounds, tokens and bytes.
     """
 
     node: NodeId
