@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import msgspec
@@ -11,7 +12,9 @@ from test_supervision import now_s, virtual_system, virtually
 
 from sllm_actor.actors import Scheduler
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.domain import NodeId
 from sllm_actor.messages.placement import InstanceView, Placement
+from sllm_actor.policy.taking_turns import FIRST_REQUEST_S, TakingTurns
 from sllm_actor.runtime import ActorSystem
 
 HOLD_S = 2.0
@@ -25,17 +28,27 @@ class House:
         self.manager = manager
         self.starts = 0
 
-    async def ask(self, model: str) -> float:
-        """Ask for a model that does not run, have it started, and give how long its place took to come."""
+    async def ask(self, model: str, *, comes: bool = True) -> float:
+        """Ask for a model that does not run, have it started, and give how long its place took to come.
+
+        The request that it is started for is answered at once where it `comes`.
+        """
         begin_s = now_s()
         wish = question(model, timeout_s=60.0)
         placement: Placement = await scheduler(self.made).ask(wish, timeout_s=100)
         waited_s = now_s() - begin_s
         self.starts += 1
-        running: InstanceView = msgspec.structs.replace(cast(Any, view(f"{model}{self.starts}")), model=model)
-        self.manager.report = report(slots=1, instances=[running], ended=(placement.placement_id,), on_ssd=("a", "b"))
-        scheduler(self.made).tell(self.manager.report)
+        for active in (0, 1, 0) if comes else (0,):
+            self.tell(model, active, placement.placement_id)
         return waited_s
+
+    def tell(self, model: str, active: int, *ended: str) -> None:
+        """Tell how many requests the last instance has."""
+        running: InstanceView = msgspec.structs.replace(
+            cast(Any, view(f"{model}{self.starts}")), model=model, active=active
+        )
+        self.manager.report = report(slots=1, instances=[running], ended=ended, on_ssd=("a", "b"))
+        scheduler(self.made).tell(self.manager.report)
 
 
 async def house(hold_s: float) -> House:
@@ -74,3 +87,34 @@ async def test_a_model_that_comes_back_after_long_is_not_held() -> None:
         assert await here.ask(model) == 0.0
         await here.made.clock.sleep(60.0)
     await here.made.close()
+
+
+@virtually
+async def test_an_instance_makes_no_room_before_its_first_request_has_come_whatever_the_hold() -> None:
+    here = await house(0.0)
+    assert await here.ask("a", comes=False) == 0.0
+    asked = asyncio.ensure_future(here.ask("b"))
+    await here.made.clock.sleep(FIRST_REQUEST_S / 2)
+    here.tell("a", 1)
+    await here.made.clock.sleep(FIRST_REQUEST_S / 4)
+    assert not asked.done()
+    here.tell("a", 0)
+    assert await asked == pytest.approx(FIRST_REQUEST_S * 3 / 4)
+    await here.made.close()
+
+
+@virtually
+async def test_an_instance_that_nobody_comes_to_makes_room_after_a_while() -> None:
+    here = await house(0.0)
+    assert await here.ask("a", comes=False) == 0.0
+    assert await here.ask("b") == pytest.approx(FIRST_REQUEST_S)
+    await here.made.close()
+
+
+def test_what_a_node_reports_first_is_not_new_to_who_begins_to_lead() -> None:
+    turns = TakingTurns(HOLD_S)
+    assert not list(turns.newcomers(report(slots=2, instances=[view("a")]), 0.0))
+    assert list(turns.newcomers(report(slots=2, instances=[view("a"), view("b")]), 1.0)) == [("b-1", 0.0)]
+    assert turns.is_unasked(NodeId("node-1"), "b-1") and not turns.is_unasked(NodeId("node-1"), "a-1")
+    turns.forget(NodeId("node-1"))
+    assert not turns.is_unasked(NodeId("node-1"), "b-1")

@@ -14,6 +14,7 @@ from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, granted
 from sllm_actor.actors.estimate_book import EstimateBook
 from sllm_actor.actors.granted_starts import GrantedStarts
+from sllm_actor.actors.holding import Holding
 from sllm_actor.actors.making_room import MakingRoom
 from sllm_actor.actors.rooms import TOLD_WITHIN_S, Rooms, Waiting, runs_already
 from sllm_actor.actors.scheduler_limits import Limits as Limits
@@ -111,6 +112,7 @@ class Scheduler(Actor):
             self.context, self._view, self._clock, self._making, self._turns, self._decisions,
             decide=self._decide, grant=self._grant, serve=self._serve, life=self._life,
         )  # fmt: skip
+        self._holding = Holding(self.context, self._view, self._clock, self._turns, self._serve)
         if self._autoscaler is not None:
             self.context.tasks.spawn(self._keep_scaling(self._autoscaler), "scale")
         if self._book is not None:
@@ -169,9 +171,7 @@ class Scheduler(Actor):
         before = self._view.nodes.get(report.node)
         self._view.hear(report, now_s)
         self._waiting.hear(before.report if before is not None else None, report)
-        for instance_id in self._turns.came_back(report, now_s):
-            self._view.hold(report.node, instance_id)
-            self.context.tasks.spawn(self._hold(report.node, instance_id), f"hold-{instance_id}")
+        self._holding.hear(report, now_s)
         for placement_id in report.ended_placements:
             self._view.release(placement_id)
             self._ended(placement_id, "failed" if placement_id in report.failed_placements else "started", now_s)
@@ -192,11 +192,6 @@ class Scheduler(Actor):
         else:
             self._view.grant(placement_id, Grant(node, start.host_bytes, expires_s, start.slots))
         self._granted.goes_on(placement_id, node, start, now_s)
-
-    async def _hold(self, node: NodeId, instance_id: str) -> None:
-        await self._clock.sleep(self._limits.switch_hold_s)
-        self._view.let_go(node, instance_id)
-        self._serve()
 
     @handles(MembersChanged)
     async def members_changed(self, message: MembersChanged) -> None:
