@@ -58,14 +58,25 @@ def test_a_burst_for_one_model_spreads_over_the_instances_that_come_up() -> None
 
 
 def test_a_burst_of_one_model_does_not_take_all_that_is_free_from_a_larger_one_of_another() -> None:
-    """The first burst's model has the lower number, and as many requests as there are devices."""
-    described = changed(SMALL, "copies=2")
-    both = [Arrival(0.01 * number, 0, 50, 200) for number in range(8)]
-    both += [Arrival(0.1 + 0.01 * number, 1, 50, 200) for number in range(24)]
-    answered = run(both, described=described)
+    """Both run already, and the smaller one's model has the lower number, and as many requests as there are devices."""
+    both = [Arrival(0.0, model, 50, 200) for model in (0, 1)]
+    both += [Arrival(6.0 + 0.01 * number, 0, 50, 200) for number in range(8)]
+    both += [Arrival(6.0 + 0.01 * number, 1, 50, 200) for number in range(24)]
+    answered = run(both, described=changed(SMALL, "copies=2"))
     waits_s = {model: [one.wait_s for one in answered.seen if one.model == model] for model in (0, 1)}
     # An answer takes 6.6 s. Whoever has three times as many requests waits not much longer for them than the others.
     assert max(waits_s[1]) < 1.5 * max(waits_s[0])
+
+
+def test_a_long_start_that_several_wait_for_does_not_keep_others_from_help() -> None:
+    """Requests at both gateways wait for the larger model, whose bytes take 4.3 s, and want no other place."""
+    described = Description(nodes=2, models=(Models(shape="opt-6.7b", count=1), Models(shape="opt-13b", count=1)))
+    burst = [Arrival(0.1, 0, 50, 100)] * 4
+    answered = run([*[Arrival(0.0, 1, 50, 10)] * 6, *burst], described=described)
+    waits_s = sorted(one.wait_s for one in answered.seen if one.model == 0)
+    # From the SSD in 2.3 s, and its help half a second later, from the memory beside it.
+    assert len({one.node for one in answered.seen if one.model == 1}) == 1
+    assert waits_s[1] < 2.3 + 0.5 + 0.7 + 0.2
 
 
 def test_a_wait_is_split_into_what_it_was_for() -> None:

@@ -133,8 +133,12 @@ class Scheduler(Actor):
     async def _keep_scaling(self, autoscaler: Autoscaler) -> None:
         while True:
             await self._clock.sleep(LOOK_EVERY_S)
-            # Requests that wait go first, and what is not known is not to be started again.
-            if not self._awaited and not self._waiting:
+            # Requests that wait for a place go first, and what is not known is not to be started again.
+            now_s = self._clock.monotonic_s()
+            with_room = self._waiting.models_with_room()
+            if not self._awaited and all(
+                one.room is not None or self._coming(one, now_s, with_room) for one in self._waiting
+            ):
                 self._scale_up(autoscaler)
             for one in autoscaler.surplus(self._view):
                 report = self._view.nodes[one.node].report
@@ -314,15 +318,19 @@ class Scheduler(Actor):
             if instance.instance_id not in question.failed and allows(question, report.node):
                 self._waiting.answer(waiting, runs_already(report, instance))
                 return True
-        if self._granted.comes(question.model, now_s):
-            waiting.why = f"{question.model} is being started already"
+        coming = self._coming(waiting, now_s, with_room)
+        if coming:
+            waiting.why = coming
             if waiting.recheck is None:
                 waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
-            return True
-        if waiting.room is None and question.model in with_room:
-            waiting.why = f"room is being made for {question.model} already"
-            return True
-        return False
+        return bool(coming)
+
+    def _coming(self, waiting: Waiting, now_s: float, with_room: Set[ModelName]) -> str:
+        """Say why what one waits for comes without a place of its own: another one has that already; else nothing."""
+        model = waiting.question.model
+        if self._granted.comes(model, now_s):
+            return f"{model} is being started already"
+        return f"room is being made for {model} already" if waiting.room is None and model in with_room else ""
 
     def _decide(self, waiting: Waiting, now_s: float) -> Decision:
         situation = Situation(
