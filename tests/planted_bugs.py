@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from typing import Any
 
 import pytest
 
 from sllm_actor.actors import going_on, router
 from sllm_actor.actors.going_on import Given
-from sllm_actor.actors.handing_over import HandingOver
 from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.model_manager import ModelManager
 from sllm_actor.actors.prepared import PreparedRequest, PreparedRequests
-from sllm_actor.actors.router import Router
 from sllm_actor.actors.slots import Slots
-from sllm_actor.engine.streams import AnswerStream
-from sllm_actor.messages.generation import Migrated, Tokens
+from sllm_actor.messages.generation import Tokens
 from sllm_actor.testing.cluster_simulation import Outcome, run_seed
 
 PROMISED_SEEDS = 2000
@@ -42,47 +38,6 @@ def no_epoch_check(patch: pytest.MonkeyPatch) -> None:
     """The Router takes tokens of every epoch."""
     whole = Given.is_new
     patch.setattr(Given, "is_new", lambda given, item, epoch: isinstance(item, Tokens) or whole(given, item, epoch))
-
-
-def last_tokens_not_sent(patch: pytest.MonkeyPatch) -> None:
-    """The source hands over without what came since the last round."""
-    whole = HandingOver._extend
-
-    async def extend(handing: HandingOver, token_ids: list[int], *, last: bool) -> None:
-        await whole(handing, [] if last else token_ids, last=last)
-
-    patch.setattr(HandingOver, "_extend", extend)
-
-
-def last_tokens_not_taken(patch: pytest.MonkeyPatch) -> None:
-    """The Router leaves out what comes last before an answer goes on elsewhere."""
-    whole = Router._items
-
-    async def items(routing: Router, *given: Any) -> AsyncGenerator[Any, None]:
-        last: list[Any] = []
-        async with aclosing(whole(routing, *given)) as coming:
-            async for item in coming:
-                if isinstance(item, Migrated):
-                    last.clear()
-                for one in last:
-                    yield one
-                last = [item]
-        for one in last:
-            yield one
-
-    patch.setattr(Router, "_items", items)
-
-
-def held_tokens_given_twice(patch: pytest.MonkeyPatch) -> None:
-    """The source gives its reader what the destination will give, too."""
-    whole = AnswerStream.end_with
-
-    def end_with(stream: AnswerStream, item: Any) -> None:
-        for held in stream._held or []:
-            stream._items.put_nowait(held)
-        whole(stream, item)
-
-    patch.setattr(AnswerStream, "end_with", end_with)
 
 
 def prepared_never_ends(patch: pytest.MonkeyPatch) -> None:
@@ -143,9 +98,8 @@ def end_without_a_word(patch: pytest.MonkeyPatch) -> None:
 
 
 PLANTS: tuple[Plant, ...] = (
-    no_epoch_check, last_tokens_not_sent, last_tokens_not_taken, held_tokens_given_twice, prepared_never_ends,
-    prepared_keeps_its_slot, waits_for_its_router_for_ever, two_owners, repeated_tokens, forgotten_tokens, kept_lease,
-    forgotten_unload, kept_slot, end_without_a_word,
+    no_epoch_check, prepared_never_ends, prepared_keeps_its_slot, waits_for_its_router_for_ever, two_owners,
+    repeated_tokens, forgotten_tokens, kept_lease, forgotten_unload, kept_slot, end_without_a_word,
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from sllm_actor.testing.questions import DEMO_MODEL, Question, add, as_chat, cou
 
 END, DEMO_VOCABULARY, DEMO_CONTEXT = 2, 512, 2048
 GRAMMAR_BYTES = 8_000_000
-ROUND_TOKENS = 2
+ROUND_TOKENS, LAST_TOKENS = 2, 3
 SAMPLED = Sampling(max_tokens=8, temperature=1.0, top_p=0.9, seed=7, presence_penalty=0.5, top_logprobs=2)
 
 
@@ -56,13 +56,13 @@ class Asking(NamedTuple):
         return begun
 
     def goes_over(self, runner: Runner, tokens: Sequence[int], at: int) -> Generation:
-        """Have a runner compute `at` tokens beforehand, then some more, and go on behind those."""
+        """Have a runner compute `at` tokens beforehand, then some more, and go on behind a few that it is told then."""
         parked = runner.park(self.prompt, tokens[:at], resume=self.resume, adapter=self.adapter)
         settle(runner)
         reached = min(at + ROUND_TOKENS, len(tokens) - 1)
         runner.extend(parked, tokens[at:reached])
         settle(runner)
-        return self.begin(runner, tokens[:reached], parked)
+        return self.begin(runner, tokens[: min(reached + LAST_TOKENS, len(tokens) - 1)], parked)
 
 
 def settle(runner: Runner) -> None:

@@ -93,6 +93,25 @@ def test_a_parked_one_computes_nothing_more_and_lets_the_runner_rest(llama: Path
     assert parked.written == 43
 
 
+@pytest.mark.parametrize("resume", [Resume.FAST, Resume.EXACT])
+def test_the_tokens_that_come_with_the_take_over_are_computed_with_the_next_one(resume: Resume, llama: Path) -> None:
+    source, target = runner_of(llama), runner_of(llama)
+    undisturbed = source.begin(prompt_of(20), greedy(14), resume=resume)
+    finish(source)
+    parked = target.park(prompt_of(20), undisturbed.tokens[:5], resume=resume)
+    settle(target)
+    gone_on = target.begin(prompt_of(20), greedy(14), generated=undisturbed.tokens[:9], resume=resume, parked=parked)
+    assert gone_on.known - gone_on.written == 5
+    steps = 0
+    while len(gone_on.tokens) == 9:
+        target.step()
+        steps += 1
+    # An exact one replays them as they were computed: one by one.
+    assert steps == (5 if resume is Resume.EXACT else 1)
+    finish(target)
+    assert gone_on.tokens == undisturbed.tokens
+
+
 def test_others_are_answered_while_one_is_parked(llama: Path) -> None:
     runner = runner_of(llama)
     runner.park(prompt_of(40), [1, 2, 3])

@@ -26,6 +26,8 @@ SAMPLING = Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0)
 class SlowEngine:
     """Holds what it is given, and never gets anywhere."""
 
+    handed_over = False
+
     @contextmanager
     def park(self, _: Generate) -> Iterator[SlowEngine]:
         yield self

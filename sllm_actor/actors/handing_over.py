@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, cast
 
 import msgspec
@@ -28,8 +28,6 @@ class Live:
         self.moving: HandingOver | None = None
         # For a slot of its instance.
         self.waits = False
-        # Its reader has left, or it is over.
-        self.gone = False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -135,7 +133,7 @@ class HandingOver:
             behind = self._behind()
             if len(behind) <= self._limits.threshold_tokens or number == self._limits.max_rounds:
                 break
-            await self._extend(behind, last=False)
+            await self._extend(behind)
         return number
 
     @contextmanager
@@ -151,23 +149,34 @@ class HandingOver:
             raise DestinationFailed(f"{node} can't take {self._message.request_id}: {failed.message}") from failed
 
     def _behind(self) -> list[int]:
-        if self._live.gone or self._live.stream.ended:
+        if self._live.stream.ended:
             raise MigrationFailed(f"request {self._message.request_id} ended before it was handed over")
         return self._live.token_ids()[len(self._sent) :]
 
-    async def _extend(self, token_ids: list[int], *, last: bool) -> None:
-        more = ExtendPrepared(migration_id=self._message.migration_id, token_ids=pack_uint32(token_ids), last=last)
+    async def _extend(self, token_ids: list[int]) -> None:
+        packed = pack_uint32(token_ids)
+        await self._tell(ExtendPrepared(migration_id=self._message.migration_id, token_ids=packed, last=False))
+        self._sent += token_ids
+        self._moved_bytes += len(packed)
+
+    async def _tell(self, more: ExtendPrepared) -> None:
         with self._blaming_destination():
             await self._target.ask(more, timeout_s=self._limits.hand_over_timeout_s)
-        self._sent += token_ids
-        self._moved_bytes += len(more.token_ids)
 
     async def _hand_over(self) -> None:
-        """Hold the answer back, give what is missing, and end the stream so that its reader goes on there."""
-        behind, message, stream = self._behind(), self._message, self._live.stream
+        """Hold the answer back, say that no more comes, and end the stream so that its reader goes on there.
+
+        Its Router has all tokens of the answer, and asks for the rest with them. First comes the token that is being
+        computed: thrown away it would be time that the client has waited for nothing.
+        """
+        message, stream = self._message, self._live.stream
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.hand_over_timeout_s):
+                await stream.grown()
+        self._behind()
         stream.hold()
         try:
-            await self._extend(behind, last=True)
+            await self._tell(ExtendPrepared(migration_id=message.migration_id, token_ids=b"", last=True))
         except BaseException:
             stream.release()
             raise

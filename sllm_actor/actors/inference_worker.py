@@ -95,7 +95,7 @@ class InferenceWorker(Actor):
                 async for item in items:
                     yield item
         finally:
-            live.gone = True
+            live.stream.leave()
             if self._live[request.request_id] is live:  # Its id may have come again.
                 del self._live[request.request_id]
 

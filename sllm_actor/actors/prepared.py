@@ -37,9 +37,13 @@ class PreparedRequest:
     def __init__(self) -> None:
         self.reached: asyncio.Queue[int | SllmError] = asyncio.Queue()
         self.parking: Parking | None = None
-        self.handed_over = False
         self.taken = False
         self.task: asyncio.Task[None]
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether it waits for its Router alone."""
+        return self.parking is not None and self.parking.handed_over
 
     def end(self) -> None:
         """Give up the slot and what is held."""
@@ -111,7 +115,7 @@ class PreparedRequests:
             self._end(migration_id)
 
     def extend(self, message: ExtendPrepared, scope: TaskScope) -> None:
-        """Hold more tokens of one that is prepared; the last of them make it wait for its Router alone.
+        """Hold more tokens of one that is prepared, or, behind the last of them, have it wait for its Router alone.
 
         Raises:
             MigrationFailed: nothing is prepared under this id.
@@ -119,10 +123,11 @@ class PreparedRequests:
         one = self._prepared.get(message.migration_id)
         if one is None or one.parking is None or one.handed_over:
             raise MigrationFailed(f"nothing is prepared for {message.migration_id}")
-        one.parking.extend(unpack_uint32(message.token_ids))
         if message.last:
-            one.handed_over = True
+            one.parking.hand_over()
             scope.spawn(self._await_router(one), f"handed-over-{message.migration_id}")
+        else:
+            one.parking.extend(unpack_uint32(message.token_ids))
 
     async def _await_router(self, one: PreparedRequest) -> None:
         await self._clock.sleep(self._limits.take_over_timeout_s)

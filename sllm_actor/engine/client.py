@@ -230,7 +230,7 @@ class Engine:
             EngineDied: the process has left.
         """
         stream = AnswerStream()
-        parking = Parking(self._open(stream), stream, self._send)
+        parking = self._parking(self._open(stream), stream)
         try:
             self._send(
                 Park(
@@ -246,6 +246,9 @@ class Engine:
         finally:
             del self._streams[parking.number]
             parking.leave()
+
+    def _parking(self, number: RequestId, stream: AnswerStream) -> Parking:
+        return Parking(number, stream, self._send)
 
     def _open(self, stream: AnswerStream) -> RequestId:
         number = RequestId(str(next(self._numbers)))

@@ -25,8 +25,9 @@ class AnswerStream:
         self._held: list[Said | SllmError] | None = None
         # Of the answer here, all that the reader has or will find, but for what is held back.
         self.token_ids: list[int] = []
-        # Whether it has come to its end, good or bad.
+        # Whether it has come to its end, good or bad, or its reader has left.
         self.ended = False
+        self._grown = asyncio.Event()
 
     def put(self, item: Said | SllmError) -> None:
         """Have the reader find an item, unless they are held back."""
@@ -39,6 +40,12 @@ class AnswerStream:
             self.token_ids += item.token_ids
         self.ended = isinstance(item, Finished | SllmError)
         self._items.put_nowait(item)
+        self._grown.set()
+
+    async def grown(self) -> None:
+        """Wait until there is something new for the reader, an end included. One waits at a time."""
+        self._grown.clear()
+        await self._grown.wait()
 
     async def get(self) -> Said | Migrated | SllmError:
         """Wait for the next item."""
@@ -54,6 +61,11 @@ class AnswerStream:
         held, self._held = self._held or [], None
         for item in held:
             self.put(item)
+
+    def leave(self) -> None:
+        """Say that the reader has left, or has all of it."""
+        self.ended = True
+        self._grown.set()
 
     def end_with(self, item: Migrated) -> None:
         """Let the stream end so, and forget what was held back and comes still."""
@@ -73,6 +85,8 @@ class Parking:
         self._stream = stream
         self._send = send
         self.taken = False
+        # No more tokens come but with the request that takes it over.
+        self.handed_over = False
 
     async def reached(self) -> int:
         """Wait until all that can be is computed, again behind each `extend`; give the tokens that are known then.
@@ -94,6 +108,13 @@ class Parking:
             EngineDied: the process has left.
         """
         self._send(ExtendParked(request_id=self.number, token_ids=pack_uint32(token_ids)))
+
+    def hand_over(self) -> None:
+        """Have it wait for the request that takes it over.
+
+        What is missing comes with that: computed alone it would take a step for which the answer's next token waits.
+        """
+        self.handed_over = True
 
     def leave(self) -> None:
         """Let go of it, unless it was taken over. Where this can't be said, the process is on its way out."""

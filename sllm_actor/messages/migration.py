@@ -79,10 +79,10 @@ class Prepared:
 
 @message("migration.extend")
 class ExtendPrepared:
-    """These tokens, packed like the others, were generated meanwhile. With `last` no more come: it is handed over.
+    """These tokens, packed like the others, were generated meanwhile. With `last` none come: it is handed over.
 
-    What was handed over is held until its Router asks for it, or for a bounded time. Fails with `MigrationFailed` where
-    nothing is prepared under this id.
+    What was handed over is held until its Router asks for it, with all its tokens, or for a bounded time. Fails with
+    `MigrationFailed` where nothing is prepared under this id.
     """
 
     migration_id: str

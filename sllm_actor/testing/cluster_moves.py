@@ -213,7 +213,7 @@ class MoveWatch:
 _STEPS = {
     Heard.PARKED: Step.PREPARED,
     Heard.EXTEND: Step.ROUND,
-    Heard.EXTEND_LAST: Step.HANDED_OVER,
+    Heard.HANDED_OVER: Step.HANDED_OVER,
     Heard.TAKE_OVER: Step.TAKEN_OVER,
 }
 _OF_KIND: Mapping[str, tuple[Met, ...]] = {

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 
-from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.migration_counts import MigrationCounts
 from sllm_actor.actors.node_keeper import NODE_KEEPER
 from sllm_actor.actors.registration import Examiner
@@ -19,7 +18,7 @@ from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.shared_models import Decode, decode_model
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.config import Config
-from sllm_actor.domain import Backend, Model, ModelName, RequestId
+from sllm_actor.domain import Backend, Model, ModelName
 from sllm_actor.engine.pool import EnginePool, Engines
 from sllm_actor.errors import DeliveryFailed
 from sllm_actor.loader.tiers import Tiers
@@ -30,8 +29,9 @@ from sllm_actor.node.cluster import Many
 from sllm_actor.node.wiring import Actors, Parts, spawn_actors
 from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, Network, Security
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.testing.engine_handle import SimulatedEngine, fork
 from sllm_actor.testing.process_loop import context_of
-from sllm_actor.testing.simulated_engine import Cores, EngineProcess, Heard, SimulatedEngine, Speed, fork
+from sllm_actor.testing.simulated_engine import Cores, EngineProcess, Heard, Speed
 from sllm_actor.testing.simulated_store import MemoryStore, Way
 from sllm_actor.testing.simulated_tiers import SimulatedCard, SimulatedTiers, folder_of
 
@@ -195,20 +195,9 @@ class SimulatedNode:
         """Hear of what may not be."""
         self._problem(f"{self.process}: {text}")
 
-    def hears(self, process: EngineProcess, heard: Heard, prompt: bytes, number: RequestId, epoch: int) -> None:
+    def hears(self, process: EngineProcess, heard: Heard, prompt: bytes, epoch: int) -> None:
         """Pass on what an engine of this node heard of a request."""
-        if heard is Heard.EXTEND and self._is_handed_over(process, number):
-            heard = Heard.EXTEND_LAST
         self._moves(Home(self.name, self.process, process.pid), heard, prompt, epoch)
-
-    def _is_handed_over(self, process: EngineProcess, number: RequestId) -> bool:
-        workers = [cell.actor for cell in self.system.cells.values() if isinstance(cell.actor, InferenceWorker)]
-        return any(
-            one.handed_over and one.parking is not None and one.parking.number == number
-            for worker in workers
-            if cast(SimulatedEngine, worker._engine).process is process
-            for one in worker._prepared._prepared.values()
-        )
 
     def _escalated(self, ref: ActorRef, failure: BaseException) -> None:
         self.problem(f"{ref.name} escalates {failure!r}")
