@@ -8,11 +8,14 @@ the time to the first token of a request for just those, whose prefix nobody has
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import os
 import random
 import statistics
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,12 +115,30 @@ async def move(cluster: NodeCluster, draw: random.Random, tokens: int, number: i
 
 
 class Drain(NamedTuple):
-    """A node's drain: how long it and one resume took, and how long the streams would have gone on there."""
+    """A node's drain: how long it and one resume took, and how long the streams would have gone on there.
+
+    `engines_s` is the processor time of the destination's engines meanwhile. In `anew_s` the same instance computed as
+    much anew when nothing else ran: as many prompts, each as long as a stream was when the drain began, all at once. A
+    drain can hardly take less, whatever its moves cost.
+    """
 
     streams: int
     took_s: float
     resume_s: float
     would_take_s: float
+    engines_s: float
+    anew_s: float
+
+
+def processor_s(pids: Iterable[int]) -> dict[int, float]:
+    """Give the processor time of each of some processes so far, but of those that have ended."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            # Behind the name, which may have any characters: the 14th and 15th of all fields.
+            user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            found[pid] = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 async def drain(cluster: NodeCluster, draw: random.Random, streams: int, model: str, vocabulary: int) -> Drain:
@@ -135,10 +156,12 @@ async def drain(cluster: NodeCluster, draw: random.Random, streams: int, model: 
             task = asyncio.create_task(times_of(session, gateway, body, f"{model}-{number}", come, enough))
             begun.append((task, come, enough))
         await asyncio.gather(*(enough.wait() for _, _, enough in begun))
+        engines = processor_s(cluster.nodes["n1"].children())
         begin_s = loop.time()
         async with session.post(f"{gateway}/admin/nodes/n2/drain") as reply:
             told = await reply.json()
         took_s = loop.time() - begin_s
+        engines_s = sum(seconds - engines[pid] for pid, seconds in processor_s(engines).items())
         if reply.status != 200 or told["stopped"] != 1 or any(task.done() for task, _, _ in begun):
             raise SystemExit(f"n2 was not drained while all of it ran: {told}")
         gaps = [later - earlier for _, come, _ in begun for earlier, later in itertools.pairwise(come[:BEFORE_TOKENS])]
@@ -147,7 +170,16 @@ async def drain(cluster: NodeCluster, draw: random.Random, streams: int, model: 
         anew, asked_s = list[float](), loop.time()
         fresh = asked(DRAINED_PROMPT_TOKENS + BEFORE_TOKENS, 1)
         await times_of(session, gateway, fresh, f"{model}-resume", anew, asyncio.Event())
-    return Drain(streams, took_s, anew[0] - asked_s, left * statistics.median(gaps))
+        resume_s, asked_s = anew[0] - asked_s, loop.time()
+        fresh_ones = [asked(DRAINED_PROMPT_TOKENS + sum(at_s < begin_s for at_s in come), 1) for _, come, _ in begun]
+        await asyncio.gather(
+            *(
+                times_of(session, gateway, body, f"{model}-anew-{number}", anew, asyncio.Event())
+                for number, body in enumerate(fresh_ones)
+            )
+        )
+        anew_s = max(anew) - asked_s
+    return Drain(streams, took_s, resume_s, left * statistics.median(gaps), engines_s, anew_s)
 
 
 def on_n2_alone(cluster: NodeCluster, model: str) -> None:
@@ -168,12 +200,15 @@ def _drain_rows(report: Report, model: str, made: Drain) -> None:
         (f"{model}: drain of {made.streams} streams of {STREAM_TOKENS} tokens", made.took_s),
         (f"{model}: one resume", made.resume_s),
         (f"{model}: the streams would have gone on for", made.would_take_s),
+        (f"{model}: processor time of the destination's engines", made.engines_s),
+        (f"{model}: all of it computed anew, nothing beside it", made.anew_s),
     ):
         value = round(seconds, 3)
         report.row(prompt=DRAINED_PROMPT_TOKENS, measured=what, unit="s", median=value, min=value, max=value, n=1)
     report.ratio(f"{model}.drain_s", [made.took_s])
     report.ratio(f"{model}.drain_less_resume_s", [made.took_s - made.resume_s])
     report.ratio(f"{model}.drain_in_resumes", [made.took_s / made.resume_s])
+    report.ratio(f"{model}.drain_in_anew", [made.took_s / made.anew_s])
 
 
 def run(report: Report, repeats: int, work_dir: Path, tiny: bool) -> None:
