@@ -31,18 +31,18 @@ class Destination:
 
     def __init__(self) -> None:
         self.heard: list[tuple[bytes, bool]] = []
-        self._news = asyncio.Event()
-        self._news.set()
+        self.news = asyncio.Event()
+        self.news.set()
 
     async def stream(self, _: Prepare) -> AsyncGenerator[Prepared, None]:
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self.news.wait()
+            self.news.clear()
             yield Prepared(known_tokens=0)
 
     async def ask(self, message: ExtendPrepared, *, timeout_s: float) -> None:
         self.heard.append((message.token_ids, message.last))
-        self._news.set()
+        self.news.set()
 
 
 class Source:
@@ -107,8 +107,11 @@ async def test_what_comes_while_the_destination_is_told_is_not_given() -> None:
 @virtually
 async def test_tokens_of_a_round_are_sent_as_long_as_there_are_many() -> None:
     source = Source()
+    source.destination.news.clear()
+    await turn()
     source.generates()
     source.generates()
+    source.destination.news.set()
     await turn()
     source.generates()
     assert (await source.moved()).rounds == 2
@@ -136,6 +139,6 @@ def test_one_that_ends_instead_is_not_handed_over(ends: str) -> None:
             source.live.stream.leave()
         with pytest.raises(MigrationFailed, match="ended before"):
             await source.moved()
-        assert (source.destination.heard, source.live.moving) == ([], "")
+        assert (source.destination.heard, source.live.moving) == ([], None)
 
     test()

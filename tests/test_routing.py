@@ -25,7 +25,7 @@ from sllm_actor.actors.starting import MAX_ATTEMPTS, Starting
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import FinishReason, ModelName, NodeId, RequestId, Sampling
 from sllm_actor.domain.tokens import pack_uint32, unpack_uint32
-from sllm_actor.errors import EngineDied, NoCapacity, NodeUnreachable, NoLeader, Preempted, SllmError
+from sllm_actor.errors import DestinationFailed, EngineDied, NoCapacity, NodeUnreachable, NoLeader, Preempted, SllmError
 from sllm_actor.messages.generation import Finished, Generate, GetTimeline, Tokens
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
 from sllm_actor.messages.models import GetModel
@@ -68,10 +68,14 @@ class Worker(Actor):
 
 
 class Everything(Actor):
-    """A manager and a Scheduler in one, whose nodes can't be reached as long as there is one of `deaf`."""
+    """A manager and a Scheduler in one, whose nodes can't be reached as long as there is one of `deaf`.
 
-    def __init__(self, *deaf: str, runs: str = "", takes_s: float = 0.0) -> None:
+    With `no_others` these nodes are all that there are.
+    """
+
+    def __init__(self, *deaf: str, runs: str = "", takes_s: float = 0.0, no_others: bool = False) -> None:
         self._deaf = list(deaf)
+        self._nodes = set(deaf) if no_others else {*deaf, "n"}
         self.runs = runs
         self._takes_s = takes_s
         self.hurried: list[HurryPlacement] = []
@@ -88,6 +92,8 @@ class Everything(Actor):
     @handles(PlaceModel, concurrent=True)
     async def place(self, message: PlaceModel) -> Placement | RunsAlready:
         self.asked.append(message)
+        if self._nodes <= set(message.not_on):
+            raise DestinationFailed("there is no other node for it", param="to")
         runs = self.runs
         await asyncio.sleep(self._takes_s)
         if runs:
@@ -233,6 +239,29 @@ async def test_a_node_that_can_t_be_reached_is_not_asked_for_the_start_again() -
     made, _ = await routed(everything, ("i1", Worker()))
     assert await said(made) == list(range(9))
     assert [question.not_on for question in everything.asked] == [(), ("deaf",), ("deaf", "mute")]
+    await made.close()
+
+
+@virtually
+async def test_where_every_node_could_not_do_it_a_moment_ago_each_may_be_asked_again() -> None:
+    everything = Everything("deaf", "mute", no_others=True)
+    made, _ = await routed(everything, ("i1", Worker()))
+    assert await said(made) == list(range(9))
+    assert [question.not_on for question in everything.asked] == [(), ("deaf",), ("deaf", "mute"), ()]
+    await made.close()
+
+
+@virtually
+async def test_where_there_is_no_node_but_those_that_the_caller_rules_out_it_hears_so_at_once() -> None:
+    everything = Everything("deaf", no_others=True)
+    made, _ = await routed(everything)
+    way = SchedulerWay(made.clock, 0.0, made.ref("all"))
+    starting = Starting(
+        made.ref("all"), way, made.clock, StartCounts(), ask_timeout_s=5.0, placement_timeout_s=5.0, start_timeout_s=5.0
+    )
+    with pytest.raises(DestinationFailed):
+        await starting.start(made, request().request_id, MODEL.name, "", lambda: (0, ()), not_on=[NodeId("deaf")])
+    assert len(everything.asked) == 1
     await made.close()
 
 

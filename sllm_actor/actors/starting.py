@@ -15,6 +15,7 @@ from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import Model, ModelName, NodeId, RequestId, Span
 from sllm_actor.errors import (
     ActorDied,
+    DestinationFailed,
     Draining,
     EngineDied,
     Fenced,
@@ -84,7 +85,14 @@ class Starting:
         question = msgspec.structs.replace(question, not_on=tuple(not_on), only_on=only_on)
         wish = StartInstance(placement_id="", model=served, adapter=ModelName(adapter))
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            placement = await self._place(question, *urgency())
+            try:
+                placement = await self._place(question, *urgency())
+            except DestinationFailed:
+                if len(question.not_on) == len(not_on):
+                    raise
+                # Every other one has left, or could not do it a moment ago.
+                question = msgspec.structs.replace(question, not_on=tuple(not_on))
+                placement = await self._place(question, *urgency())
             placed = self._placed(placement, begin_s)
             try:
                 instance = await self.use(system, placement, wish)
