@@ -703,6 +703,7 @@ async def test_who_knows_the_cluster_is_told_who_fell_silent_and_nobody_waits_fo
         hung = await BarePeer.answer(listener, "hung", endpoint=endpoint)
         assert type(await asked) is NodeUnreachable
         assert (silent, heard) == ([("hung", endpoint)], ["hung"])
+        assert link_of(a, "hung").silences == 1
         # Its machine goes on to accept connections, over which nobody says hello.
         assert type(await ask(ref)) is NodeUnreachable
         hung.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.report import Report
 from sllm_actor.cli.show import out
@@ -32,6 +33,7 @@ POLICIES = ("startup_time", "availability", "locality_wait", "preempt")
 REQUESTS_PER_S = 1.5
 WARM_UP_STARTS = 50
 SECONDS, TINY_SECONDS = 600.0, 20.0
+SILENCES = "sllm:link_silences_total"
 KNOBS = (
     "host_pool_bytes=64MiB", "chunk_bytes=1MiB", "engine_threads=1", "listen=tcp://127.0.0.1:0", "max_instances=2",
     "keep_alive_s=5", "start_timeout_s=60", "request_history=100000",
@@ -114,6 +116,12 @@ async def ask_all(cluster: NodeCluster, wanted: Sequence[Arrival]) -> list[Seen]
         )
 
 
+def silences(metrics: str) -> int:
+    """Count how often a node has taken another one for dead; all of them live."""
+    families = text_string_to_metric_families(metrics)
+    return int(sum(one.value for family in families for one in family.samples if one.name == SILENCES))
+
+
 def timelines(cluster: NodeCluster, seen: Sequence[Seen]) -> list[dict[str, Any]]:
     """Give the timelines of all requests that were answered."""
     asked = {one.request_id for one in seen if not one.error}
@@ -193,6 +201,7 @@ def _policy(report: Report, policy: str, wanted: Sequence[Arrival], folder: Path
         while any(node.request("GET", f"/v1/models/m{MODELS - 1}").status != 200 for node in cluster.nodes.values()):
             pass
         seen = asyncio.run(ask_all(cluster, wanted))
+        missed = sum(silences(node.request("GET", "/metrics").body.decode()) for node in cluster.nodes.values())
         answered = timelines(cluster, seen)
         cold = [one for one in answered if one["cold"]]
         took_s = {
@@ -204,6 +213,7 @@ def _policy(report: Report, policy: str, wanted: Sequence[Arrival], folder: Path
             policy=policy, requests=len(seen), errors=len(wrong), what=wrong[0] if wrong else "", cold=len(cold),
             cold_p50_s=round(statistics.median(took_s["cold"]), 3), cold_p99_s=round(_part(took_s["cold"], 0.99), 3),
             warm_p50_s=round(statistics.median(took_s["warm"]), 3), warm_p99_s=round(_part(took_s["warm"], 0.99), 3),
+            missed=missed,
         )  # fmt: skip
         return took_s["cold"], starts(cluster, cold)
 

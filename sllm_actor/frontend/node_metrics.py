@@ -125,6 +125,11 @@ def _runtime(system: Any) -> Iterator[Metric]:
         ("received_bytes", "Bytes from another node.", COUNTER),
         ("sent_bytes", "Bytes to another node.", COUNTER),
         ("waiting_bytes", "Bytes that wait to be sent to another node.", GAUGE),
+        (
+            "silences",
+            "Times that another node was taken for dead, having said nothing for too long.",
+            COUNTER,
+        ),
     ):
         values = {link.node: getattr(link, name) for link in links}
         yield _by(f"link_{name}", text, "peer", values, kind)

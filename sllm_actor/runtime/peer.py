@@ -68,6 +68,7 @@ class Peer:
         self.watches: dict[int, _Watched] = {}
         self.credit_stalls = 0
         self.connections = 0
+        self.silences = 0
         self.dialling = Dialling(self, remotes)
         self._remotes = remotes
         self.system = remotes.system
@@ -273,6 +274,7 @@ class Peer:
         for number in (*self.calls, *self.streams):
             self.fail_call(number, failed)
         if link.heartbeat.gave_up:
+            self.silences += 1
             self._remotes.fell_silent(self.node, self.endpoint)
         incoming = list(self.incoming.values())
         self.incoming.clear()
@@ -340,6 +342,7 @@ class Peer:
             credit_stalls=self.credit_stalls,
             late_answers=self.hearing.late_answers,
             connections=self.connections,
+            silences=self.silences,
         )
 
 

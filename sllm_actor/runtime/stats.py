@@ -16,7 +16,10 @@ class ActorStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One peer. `credit_stalls`: times a stream waited for its reader; `late_answers`: those nobody waited for."""
+    """One peer. `credit_stalls`: times a stream waited for its reader; `late_answers`: those nobody waited for.
+
+    `silences`: times it was taken for dead, as it said nothing on an open connection for longer than is borne with.
+    """
 
     node: str
     open: bool
@@ -29,6 +32,7 @@ class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
     credit_stalls: int
     late_answers: int
     connections: int
+    silences: int
 
 
 class SystemStats(msgspec.Struct, frozen=True, kw_only=True):
