@@ -92,8 +92,10 @@ def numbers(kind: str) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, scales: torch.Tensor, block: int, kind: str, shape: tuple[int, int]) -> torch.Tensor:
     """Unpack rows of a weight: two numbers a byte, a scale for `block` of them. `shape`, fp32."""
-    found: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, block, kind, shape, torch.float32)
-    return found
+    # Where a processor has AVX-512 the library takes each row for one that begins with a block of its own.
+    laid_out = shape if shape[1] % block == 0 else (shape[0] * shape[1],)
+    found: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, block, kind, laid_out, torch.float32)
+    return found.view(shape)
 
 
 def unpack_scales(scales: torch.Tensor, nested: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
