@@ -38,6 +38,8 @@ SETTLE_S = 8.0
 # Idle instances leave, their routes with them, and what was lost on the way is told again.
 REST_S = 14.0
 SAMPLE_S = 0.1
+# One that was stopped has heard by then who leads now; until then its epoch fences it.
+HEARS_WITHIN_S = 0.05
 # From so long on, faults come one by one.
 LONG_S = 60.0
 # Some ten times what a seed takes, and a second of a long one.
@@ -99,9 +101,9 @@ class Simulation:
     async def _look_on(self) -> None:
         while True:
             await self.cluster.clock.sleep(SAMPLE_S)
-            # One that is stopped does nothing, and can't know yet that another one leads.
-            living = self.cluster.living()
-            running = [node for node in living if not self.cluster.loop.is_stopped(node.process)]
+            # One that is stopped does nothing, and can't know that another one leads before it hears from the store.
+            living, loop = self.cluster.living(), self.cluster.loop
+            running = [node for node in living if not loop.is_stopped(node.process, within_s=HEARS_WITHIN_S)]
             self.cluster.witness.look_at_leaders(running)
 
     async def _arrivals(self) -> None:

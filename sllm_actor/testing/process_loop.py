@@ -11,6 +11,7 @@ import asyncio
 import heapq
 from collections import deque
 from contextvars import Context, ContextVar, copy_context
+from math import inf
 from typing import Any
 
 from sllm_actor.testing.virtual_loop import VirtualLoop
@@ -31,6 +32,7 @@ class ProcessLoop(VirtualLoop):
     def __init__(self, **limits: Any) -> None:
         super().__init__(**limits)
         self._held: dict[str, list[asyncio.Handle]] = {}
+        self._continued_s: dict[str, float] = {}
 
     def stop_process(self, process: str) -> None:
         """Let nothing of a process run from the next turn on."""
@@ -39,10 +41,11 @@ class ProcessLoop(VirtualLoop):
     def continue_process(self, process: str) -> None:
         """Let it go on: everything that came due meanwhile does so at once, in its order."""
         self._ready.extend(self._held.pop(process, []))
+        self._continued_s[process] = self.now_s
 
-    def is_stopped(self, process: str) -> bool:
-        """Tell whether nothing of a process runs."""
-        return process in self._held
+    def is_stopped(self, process: str, within_s: float = 0.0) -> bool:
+        """Tell whether nothing of a process runs, or nothing did so short a while ago."""
+        return process in self._held or self.now_s - self._continued_s.get(process, -inf) < within_s
 
     def wind_up(self) -> None:
         for process in list(self._held):
