@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_instance_faults import model_of
 from test_membership import House, in_a_house
-from test_supervision import now_s, virtual_system, virtually
+from test_supervision import now_s, turn, virtual_system, virtually
 
 from sllm_actor.actors.going_on import MAX_PREEMPTIONS, MOST_URGENT
 from sllm_actor.actors.request_log import RequestLog
@@ -239,6 +239,17 @@ async def test_a_node_that_can_t_be_reached_is_not_asked_for_the_start_again() -
     made, _ = await routed(everything, ("i1", Worker()))
     assert await said(made) == list(range(9))
     assert [question.not_on for question in everything.asked] == [(), ("deaf",), ("deaf", "mute")]
+    await made.close()
+
+
+@virtually
+async def test_an_instance_that_nobody_has_published_is_known_no_more_once_its_worker_ends() -> None:
+    made, routes = await routed(Everything(), ("i1", Worker()))
+    await said(made)
+    assert routes.choose(MODEL.name, b"") is not None
+    await made.stop("worker/i1")
+    await turn()
+    assert routes.choose(MODEL.name, b"") is None
     await made.close()
 
 

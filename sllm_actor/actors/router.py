@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
@@ -23,6 +23,7 @@ from sllm_actor.errors import (
     Draining,
     EngineDied,
     NoCapacity,
+    Overloaded,
     Preempted,
     RequestNotFound,
     SllmError,
@@ -46,7 +47,7 @@ from sllm_actor.messages.instances import (
     NoSlot,
 )
 from sllm_actor.messages.placement import HurryPlacement
-from sllm_actor.runtime import Actor, Clock, handles
+from sllm_actor.runtime import Actor, Clock, Ended, handles
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class Router(Actor):
         self._ask_timeout_s = ask_timeout_s
         self._routes = routes
         self._starts: dict[ModelName, _Start] = {}
+        # By their workers, those that it knows from starts.
+        self._watched: dict[str, InstanceStarted] = {}
         self._queued = Queued(routes.idle)
         routes.on_free = self._queued.look
 
@@ -292,7 +295,23 @@ class Router(Actor):
             self.context.system, request.request_id, served, adapter, lambda: (start.priority, start.failed)
         )
         self._routes.add(instance)
+        self._watch(instance)
         return instance, spans
+
+    def _watch(self, instance: InstanceStarted) -> None:
+        """Hear of its end from itself, too: a node that the store can't be reached from may never have published it."""
+        if instance.worker in self._watched:
+            return
+        # Where too many are watched already, a request that fails there tells as much.
+        with suppress(Overloaded):
+            self.context.watch(self.context.system.ref(instance.worker, instance.address or None))
+            self._watched[instance.worker] = instance
+
+    @handles(Ended)
+    async def worker_ended(self, ended: Ended) -> None:
+        instance = self._watched.pop(ended.ref.name, None)
+        if instance is not None:
+            self._routes.remove(instance.model, instance.instance_id)
 
     @handles(InstanceGone)
     async def gone(self, message: InstanceGone) -> None:
