@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.nn.modules
 import pytest
 import torch
 from lora_adapters import load_adapter, merged, save_adapter
@@ -47,7 +46,6 @@ four_bits.load()  # As the fork server does, and before transformers would in it
 
 # The library is what we are compared with, and its own ways for AVX-512 are wrong for layers as small as these:
 # of rows that do not end with a block it makes other numbers, and what it packs anew for AVX512-BF16 fails.
-bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # type: ignore[attr-defined]
 _unpack_rows = torch.ops.bitsandbytes.dequantize_4bit.default
 
 
@@ -58,7 +56,11 @@ def _unpack_as_one_row(
     return found.view(*shape)
 
 
-torch.ops.bitsandbytes.dequantize_4bit.default = _unpack_as_one_row
+@pytest.fixture(autouse=True)
+def _library_as_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    monkeypatch.setattr(torch.ops.bitsandbytes.dequantize_4bit, "default", _unpack_as_one_row)
+
 
 KINDS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},

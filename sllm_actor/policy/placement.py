@@ -98,8 +98,8 @@ def in_order(waiting: Sequence[Waiter], now_s: float) -> list[int]:
 
 
 def limits_of(report: NodeReport) -> tuple[object, ...]:
-    """Give what of a report `refusal` depends on, but for cordons and what runs beside them."""
-    return report.slots, report.host_pool_bytes, report.pinned_host_bytes, report.cordoned
+    """Give what of a report `refusal` depends on, but for cordons and what runs behind them."""
+    return report.slots, report.host_pool_bytes, report.pinned_host_bytes
 
 
 def refusal(

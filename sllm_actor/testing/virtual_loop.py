@@ -73,6 +73,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # The base class's own, which its type stubs do not name.
     _clock_resolution: float
+    _closed: bool
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
     _stopping: bool
@@ -109,11 +110,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.now_s
 
-    # As the base class's, which also look for mistakes that nobody makes here. One request of a cluster needs some 150.
+    # As the base class's, without what looks for mistakes of threads. One request of a cluster needs some 150.
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
+        if self._closed:
+            self._check_closed()
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
@@ -121,6 +124,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
+        if self._closed:
+            self._check_closed()
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._scheduled, timer)
         timer._scheduled = True  # type: ignore[attr-defined]  # As the base class does.
