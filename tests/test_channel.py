@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -195,3 +196,23 @@ def test_a_blocking_channel_refuses_garbage() -> None:
         theirs.sendall(b"\xff" * 100)
         with pytest.raises(FrameTooLong):
             BlockingChannel(ours, codec()).receive(wait=True)
+
+
+def test_whoever_waits_for_the_other_end_to_close_reads_all_that_comes_before() -> None:
+    ours, theirs = socket.socketpair()
+
+    def last_words() -> None:
+        with theirs:
+            channel = BlockingChannel(theirs, codec())
+            channel.send(EngineHello())
+            channel.wait_closed()
+
+    with ThreadPoolExecutor(1) as pool, ours:
+        leaving = pool.submit(last_words)
+        # More than the socket holds: it would fail, or wait for ever, were it not read.
+        ours.settimeout(60)
+        ours.sendall(bytes(8 * 1024 * 1024))
+        assert [*codec().feed(ours.recv(MAX_FRAME_BYTES))] == [EngineHello()]
+        assert not leaving.done()
+        ours.shutdown(socket.SHUT_RDWR)
+        leaving.result()

@@ -420,6 +420,10 @@ async def test_garbage_ends_an_engine_with_a_typed_word(garbage: bytes, forks: F
         said = await asyncio.to_thread(channel.receive, True)
         assert isinstance(said, EngineFailed)
         assert said.code in ("frame_too_long", "frame_invalid")
+        # More than the socket holds: whoever sends just then must not be cut off from what was said.
+        sock.settimeout(LIMIT_S)
+        await asyncio.to_thread(sock.sendall, bytes(8 * 1024 * 1024))
+        sock.close()
         assert await exited == 1
 
 
@@ -431,6 +435,7 @@ async def test_messages_out_of_turn_end_an_engine_with_a_typed_word(forks: ForkS
         said = await asyncio.to_thread(channel.receive, True)
         assert isinstance(said, EngineFailed)
         assert said.code == "engine_start_failed"
+        sock.close()
         assert await exited == 1
 
 

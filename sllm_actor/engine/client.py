@@ -317,6 +317,9 @@ class Engine:
             if self._answer is not None and not self._answer.done():
                 self._answer.set_exception(self._failure)
                 self._answer.exception()
+            # These were its last words, and it waits until they are read.
+            assert self._channel is not None
+            self._channel.close()
         elif self._answer is not None and not self._answer.done():
             self._answer.set_result(message)
 

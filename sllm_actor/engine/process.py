@@ -158,6 +158,7 @@ class EngineProcess:
                     self._step()
         except SllmError as error:
             self._channel.send(EngineFailed(code=error.code, text=error.message))
+            self._channel.wait_closed()
             return 1
 
     @property

@@ -170,6 +170,7 @@ class VllmProcess:
         self._running: dict[RequestId, asyncio.Task[None]] = {}
         self._parked: dict[RequestId, tuple[Park, list[int]]] = {}
         self._left: asyncio.Future[int] | None = None
+        self._failed = False
 
     async def run(self, sock: socket.socket, max_frame_bytes: int) -> int:
         """Serve until told to leave or left alone; the result is the exit status."""
@@ -186,7 +187,7 @@ class VllmProcess:
             self._channel.close()
 
     def _closed(self, _: ProtocolViolation | None) -> None:
-        self._leave(0)
+        self._leave(1 if self._failed else 0)
 
     def _leave(self, status: int) -> None:
         assert self._left is not None
@@ -200,11 +201,17 @@ class VllmProcess:
                 self._channel.send_now(message)
 
     def _hear(self, message: Any) -> None:
+        if self._failed:
+            return
         try:
             self._take(message)
         except SllmError as error:
-            self._say(EngineFailed(code=error.code, text=error.message))
-            self._leave(1)
+            self._fail(error)
+
+    def _fail(self, error: SllmError) -> None:
+        """Say why, and leave once that is read and the other end closed: see `BlockingChannel.wait_closed`."""
+        self._failed = True
+        self._say(EngineFailed(code=error.code, text=error.message))
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Generate):
@@ -285,9 +292,7 @@ class VllmProcess:
 
     def _not_opened(self, error: BaseException) -> None:
         log.error("vLLM's engine can't be started", exc_info=error)
-        told = error if isinstance(error, SllmError) else EngineStartFailed(f"vLLM: {str(error)[:1000]}")
-        self._say(EngineFailed(code=told.code, text=told.message))
-        self._leave(1)
+        self._fail(error if isinstance(error, SllmError) else EngineStartFailed(f"vLLM: {str(error)[:1000]}"))
 
     def _begin(self, message: Generate) -> None:
         self._cancel(RequestId(message.parked))
@@ -321,7 +326,7 @@ class VllmProcess:
         if self._llm is None:
             work.close()
             raise EngineStartFailed("a request came before the weights")
-        task = self._tasks.spawn(work, request_id, on_failure=partial(self._failed, request_id))
+        task = self._tasks.spawn(work, request_id, on_failure=partial(self._request_failed, request_id))
         self._running[request_id] = task
         task.add_done_callback(partial(self._ended, request_id))
 
@@ -329,7 +334,7 @@ class VllmProcess:
         if self._running.get(request_id) is task:
             del self._running[request_id]
 
-    def _failed(self, request_id: RequestId, error: BaseException) -> None:
+    def _request_failed(self, request_id: RequestId, error: BaseException) -> None:
         """Tell who asked; an engine that has died with it takes this process along."""
         self._parked.pop(request_id, None)
         told = error if isinstance(error, SllmError) else GenerationFailed(f"vLLM: {str(error)[:1000]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections import deque
 from collections.abc import Iterable
@@ -36,6 +37,16 @@ class BlockingChannel:
             OSError: the other end has gone.
         """
         self._sock.sendall(b"".join(self._codec.encode(message) for message in messages))
+
+    def wait_closed(self) -> None:
+        """Wait until the other end has closed, as it does once it has read the last word; what it sends is dropped.
+
+        Who leaves at once may cost it that word: a message that it sends just then fails, and its loop closes the
+        socket with what it has not read.
+        """
+        with contextlib.suppress(ConnectionResetError):
+            while self._sock.recv(READ_BYTES):
+                pass
 
     def receive(self, wait: bool) -> Any | None:
         """Give the next message; without `wait`, None where there is none yet.
