@@ -173,7 +173,8 @@ class Cell:
                     return
             elif self.queue or self._control:
                 await self._turn()
-                await self._rest(asyncio.sleep(0))
+                if self.queue or self._control:
+                    await self._rest(asyncio.sleep(0))
             elif self._draining:
                 return
             else:

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import logging
 import sys
+from math import inf
 from typing import NamedTuple
 
 import msgspec
@@ -99,11 +100,16 @@ class Simulation:
         await looking.close()
 
     async def _look_on(self) -> None:
+        deaf_s: dict[str, float] = {}
         while True:
             await self.cluster.clock.sleep(SAMPLE_S)
-            # One that is stopped does nothing, and can't know that another one leads before it hears from the store.
+            # One that is stopped does nothing; and only the store can tell it, or one that is cut from there, that
+            # another one leads.
             living, loop = self.cluster.living(), self.cluster.loop
-            running = [node for node in living if not loop.is_stopped(node.process, within_s=HEARS_WITHIN_S)]
+            now_s = loop.now_s
+            deaf_s |= {node.process: now_s for node in living if node.way.cut}
+            hearing = [node for node in living if now_s - deaf_s.get(node.process, -inf) > SAMPLE_S]
+            running = [node for node in hearing if not loop.is_stopped(node.process, within_s=HEARS_WITHIN_S)]
             self.cluster.witness.look_at_leaders(running)
 
     async def _arrivals(self) -> None:

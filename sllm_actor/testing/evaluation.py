@@ -27,7 +27,7 @@ from sllm_actor.testing.process_loop import ProcessLoop
 from sllm_actor.testing.simulated_network import SimulatedNetwork
 from sllm_actor.testing.simulated_node import SimulatedNode, registered
 from sllm_actor.testing.simulated_store import MemoryStore
-from sllm_actor.testing.trace import TraceRecorder
+from sllm_actor.testing.trace import NoTrace
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 from sllm_actor.testing.waits import Parts, parts_of
 from sllm_actor.testing.workloads import Arrival
@@ -163,7 +163,7 @@ class _Evaluation:
         facts, at_once = registered(self._world.models), StoreLimits().commit_operations
         for begin in range(0, len(facts), at_once):
             await self._truth.commit([], [Put(key, value) for key, value in facts[begin : begin + at_once]])
-        network = SimulatedNetwork(self._loop, self._dice, TraceRecorder(self._clock, kept_lines=1))
+        network = SimulatedNetwork(self._loop, self._dice, NoTrace(self._clock), torn=False)
         for name in self._world.names:
             self._nodes.append(self._node(name, network))
         starting = TaskScope("start")

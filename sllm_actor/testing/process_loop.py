@@ -14,7 +14,7 @@ from contextvars import Context, ContextVar, copy_context
 from math import inf
 from typing import Any
 
-from sllm_actor.testing.virtual_loop import VirtualLoop
+from sllm_actor.testing.virtual_loop import Call, Scheduled, VirtualLoop
 
 PROCESS: ContextVar[str] = ContextVar("process", default="")
 
@@ -33,14 +33,23 @@ class ProcessLoop(VirtualLoop):
         super().__init__(**limits)
         self._held: dict[str, list[asyncio.Handle]] = {}
         self._continued_s: dict[str, float] = {}
+        # Stands in a turn where something was to run that was stopped.
+        self._nothing = Call(lambda: None, (), self, Context())
+        self._nothing.cancel()
 
     def stop_process(self, process: str) -> None:
-        """Let nothing of a process run from the next turn on."""
-        self._held.setdefault(process, [])
+        """Let nothing of a process run from now on: not what was to run in this turn, either."""
+        held, ready = self._held.setdefault(process, []), self._ready
+        self._hinders = True
+        for index, call in enumerate(ready):
+            if _process_of(call) == process:
+                held.append(call)
+                ready[index] = self._nothing
 
     def continue_process(self, process: str) -> None:
         """Let it go on: everything that came due meanwhile does so at once, in its order."""
         self._ready.extend(self._held.pop(process, []))
+        self._hinders = bool(self._held)
         self._continued_s[process] = self.now_s
 
     def is_stopped(self, process: str, within_s: float = 0.0) -> bool:
@@ -53,21 +62,18 @@ class ProcessLoop(VirtualLoop):
         super().wind_up()
 
     def _take_aside(self) -> None:
-        if not self._held:
-            return
         ready, self._ready = self._ready, deque()
         for handle in ready:
             self._sort(handle, self._ready)
-        end_s, due = self.time() + self._clock_resolution, list[asyncio.TimerHandle]()
-        while self._scheduled and self._scheduled[0].when() < end_s:
-            timer = heapq.heappop(self._scheduled)
-            if timer.cancelled() or _process_of(timer) not in self._held:
-                due.append(timer)
+        scheduled, due = self._scheduled, list[Scheduled]()
+        while scheduled and scheduled[0][0] <= self.now_s:
+            one = heapq.heappop(scheduled)
+            if one[2].cancelled() or _process_of(one[2]) not in self._held:
+                due.append(one)
             else:
-                timer._scheduled = False  # type: ignore[attr-defined]  # As the base class does.
-                self._held[_process_of(timer)].append(timer)
-        for timer in due:
-            heapq.heappush(self._scheduled, timer)
+                self._fall_due(one[2], self._held[_process_of(one[2])])
+        for one in due:
+            heapq.heappush(scheduled, one)
 
     def _sort(self, handle: asyncio.Handle, ready: deque[asyncio.Handle]) -> None:
         self._held.get(_process_of(handle), ready).append(handle)

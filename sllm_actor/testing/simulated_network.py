@@ -55,11 +55,14 @@ class SimulatedNetwork:
         trace: TraceRecorder,
         *,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        torn: bool = True,
     ) -> None:
         self.trace = trace
         self._loop = loop
         self._dice = dice
         self._connect_timeout_s = connect_timeout_s
+        # Readers take what has come in pieces of any size.
+        self._torn = torn
         self._hosts: dict[str, Host] = {}
         self._links: dict[tuple[str, str], Link] = {}
         self._connections = 0
@@ -267,7 +270,7 @@ class SimulatedNetwork:
     ) -> tuple[SimulatedTransport, SimulatedTransport]:
         self._connections += 1
         out, back = (
-            Pipe(self._loop, self._dice, self.trace, self._link(a.name, b.name))
+            Pipe(self._loop, self._dice, self.trace, self._link(a.name, b.name), torn=self._torn)
             for a, b in ((host, target), (target, host))
         )
         out.back, back.back = back, out

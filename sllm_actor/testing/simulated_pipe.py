@@ -13,8 +13,6 @@ from collections import deque
 from math import inf
 from typing import TYPE_CHECKING
 
-from xxhash import xxh3_64_intdigest
-
 from sllm_actor.testing.simulated_link import RETRANSMIT_S, Link, Power
 
 if TYPE_CHECKING:
@@ -59,6 +57,7 @@ class Pipe:
         "_resetting",
         "_segments",
         "_timer",
+        "_torn",
         "_trace",
         "_unacknowledged_bytes",
         "_window_bytes",
@@ -75,10 +74,14 @@ class Pipe:
     sink: SimulatedTransport
     source: SimulatedTransport
 
-    def __init__(self, loop: VirtualLoop, dice: random.Random, trace: TraceRecorder, link: Link) -> None:
+    def __init__(
+        self, loop: VirtualLoop, dice: random.Random, trace: TraceRecorder, link: Link, *, torn: bool = True
+    ) -> None:
         self._loop = loop
         self._dice = dice
         self._trace = trace
+        # A reader takes what is there in pieces of any size.
+        self._torn = torn
         self.link = link
         # The transport's buffer.
         self.unsent = bytearray()
@@ -269,7 +272,7 @@ class Pipe:
                 self.in_hand_bytes = len(data) - taken
                 protocol.buffer_updated(size)
             self.in_hand_bytes = 0
-            self._trace.record(host.name, "read", sink.number, taken, xxh3_64_intdigest(view[:taken]))
+            self._trace.read(host.name, sink.number, view[:taken])
             if taken < len(data) and not sink.over:
                 self._segments.appendleft(Segment(-inf, self._loop.now_s, [bytes(view[taken:])]))
         if rate < inf:
@@ -277,6 +280,8 @@ class Pipe:
         self._acknowledge(taken)
 
     def _piece(self, size: int) -> int:
+        if not self._torn:
+            return size
         chance = self._dice.random()
         if chance < WHOLE or size == 1:
             return size

@@ -5,7 +5,7 @@ Values only: an object whose text holds its address would make every run differ.
 
 from __future__ import annotations
 
-from xxhash import xxh3_128
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from sllm_actor.runtime.clock import Clock
 
@@ -33,6 +33,10 @@ class TraceRecorder:
         if len(self._entries) >= 2 * self._kept_lines:
             self._fold()
 
+    def read(self, who: str, number: int, data: memoryview) -> None:
+        """Append a line of bytes that a connection's reader has taken: how many, and their hash."""
+        self.record(who, "read", number, len(data), xxh3_64_intdigest(data))
+
     def lines(self) -> list[str]:
         """Give the newest lines, oldest first: `TIME WHO WHAT DETAILS`."""
         return [_line(entry) for entry in self._entries[-self._kept_lines :]]
@@ -47,6 +51,16 @@ class TraceRecorder:
         oldest = self._entries[: -self._kept_lines]
         self._digest.update(_text(oldest))
         del self._entries[: len(oldest)]
+
+
+class NoTrace(TraceRecorder):
+    """Keeps nothing: for runs that are looked at otherwise."""
+
+    def record(self, who: str, what: str, *details: Detail) -> None:
+        return
+
+    def read(self, who: str, number: int, data: memoryview) -> None:
+        return
 
 
 def _text(entries: list[Entry]) -> bytes:

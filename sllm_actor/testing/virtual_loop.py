@@ -13,9 +13,10 @@ import os
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextvars import Context
-from math import ulp
+from contextvars import Context, copy_context
 from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
+
+from sllm_actor.runtime.calls import wake
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -49,6 +50,51 @@ class SimulationFailed(SimulationError):
     """A callback or a task failed and nobody looked at its error, which is the cause of this one."""
 
 
+class Call(asyncio.Handle):
+    """As the base class's, without what only debugging needs."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], loop: VirtualLoop, context: Context | None
+    ) -> None:
+        self._callback = callback
+        self._args: Any = args
+        self._loop = loop
+        self._context = copy_context() if context is None else context
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+
+class Timer(asyncio.TimerHandle):
+    """As the base class's, without what only debugging needs. The loop keeps it beside its moment, in order."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: VirtualLoop,
+        context: Context | None,
+    ) -> None:
+        self._callback = callback
+        self._args: Any = args
+        self._loop = loop
+        self._context = copy_context() if context is None else context
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+        self._when = when
+        self._scheduled = True
+
+
+# When, the how manieth that was made, and what is to be called: so that those of one moment come in their order.
+Scheduled = tuple[float, int, Timer]
+
+
 class VirtualClock:
     """A `Clock` that shows a virtual loop's time, also while the loop does not run."""
 
@@ -62,7 +108,15 @@ class VirtualClock:
         return WALL_START_S + self._virtual.now_s
 
     async def sleep(self, duration_s: float) -> None:
-        await asyncio.sleep(duration_s)
+        if duration_s <= 0.0:
+            await asyncio.sleep(0)
+            return
+        future = self._virtual.create_future()
+        timer = self._virtual.call_later(duration_s, wake, future)
+        try:
+            await future
+        finally:
+            timer.cancel()
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -72,10 +126,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """
 
     # The base class's own, which its type stubs do not name.
-    _clock_resolution: float
     _closed: bool
-    _ready: deque[asyncio.Handle]
-    _scheduled: list[asyncio.TimerHandle]
+    _ready: deque[Any]
+    _scheduled: list[Scheduled]
     _stopping: bool
     _timer_cancelled_count: int
     _asyncgens: weakref.WeakSet[AsyncGenerator[Any, Any]]
@@ -88,7 +141,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.last_turn = limit_turns
         self.winding_up = False
         self.failures: list[dict[str, Any]] = []
-        self._clock_resolution = ulp(START_S)
+        self._timers = 0
+        self._hinders = False
         self._begun = 0
         # In the order of their start. Weak, as the base class's: a task that nobody keeps is to be found lost.
         self._begun_tasks: list[weakref.ref[asyncio.Task[Any]]] = []
@@ -110,25 +164,30 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.now_s
 
-    # As the base class's, without what looks for mistakes of threads. One request of a cluster needs some 150.
+    # As the base class's, without what looks for mistakes of threads. One request of a cluster needs some 100.
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         if self._closed:
             self._check_closed()
-        handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
-        return handle
+        call = Call(callback, args, self, context)
+        self._ready.append(call)
+        return call
+
+    def call_later(
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
 
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         if self._closed:
             self._check_closed()
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._scheduled, timer)
-        timer._scheduled = True  # type: ignore[attr-defined]  # As the base class does.
+        timer = Timer(when, callback, args, self, context)
+        self._timers += 1
+        heapq.heappush(self._scheduled, (when, self._timers, timer))
         return timer
 
     def _run_once(self) -> None:
@@ -136,57 +195,74 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
         Instead of waiting for a file it moves the time.
         """
-        self._sweep_timers()
-        self._begin_turn()
-        if not self._ready and not self._stopping:
-            if not self._scheduled:
-                raise SimulationStuck(f"nothing can happen any more; {self.describe_tasks()}")
-            if self._scheduled[0].when() > self.now_s:
-                self._jump()
-        self._take_aside()
+        self.turns += 1
+        if self.turns > self.last_turn or self.failures:
+            self._look_at_bounds()
+        if self._timer_cancelled_count > MANY_CANCELLED:
+            self._sweep_timers()
         ready, scheduled = self._ready, self._scheduled
-        end_s = self.now_s + self._clock_resolution
-        while scheduled and scheduled[0].when() < end_s:
-            timer = heapq.heappop(scheduled)
-            timer._scheduled = False  # type: ignore[attr-defined]  # As the base class does.
-            ready.append(timer)
+        if not ready and not self._stopping:
+            self._jump()
+        if self._hinders:
+            self._take_aside()
+            ready = self._ready
+        now_s = self.now_s
+        while scheduled and scheduled[0][0] <= now_s:
+            self._fall_due(heapq.heappop(scheduled)[2], ready)
         # What these make ready has its turn in the next one.
         for _ in range(len(ready)):
-            handle: Any = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+            call = ready.popleft()
+            if not call._cancelled:
+                try:
+                    call._context.run(call._callback, *call._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self._note_failure(call, error)
+
+    def _fall_due(self, timer: Any, ready: list[Any] | deque[Any]) -> None:
+        timer._scheduled = False
+        if timer._cancelled:
+            self._timer_cancelled_count -= 1
+        else:
+            ready.append(timer)
+
+    def _note_failure(self, call: Any, error: BaseException) -> None:
+        name = getattr(call._callback, "__qualname__", repr(call._callback))
+        self.call_exception_handler({"message": f"Exception in callback {name}", "exception": error, "handle": name})
 
     def _sweep_timers(self) -> None:
-        """Let cancelled timers go: all where they are many, else those that would be next."""
+        """Let cancelled timers go where they are many."""
         scheduled: list[Any] = self._scheduled
-        if self._timer_cancelled_count > MANY_CANCELLED and self._timer_cancelled_count > len(scheduled) / 2:
-            for timer in scheduled:
-                timer._scheduled = not timer._cancelled
-            scheduled = self._scheduled = [timer for timer in scheduled if not timer._cancelled]
-            heapq.heapify(scheduled)
-            self._timer_cancelled_count = 0
-        while scheduled and scheduled[0]._cancelled:
-            self._timer_cancelled_count -= 1
-            heapq.heappop(scheduled)._scheduled = False
+        if self._timer_cancelled_count <= len(scheduled) / 2:
+            return
+        for _, _, timer in scheduled:
+            timer._scheduled = not timer._cancelled
+        # In place: a turn that looks at it goes on.
+        scheduled[:] = [one for one in scheduled if one[2]._scheduled]
+        heapq.heapify(scheduled)
+        self._timer_cancelled_count = 0
 
-    def _begin_turn(self) -> None:
-        self.turns += 1
+    def _look_at_bounds(self) -> None:
         if self.turns > self.last_turn:
             raise SimulationTooLong(f"more than {self.last_turn} turns of the loop; {self.describe_tasks()}")
         if self.failures and not self.winding_up:
             self.raise_failure()
 
     def _take_aside(self) -> None:
-        """Take from what is ready or due what may not run in this turn: nothing, here."""
+        """Take from what is ready or due what may not run in this turn; asked where something is so (`_hinders`)."""
 
     def _jump(self) -> None:
         """Move the time to the next timer."""
-        next_s = self._scheduled[0].when()
+        scheduled: list[Any] = self._scheduled
+        while scheduled and scheduled[0][2]._cancelled:
+            self._fall_due(heapq.heappop(scheduled)[2], [])
+        if not scheduled:
+            raise SimulationStuck(f"nothing can happen any more; {self.describe_tasks()}")
+        next_s = scheduled[0][0]
         if next_s > self.last_s:
             raise SimulationTooLong(f"it is {self.now_s:.3f} s and nothing is done; {self.describe_tasks()}")
-        self.now_s = next_s
-        # So that exactly the timers of this moment run, and no rounding keeps one back.
-        self._clock_resolution = ulp(next_s)
+        self.now_s = max(self.now_s, next_s)
 
     def create_task(
         self,
