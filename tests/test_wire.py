@@ -51,7 +51,7 @@ from sllm_actor.runtime import handshake
 from sllm_actor.runtime.handshake import MAX_HANDSHAKE_FRAME_BYTES, MIN_FRAME_BYTES, PREFACE, Hello
 from sllm_actor.runtime.letters import Answer, Beat, Goodbye, Tell
 from sllm_actor.runtime.values import Blob
-from sllm_actor.runtime.wire import SCRATCH_BYTES, Introduced, Opened, Role, State, Wire
+from sllm_actor.runtime.wire import FIRST_SCRATCH_BYTES, SCRATCH_BYTES, Introduced, Opened, Role, State, Wire
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -166,9 +166,18 @@ def test_a_conversation_that_is_cut_gives_what_had_come_whole(cut: int) -> None:
 
 def test_several_frames_in_one_read_cost_one_call_and_keep_their_order() -> None:
     wire = opened()
-    data = b"".join(letters(Beat(number)) for number in range(500))
+    data = b"".join(letters(Beat(number)) for number in range(300))
     wire.buffer()[: len(data)] = data
-    assert wire.received(len(data)) == [Beat(number) for number in range(500)]
+    assert wire.received(len(data)) == [Beat(number) for number in range(300)]
+
+
+def test_a_wire_that_carries_little_keeps_a_small_buffer_until_a_read_fills_it() -> None:
+    wire = opened()
+    feed(wire, letters(Beat(1)))
+    assert len(wire._scratch) == len(wire.buffer()) == FIRST_SCRATCH_BYTES
+    many = b"".join(letters(Beat(number)) for number in range(2000))
+    assert feed(wire, many, [FIRST_SCRATCH_BYTES]) == [Beat(number) for number in range(2000)]
+    assert len(wire._scratch) == len(wire.buffer()) == SCRATCH_BYTES
 
 
 def test_the_scratch_buffer_grows_for_one_large_frame_and_shrinks_after_it() -> None:

@@ -13,7 +13,7 @@ from sllm_actor.runtime.handshake import Hello
 from sllm_actor.runtime.letters import Goodbye, LetterCodec
 from sllm_actor.runtime.limits import Limits
 from sllm_actor.runtime.values import Blob, FreeForm
-from sllm_actor.runtime.wire import Role, State, Wire
+from sllm_actor.runtime.wire import FIRST_SCRATCH_BYTES, SCRATCH_BYTES, Role, State, Wire
 
 SECRET = bytes(range(32))
 # Small, so that a test reaches every bound with little data.
@@ -177,12 +177,16 @@ def step(**fields: Any) -> bytes:
 
 
 def held_bytes(wire: Wire) -> int:
-    """Count what a wire keeps: its scratch buffer, and the blobs that have come or are announced."""
+    """Count what a wire keeps: its scratch buffer, and the blobs that have come or are announced.
+
+    The smaller buffer of one that has carried little counts as the usual one.
+    """
     incoming = wire._incoming
     blobs = sum(len(buffer) for arriving in incoming._transfers.values() for buffer in arriving.buffers)
     assert incoming._held_bytes == blobs
     assert incoming.running == sum(not arriving.complete for arriving in incoming._transfers.values())
-    return len(wire._scratch) + blobs
+    scratch = len(wire._scratch)
+    return (SCRATCH_BYTES if scratch == FIRST_SCRATCH_BYTES else scratch) + blobs
 
 
 def between_frames(wire: Wire) -> bool:

@@ -34,6 +34,8 @@ LENGTH = struct.Struct(">I")
 LETTERS_HEADER = struct.Struct(">IBH")
 LETTERS = 0xDC
 SCRATCH_BYTES = 64 * 1024
+# What a connection has before a read has filled it: most carry little, and a gateway has one to each node.
+FIRST_SCRATCH_BYTES = 4 * 1024
 # Beside a transfer only headers should come through the scratch buffer; what it holds of a chunk is copied once more.
 SCRATCH_IN_TRANSFER_BYTES = 4 * 1024
 # A frame of several letters stays small, so that tiny letters can't unfold into much memory; one alone may be larger.
@@ -101,7 +103,8 @@ class Wire:
         self._max_body_bytes = limits.max_frame_bytes
         self._incoming = Incoming(limits)
         self._decode_letters: Callable[[Any], list[Any]] = codec.decoder(self._incoming.take).decode
-        self._scratch = bytearray(SCRATCH_BYTES)
+        self._usual_bytes = FIRST_SCRATCH_BYTES
+        self._scratch = bytearray(FIRST_SCRATCH_BYTES)
         self._view = memoryview(self._scratch)
         self._filled = 0
         self._output: list[bytes] = []
@@ -177,7 +180,9 @@ class Wire:
             else:
                 raise FrameInvalid(f"a frame that begins with {kind:#x} is neither letters nor a transfer")
             position = stop
-        if position == end and len(scratch) == SCRATCH_BYTES:
+        if end == FIRST_SCRATCH_BYTES:
+            self._usual_bytes = SCRATCH_BYTES
+        if position == end and len(scratch) == self._usual_bytes:
             self._filled = 0
         else:
             self._keep(position, end)
@@ -192,7 +197,9 @@ class Wire:
                 raise FrameTooLong(f"a frame of {length} bytes exceeds the bound of {self._max_body_bytes}")
             # What follows the header of a chunk does not come here.
             needed = 4 + length if left > 4 and self._scratch[position + 4] != CHUNK else 0
-        size = max(SCRATCH_BYTES, needed)
+        if needed > FIRST_SCRATCH_BYTES:
+            self._usual_bytes = SCRATCH_BYTES
+        size = max(self._usual_bytes, needed)
         if size != len(self._scratch):
             rest = self._view[position:end]
             self._scratch = bytearray(size)
