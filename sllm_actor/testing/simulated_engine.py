@@ -66,8 +66,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """How long a process takes: to be forked, to attach, for a token of a prompt, for a step and each row of it.
 
     The weights come to a device within `copy_s` of when they are mapped. Where many steps are one turn
-    (`tokens_a_turn`), their tokens come together, but the first one, which comes with the prompt. Such a turn ends with
-    the first answer that does, or at the next step where a request comes that there is a slot for.
+    (`tokens_a_turn`), as many tokens of an answer come together, but the first one, which comes with the prompt. Such a
+    turn ends with the first answer that does, or at the next step where a request comes that there is a slot for.
     """
 
     fork_s: float = 0.02
@@ -128,7 +128,7 @@ class _Row:
             path, request.prompt, sampling.seed, sampling.max_tokens, sampling.ignore_eos
         )
         self.generated = tuple(unpack_uint32(request.generated))
-        self.position = len(self.generated)
+        self.position = self.told = len(self.generated)
         self.prompt_tokens = len(request.prompt) // 4
 
 
@@ -332,14 +332,18 @@ class EngineProcess:
             span = Span(name="prefill", begin_s=begin_s, end_s=VirtualLoop.running().now_s)
             self._say(Prefilled(request_id=row.request.request_id, span=span))
             if self._speed.tokens_a_turn > 1:
-                self._step(row, 1)
+                self._step(row, 1, enough=1)
 
-    def _step(self, row: _Row, tokens: int) -> None:
+    def _step(self, row: _Row, tokens: int, enough: int = 0) -> None:
+        """Count tokens of an answer, and tell those that were not told where they are enough, or it has ended."""
         request_id = row.request.request_id
-        if token_ids := row.answer[row.position : row.position + tokens]:
-            self._say(Tokens(request_id=request_id, index=row.position, token_ids=token_ids))
-            row.position += len(token_ids)
-        if row.position >= len(row.answer):
+        row.position = min(row.position + tokens, len(row.answer))
+        has_ended = row.position >= len(row.answer)
+        untold = row.answer[row.told : row.position]
+        if untold and (has_ended or len(untold) >= (enough or self._speed.tokens_a_turn)):
+            self._say(Tokens(request_id=request_id, index=row.told, token_ids=untold))
+            row.told = row.position
+        if has_ended:
             del self.rows[request_id]
             self._say(
                 Finished(
