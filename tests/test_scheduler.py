@@ -25,6 +25,7 @@ from sllm_actor.messages.placement import (
     NodeReport,
     Placement,
     PlaceModel,
+    RunsAlready,
     StartingView,
 )
 from sllm_actor.runtime import Actor, ActorRef, ActorSystem, handles
@@ -179,6 +180,19 @@ async def test_a_start_that_an_earlier_leader_has_granted_takes_its_slot_and_is_
     assert not same.done()
     scheduler(system).tell(report(slots=9, ended=("placement-3-1",), failed=("placement-3-1",)))
     assert (await same).node == "node-1"
+
+
+async def test_who_waits_for_a_start_that_goes_on_is_told_of_an_instance_that_comes_up_elsewhere(
+    system: ActorSystem,
+) -> None:
+    scheduler(system).tell(report(starting=("placement-3-1",)))
+    waits = asyncio.ensure_future(ask(system, question("old")))
+    await all_wait(system)
+    scheduler(system).tell(report(starting=("placement-3-1",)))
+    await all_wait(system)
+    assert not waits.done()
+    scheduler(system).tell(report(instances=[view("old")], name="node-2"))
+    assert isinstance(await waits, RunsAlready)
 
 
 async def test_a_model_too_large_for_those_heard_of_waits_for_the_members_that_have_not_reported(

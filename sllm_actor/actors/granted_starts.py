@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from sllm_actor.actors.decision_log import Granted, adopted
 from sllm_actor.actors.rooms import TOLD_WITHIN_S
@@ -17,10 +17,18 @@ class GrantedStarts:
     def __init__(self) -> None:
         self._starts: dict[str, Granted] = {}
         self._of_model: dict[ModelName, dict[str, Granted]] = {}
-        self._begun: set[str] = set()
+        self._begun: dict[ModelName, set[str]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._starts))
+
+    def __contains__(self, placement_id: str) -> bool:
+        return placement_id in self._starts
+
+    @property
+    def begun(self) -> Collection[ModelName]:
+        """The models of which a start has begun and has not ended."""
+        return self._begun
 
     def grant(self, placement_id: str, start: Granted) -> None:
         """Note a start that is to begin."""
@@ -31,17 +39,21 @@ class GrantedStarts:
         """Note that it has begun, as its node says; an earlier leader may have granted it."""
         if placement_id not in self._starts:
             self.grant(placement_id, adopted(start, node, now_s))
-        self._begun.add(placement_id)
+        self._begun.setdefault(self._starts[placement_id].model, set()).add(placement_id)
 
     def end(self, placement_id: str) -> Granted | None:
         """Forget it, and give what was expected of it, if it is known."""
-        self._begun.discard(placement_id)
         start = self._starts.pop(placement_id, None)
-        if start is not None:
-            of_model = self._of_model[start.model]
-            del of_model[placement_id]
-            if not of_model:
-                del self._of_model[start.model]
+        if start is None:
+            return None
+        model = start.model
+        del self._of_model[model][placement_id]
+        if not self._of_model[model]:
+            del self._of_model[model]
+        if model in self._begun:
+            self._begun[model].discard(placement_id)
+            if not self._begun[model]:
+                del self._begun[model]
         return start
 
     def on(self, node: NodeId) -> list[str]:
@@ -54,7 +66,6 @@ class GrantedStarts:
 
     def comes(self, model: ModelName, now_s: float) -> bool:
         """Tell whether the model is being started, or was granted a start so lately that its node may not have told."""
-        return any(
-            placement_id in self._begun or now_s < start.granted_s + TOLD_WITHIN_S
-            for placement_id, start in self._of_model.get(model, {}).items()
+        return model in self._begun or any(
+            now_s < start.granted_s + TOLD_WITHIN_S for start in self._of_model.get(model, {}).values()
         )

@@ -41,6 +41,8 @@ class Waiting:
         self.answer: asyncio.Future[Placement | RunsAlready] = asyncio.get_running_loop().create_future()
         self.given_up: tuple[str, ...] = ()
         self.why = ""
+        # What it waited for when it was looked at last is a start that had begun.
+        self.is_settled = False
         self.recheck: asyncio.Task[None] | None = None
 
 

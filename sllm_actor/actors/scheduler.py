@@ -177,6 +177,8 @@ class Scheduler(Actor):
         self._waiting.hear(before.report if before is not None else None, report)
         self._holding.hear(report, now_s)
         for placement_id in report.ended_placements:
+            if placement_id not in self._view.grants and placement_id not in self._granted:
+                continue  # It was told before.
             self._view.release(placement_id)
             self._ended(placement_id, "failed" if placement_id in report.failed_placements else "started", now_s)
         for start in report.starting:
@@ -284,7 +286,8 @@ class Scheduler(Actor):
             self._ended(placement_id, "expired", now_s)
         self._start_in_rooms(now_s)
         with_room = self._waiting.models_with_room()
-        asking = [one for one in self._waiting if not self._is_answered(one, now_s, with_room) and one.room is None]
+        unsettled = self._waiting.unsettled(self._granted.begun, self._view.models())
+        asking = [one for one in unsettled if not self._is_answered(one, now_s, with_room) and one.room is None]
         for place in in_order([Waiter(one.question, one.asked_s) for one in asking], now_s):
             waiting = asking[place]
             if self._is_answered(waiting, now_s, with_room):  # One before it has asked for the same.
@@ -306,7 +309,7 @@ class Scheduler(Actor):
 
     def _start_in_rooms(self, now_s: float) -> None:
         """Answer those whom room has been made for."""
-        for waiting in self._waiting:
+        for waiting in self._waiting.with_room():
             in_room = self._rooms.start_in(waiting, now_s)
             if in_room is not None:
                 self._waiting.answer(waiting, self._grant(waiting, in_room, now_s))
@@ -319,6 +322,7 @@ class Scheduler(Actor):
                 self._waiting.answer(waiting, runs_already(report, instance))
                 return True
         coming = self._coming(waiting, now_s, with_room)
+        waiting.is_settled = question.model in self._granted.begun
         if coming:
             waiting.why = coming
             if waiting.recheck is None:

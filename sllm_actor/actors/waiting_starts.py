@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from typing import Any, cast
 
 import msgspec
@@ -69,14 +69,25 @@ class WaitingStarts:
     def refuse(self, view: ClusterView, members: Set[NodeId], gone: Set[NodeId]) -> None:
         """Tell those who would wait in vain, also behind others."""
         doubtful, self._doubtful = self._doubtful, []
-        heard = bool(doubtful) and members <= view.nodes.keys()
         for waiting in doubtful:
-            error = refusal(waiting.question, view, members, gone, heard=heard)
+            error = refusal(waiting.question, view, members, gone)
             if error is not None and waiting in self._waiting:
                 self._waiting.remove(waiting)
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
 
+    def with_room(self) -> list[Waiting]:
+        """List those that room is being made for."""
+        return [waiting for waiting in self._waiting if waiting.room is not None]
+
     def models_with_room(self) -> set[ModelName]:
         """Name the models that room is being made for."""
-        return {waiting.question.model for waiting in self._waiting if waiting.room is not None}
+        return {waiting.question.model for waiting in self.with_room()}
+
+    def unsettled(self, begun: Collection[ModelName], running: Collection[ModelName]) -> list[Waiting]:
+        """List those that do not wait, as when they were looked at last, for a start that has `begun` and goes on."""
+        return [
+            waiting
+            for waiting in self._waiting
+            if not waiting.is_settled or waiting.question.model not in begun or waiting.question.model in running
+        ]

@@ -102,13 +102,10 @@ def limits_of(report: NodeReport) -> tuple[object, ...]:
     return report.slots, report.host_pool_bytes, report.pinned_host_bytes
 
 
-def refusal(
-    question: PlaceModel, view: ClusterView, members: Set[NodeId], gone: Set[NodeId], *, heard: bool
-) -> SllmError | None:
+def refusal(question: PlaceModel, view: ClusterView, members: Set[NodeId], gone: Set[NodeId]) -> SllmError | None:
     """Say why who asks would wait in vain; a member that was not heard of yet may have the room.
 
     Where there are no `members`, all nodes are taken for such; those `gone` have ended, whatever their leases say.
-    `heard` says that every member has reported.
     """
     node = NodeId(question.only_on)
     if node and (node in gone or (members and node not in members)):
@@ -117,7 +114,8 @@ def refusal(
         return DestinationFailed(f"there is no other node for {question.model}", param="to")
     if node in view.nodes and view.nodes[node].report.cordoned and not _runs_on(question, view, node):
         return DestinationFailed(f"{node} is cordoned: nothing starts there", param="to")
-    if heard and (reason := fits_nowhere(question, view)):
+    # Last, since it looks at all members: whether every one has reported.
+    if (reason := fits_nowhere(question, view)) and members <= view.nodes.keys():
         return ModelTooLarge(reason, param="model")
     return None
 
