@@ -54,6 +54,8 @@ class Bandwidths:
 
     def change(self, before_bytes_per_s: float, bytes_per_s: float) -> None:
         """Have one of them see another bandwidth than before; 0 is none."""
+        if before_bytes_per_s == bytes_per_s:
+            return
         if before_bytes_per_s > 0:
             del self._seen[bisect_left(self._seen, before_bytes_per_s)]
         if bytes_per_s > 0:

@@ -6,7 +6,7 @@ The same reports and grants in the same order give the same view. No clock: mome
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import inf
 from typing import NamedTuple
 
@@ -47,33 +47,48 @@ class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
     __slots__ = (
-        "_ways", "at_work", "beside", "busy", "free", "idle", "idle_room", "leaving_room", "on_host", "on_ssd",
-        "pinned_bytes", "report", "staying",
+        "_ways", "active", "at_work", "beside", "busy", "free", "idle", "idle_room", "leaving_room", "on_host",
+        "on_ssd", "pinned_bytes", "report", "staying",
     )  # fmt: skip
 
     def __init__(
-        self, report: NodeReport, ways: Ways, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str]
+        self,
+        report: NodeReport,
+        ways: Ways,
+        grants: Iterable[Grant],
+        leaving: Collection[str],
+        held: Collection[str],
+        before: NodeView | None = None,
     ) -> None:
         self.report = report
         self._ways = ways
-        self.on_host = frozenset(report.host_fingerprints)
-        self.on_ssd = frozenset(report.ssd_fingerprints)
+        self.on_host: frozenset[str]
+        self.on_ssd: frozenset[str]
+        self.on_host, self.on_ssd = _checkpoints(report, before)
+        # How many requests run of each model that has instances.
+        self.active: dict[ModelName, int] = {}
+        for one in report.instances:
+            self.active[one.model] = self.active.get(one.model, 0) + one.active
         self.pinned_bytes = sum(report.pinned_host_bytes.values())
         self.account(grants, leaving, held)
 
     def account(self, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str] = ()) -> None:
         """Count anew what is free beside the instances and the grants."""
-        report = self.report
-        taken, starting = _room_of(report.instances), 0
+        report, starting = self.report, 0
+        free_slots, free_bytes = report.slots, report.host_pool_bytes - self.pinned_bytes
         for grant in grants:
             starting += 1
-            taken = taken.plus(Room(grant.slots, grant.host_bytes))
-        self.free = Room(report.slots - taken.slots, report.host_pool_bytes - self.pinned_bytes - taken.host_bytes)
-        going = [one for one in report.instances if one.leaving or one.instance_id in leaving]
-        staying = [one for one in report.instances if not one.leaving and one.instance_id not in leaving]
+            free_slots -= grant.slots
+            free_bytes -= grant.host_bytes
+        going, staying = list[InstanceView](), list[InstanceView]()
+        for one in report.instances:
+            free_slots -= one.slots
+            free_bytes -= one.host_bytes
+            (going if one.leaving or one.instance_id in leaving else staying).append(one)
+        self.free = Room(free_slots, free_bytes)
         self.leaving_room = _room_of(going)
         self.staying = tuple(staying)
-        self.busy = tuple(one for one in staying if one.active)
+        self.busy = tuple([one for one in staying if one.active])
         # Engines that compute or come up: who starts beside them shares the node's cores.
         self.at_work = len(self.busy) + starting
         self.beside = beside(self.at_work, report.core_threads)
@@ -106,6 +121,17 @@ class NodeView:
         return Room(question.slots - self.free.slots, question.host_bytes - self.free.host_bytes - own_bytes)
 
 
+def _checkpoints(report: NodeReport, before: NodeView | None) -> tuple[frozenset[str], frozenset[str]]:
+    """Give what a report has in host memory and on the disk: the same sets as before where it lists the same."""
+    host, ssd = report.host_fingerprints, report.ssd_fingerprints
+    if before is None:
+        return frozenset(host), frozenset(ssd)
+    return (
+        before.on_host if host == before.report.host_fingerprints else frozenset(host),
+        before.on_ssd if ssd == before.report.ssd_fingerprints else frozenset(ssd),
+    )
+
+
 def _room_of(instances: Iterable[InstanceView]) -> Room:
     slots = host_bytes = 0
     for instance in instances:
@@ -131,6 +157,7 @@ class ClusterView:
         self._heard_s: dict[NodeId, float] = {}
         self._holders: dict[str, dict[NodeId, None]] = {}
         self._running_on: dict[ModelName, dict[NodeId, None]] = {}
+        self._active: dict[ModelName, int] = {}
         self.names: list[NodeId] = []
         # The nodes by their queue of fetches, each with how fast it fetches.
         self.by_remote_queue: list[tuple[float, NodeId, float]] = []
@@ -141,7 +168,7 @@ class ClusterView:
         before = self.nodes.get(report.node)
         if report.node in self.leaving:
             self.leaving[report.node] &= {instance.instance_id for instance in report.instances}
-        view = NodeView(report, self._ways, self._grants_of(report.node), *self._marked(report.node))
+        view = NodeView(report, self._ways, self._grants_of(report.node), *self._marked(report.node), before)
         self.nodes[report.node] = view
         self._heard_s[report.node] = now_s
         self._index(before, view)
@@ -159,6 +186,26 @@ class ClusterView:
         self._index(gone, None)
 
     def _index(self, before: NodeView | None, view: NodeView | None) -> None:
+        """Change in the indexes what a node's view has, and the one before had not, or the other way about."""
+        if before is None or view is None or before.on_host is not view.on_host or before.on_ssd is not view.on_ssd:
+            self._index_holders(before, view)
+        self._index_models(before, view)
+        if before is None and view is not None:
+            insort(self.names, view.report.node)
+        if view is None and before is not None:
+            self.names.remove(before.report.node)
+        old, new = _queued(before), _queued(view)
+        if old != new:
+            if old is not None:
+                del self.by_remote_queue[bisect_left(self.by_remote_queue, old)]
+            if new is not None:
+                insort(self.by_remote_queue, new)
+        old_ssd, old_remote = _bandwidths(before)
+        new_ssd, new_remote = _bandwidths(view)
+        self._ways.ssd.change(old_ssd, new_ssd)
+        self._ways.remote.change(old_remote, new_remote)
+
+    def _index_holders(self, before: NodeView | None, view: NodeView | None) -> None:
         old = before.on_host | before.on_ssd if before is not None else frozenset()
         new = view.on_host | view.on_ssd if view is not None else frozenset()
         for fingerprint in old - new:
@@ -170,31 +217,29 @@ class ClusterView:
         for fingerprint in new - old:
             assert view is not None
             self._holders.setdefault(fingerprint, {})[view.report.node] = None
-        self._index_models(before, view)
-        if before is None and view is not None:
-            insort(self.names, view.report.node)
-        if view is None and before is not None:
-            self.names.remove(before.report.node)
-        if before is not None:
-            del self.by_remote_queue[bisect_left(self.by_remote_queue, _queued(before.report))]
-        if view is not None:
-            insort(self.by_remote_queue, _queued(view.report))
-        old_ssd, old_remote = _bandwidths(before)
-        new_ssd, new_remote = _bandwidths(view)
-        self._ways.ssd.change(old_ssd, new_ssd)
-        self._ways.remote.change(old_remote, new_remote)
 
     def _index_models(self, before: NodeView | None, view: NodeView | None) -> None:
-        old = {one.model for one in before.report.instances} if before is not None else set()
-        new = {one.model for one in view.report.instances} if view is not None else set()
-        for model in old - new:
+        old = before.active if before is not None else {}
+        new = view.active if view is not None else {}
+        if old == new:
+            return
+        for model in old.keys() - new.keys():
             assert before is not None
             del self._running_on[model][before.report.node]
             if not self._running_on[model]:
                 del self._running_on[model]
-        for model in new - old:
+        for model in new.keys() - old.keys():
             assert view is not None
             self._running_on.setdefault(model, {})[view.report.node] = None
+        for model in old.keys() | new.keys():
+            active = self._active.pop(model, 0) + new.get(model, 0) - old.get(model, 0)
+            if active:
+                self._active[model] = active
+
+    @property
+    def active(self) -> Mapping[ModelName, int]:
+        """How many requests run of each model of which any do, also on instances that leave."""
+        return self._active
 
     def models(self) -> Collection[ModelName]:
         """List the models that have instances."""
@@ -294,8 +339,8 @@ class ClusterView:
         return self._ways.remote.best
 
 
-def _queued(report: NodeReport) -> tuple[float, NodeId, float]:
-    return report.remote_queue_s, report.node, report.remote_bytes_per_s
+def _queued(view: NodeView | None) -> tuple[float, NodeId, float] | None:
+    return (view.report.remote_queue_s, view.report.node, view.report.remote_bytes_per_s) if view is not None else None
 
 
 def _bandwidths(view: NodeView | None) -> tuple[float, float]:

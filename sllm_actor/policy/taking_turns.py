@@ -40,9 +40,12 @@ class TakingTurns:
         These are 0 but for models that had to leave there a short while ago. What a node reports first is not new.
         """
         node = report.node
-        before, self._known[node] = self._known.get(node), frozenset(one.instance_id for one in report.instances)
+        before, known = self._known.get(node), frozenset([one.instance_id for one in report.instances])
+        if known == before:
+            return
+        self._known[node] = known
         unasked = self._unasked.pop(node, {})
-        self._unasked[node] = {key: over_s for key, over_s in unasked.items() if key in self._known[node]}
+        self._unasked[node] = {key: over_s for key, over_s in unasked.items() if key in known}
         for one in report.instances:
             if before is not None and one.instance_id not in before:
                 given_up_s = self._given_up.get((node, one.model), float("-inf"))
@@ -52,7 +55,9 @@ class TakingTurns:
 
     def asked(self, report: NodeReport, now_s: float) -> list[str]:
         """List the instances whose first request is there by this report, and whose turn is over."""
-        unasked = self._unasked.get(report.node, {})
+        unasked = self._unasked.get(report.node)
+        if not unasked:
+            return []
         come = [one.instance_id for one in report.instances if one.active and one.instance_id in unasked]
         return [instance_id for instance_id in come if unasked.pop(instance_id) <= now_s]
 
