@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from sllm_actor.domain import ModelName
-from sllm_actor.policy.autoscaling import Short, by_need
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sllm_actor.actors.autoscaler import Autoscaler
+from sllm_actor.domain import Model, ModelName, NodeId, Scaling
+from sllm_actor.messages.placement import InstanceView, NodeReport
+from sllm_actor.policy.autoscaling import Short, by_need, wanted
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.runtime.clock import SystemClock
+from sllm_actor.testing.simulated_node import model_of
 
 A, B, C = map(ModelName, "abc")
+INSTANCE_TAKES = 3
 
 
 def test_the_next_instance_is_for_the_model_whose_instances_have_the_most_to_do() -> None:
@@ -26,3 +36,55 @@ def test_what_is_to_run_at_all_times_comes_before_all_help() -> None:
 
 def test_a_model_that_lacks_nothing_gets_nothing() -> None:
     assert list(by_need({A: Short(3, 3, 3, 0), B: Short(9, 4, 3, 0), C: Short(0, 0, 0, 0)})) == []
+
+
+scalings = st.builds(
+    Scaling, min_instances=st.integers(0, 2), max_instances=st.integers(2, 4), target_concurrency=st.integers(0, 4)
+)
+instances = st.tuples(st.sampled_from([A, B, C]), st.integers(0, 9), st.booleans())
+reported = st.lists(st.tuples(st.sampled_from("mno"), st.lists(instances, max_size=4)), max_size=6)
+
+
+def report_of(node: str, running: list[tuple[ModelName, int, bool]]) -> NodeReport:
+    return NodeReport(
+        node=NodeId(node), manager="manager", slots=8, host_pool_bytes=1, pinned_host_bytes={}, ended_placements=(),
+        starting=(), host_fingerprints=(), ssd_fingerprints=(), ssd_bytes_per_s=0.0, disk_queues_s={},
+        remote_bytes_per_s=0.0, remote_queue_s=0.0,
+        instances=tuple(
+            InstanceView(
+                instance_id=f"{model}-{node}{number}", model=model, active=active, idle_since_s=0.0, host_bytes=0,
+                leaving=leaving,
+            )
+            for number, (model, active, leaving) in enumerate(running)
+        ),
+    )  # fmt: skip
+
+
+def lacking(models: list[Model], view: ClusterView, starting: dict[ModelName, int]) -> list[ModelName]:
+    """Look at every model."""
+    short: dict[ModelName, Short] = {}
+    for model in models:
+        running = [one for _, one in view.running(model.name)]
+        active, least = sum(one.active for one in running), model.scaling.min_instances
+        want = wanted(model.scaling, active, INSTANCE_TAKES) if running or least else 0
+        short[model.name] = Short(active, len(running) + starting.get(model.name, 0), want, least)
+    return [name for name, _ in by_need(short)]
+
+
+@given(st.tuples(scalings, scalings, scalings), reported, st.dictionaries(st.sampled_from([A, B, C]), st.just(1)))
+def test_whoever_lacks_instances_is_found_among_those_that_are_looked_at(
+    scaled: tuple[Scaling, ...], reports: list[tuple[str, list[tuple[ModelName, int, bool]]]],
+    starting: dict[ModelName, int],
+) -> None:  # fmt: skip
+    models = [
+        msgspec.structs.replace(model_of(name, 1, 1.0), scaling=scaling)
+        for name, scaling in zip("abc", scaled, strict=True)
+    ]
+    by_name = {model.name: model for model in models}
+    kept = [model for model in models if model.scaling.min_instances]
+    autoscaler = Autoscaler(lambda: kept, by_name.get, SystemClock(), instance_takes=INSTANCE_TAKES)
+    view = ClusterView()
+    for node, running in reports:
+        view.hear(report_of(node, running), 0.0)
+    asked = [question.model for question in autoscaler.missing(view, starting)]
+    assert asked == lacking(models, view, starting)

@@ -36,11 +36,17 @@ class Autoscaler:
         self._rests: dict[ModelName, float] = {}
         self._numbers = itertools.count(1)
 
-    def scaled(self, view: ClusterView) -> list[Model]:
-        """List the models of which something may have to start or stop: those that run, and those that always do."""
-        running = [model for name in view.models() if (model := self._known(name)) is not None]
-        several = [model for model in running if model.scaling.max_instances > 1]
-        found = {model.name: model for model in (*self._kept(), *several) if not model.base}
+    def _may_lack(self, view: ClusterView) -> list[Model]:
+        """List the models that may lack an instance: those that always run, and those with too many requests for one.
+
+        Of a thousand that run few have so many, and the others are not looked at.
+        """
+        busy = [
+            model
+            for name, active in view.active.items()
+            if (model := self._known(name)) is not None and wanted(model.scaling, active, self._instance_takes) > 1
+        ]
+        found = {model.name: model for model in (*self._kept(), *busy) if not model.base}
         return [found[name] for name in sorted(found)]
 
     def missing(self, view: ClusterView, starting: Mapping[ModelName, int]) -> Iterator[PlaceModel]:
@@ -50,7 +56,7 @@ class Autoscaler:
         """
         now_s = self._clock.monotonic_s()
         self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
-        models = [model for model in self.scaled(view) if model.name not in self._rests]
+        models = [model for model in self._may_lack(view) if model.name not in self._rests]
         running = {model.name: self._running(view, model, now_s) for model in models}
         short = {
             model.name: Short(
@@ -69,7 +75,7 @@ class Autoscaler:
     def surplus(self, view: ClusterView) -> Iterator[Running]:
         """Give an instance of each model of which one too many has been idle for long enough."""
         now_s = self._clock.monotonic_s()
-        for model in self.scaled(view):
+        for model in sorted((model for model in self._kept() if not model.base), key=lambda model: model.name):
             running = self._running(view, model, now_s)
             one = surplus(model.scaling, running, self._want(model, running), model.keep_alive_s)
             if one is not None:

@@ -61,6 +61,8 @@ class Registry:
         self._models: dict[ModelName, Model] = {}
         self._wanted: dict[ModelName, Wanted] = {}
         self.on_disk = OnDisk(self._models, self._wanted, tiers, shared=shared)
+        # Those of which instances always run, once somebody has asked since a registration has changed.
+        self._kept: tuple[Model, ...] | None = None
         self._changing: set[ModelName] = set()
         self._examining = 0
         self._scope = TaskScope("registry")
@@ -84,7 +86,7 @@ class Registry:
             if model.card:
                 with contextlib.suppress(CheckpointInvalid):  # It is made anew when it is needed.
                     self._wanted[model.name] = await self._tiers.card(model.card)
-        self.on_disk.look_again()
+        self._look_again()
         for held in self._tiers.ssd.given_up:
             names = ", ".join(self.names_by_model_id().get(held.model_id, ())) or held.model_id
             size, quota = format_bytes(held.size_bytes), format_bytes(self._tiers.ssd.quota_bytes)
@@ -105,7 +107,7 @@ class Registry:
             base = based_on(self._models, model)
             if base is not None and base.path != model.text_path:
                 self._models[name] = msgspec.structs.replace(model, text_path=base.path)
-        self.on_disk.look_again()
+        self._look_again()
 
     async def followed(self) -> AsyncGenerator[tuple[ModelName, bool], None]:
         """Give the name of each model that another node has changed, once this one knows.
@@ -164,9 +166,16 @@ class Registry:
         model = self._models.get(name)
         return model is not None and model.scaling.min_instances > 0
 
-    def kept_running(self) -> list[Model]:
+    def kept_running(self) -> tuple[Model, ...]:
         """List the models of which instances run also while nobody asks."""
-        return [model for model in self._models.values() if model.scaling.min_instances > 0]
+        if self._kept is None:
+            self._kept = tuple(model for model in self._models.values() if model.scaling.min_instances > 0)
+        return self._kept
+
+    def _look_again(self) -> None:
+        """Make anew, when it is asked for, what follows from the registrations."""
+        self._kept = None
+        self.on_disk.look_again()
 
     def is_current(self, model: Model) -> bool:
         """Tell whether a registration is still the one of its name."""
@@ -212,7 +221,7 @@ class Registry:
         known = self._models.get(model.name)
         if known is not None and same_but_time(known, model):
             self._wanted[model.name] = wanted  # The same bytes; perhaps other inodes.
-            self.on_disk.look_again()
+            self._look_again()
             return known, False
         if known is not None and source_of(known) != model.source and not message.replace:
             raise ModelExists(
@@ -227,7 +236,7 @@ class Registry:
             await self._stored.put(model)
             self._models[model.name] = model
             self._wanted[model.name] = wanted
-            self.on_disk.look_again()
+            self._look_again()
         return model, known is None or not runs_alike(known, model)
 
     @contextmanager
@@ -256,7 +265,7 @@ class Registry:
         await self._stored.delete(name)
         self._models.pop(name, None)  # Where the store is followed, this may be known before the call returns.
         self._wanted.pop(name, None)
-        self.on_disk.look_again()
+        self._look_again()
         await self._sweep()
         return model
 
@@ -321,7 +330,7 @@ class Registry:
             raise CheckpointChanged(f"{model.source} has changed since {model.name} was registered; deploy it again")
         if self.is_current(model):  # It may have been registered anew meanwhile, from elsewhere.
             self._wanted[model.name] = wanted
-            self.on_disk.look_again()
+            self._look_again()
         return wanted
 
     async def _read_once(self, model: Model) -> Wanted:
