@@ -116,7 +116,7 @@ def test_answers_teach_what_a_resume_and_a_token_take() -> None:
     for tokens in (10, 500, 1000, 40, 700) * 4:
         answered = Answered(computed_tokens=tokens, prefill_s=0.002 * tokens + 0.1, tokens=11, decode_s=0.5)
         times = learned_answer(times, answered)
-    assert times.resume.rising == pytest.approx((0.002, 0.1), rel=0.05)
+    assert times.rising == times.resume.rising == pytest.approx((0.002, 0.1), rel=0.05)
     assert times.token_s == pytest.approx(0.05)
     nothing = Answered(computed_tokens=0, prefill_s=0.0, tokens=1, decode_s=0.0)
     assert learned_answer(times, nothing) == times

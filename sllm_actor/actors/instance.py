@@ -63,20 +63,21 @@ class Instance:
 
     def view(self, pinned: Collection[str], now_s: float) -> InstanceView:
         """Describe it to the Scheduler; memory that is pinned is counted once, and not here."""
+        activity = self._activity
         own_bytes = 0 if self.model.fingerprint in pinned else self.model.host_bytes
         times = self._times.of(self.model.name)
-        resume_s_per_token, resume_s = times.resume.rising
+        resume_s_per_token, resume_s = times.rising
         return InstanceView(
             instance_id=self.instance_id,
             model=self.model.name,
-            active=self.active,
+            active=activity.active,
             idle_since_s=self.idle_since_s,
             host_bytes=own_bytes + self.adapters.host_bytes(pinned),
             fingerprint=self.model.fingerprint,
             size_bytes=self.model.size_bytes,
-            prompt_tokens=self._activity.prompt_tokens,
-            running_s=self._activity.running_s + self.active * (now_s - self._told_s),
-            priority=self._activity.priority,
+            prompt_tokens=activity.prompt_tokens,
+            running_s=activity.running_s + activity.active * (now_s - self._told_s),
+            priority=activity.priority,
             token_s=times.token_s,
             resume_s_per_token=resume_s_per_token,
             resume_s=resume_s,

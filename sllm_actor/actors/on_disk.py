@@ -26,8 +26,8 @@ class OnDisk:
         self._wanted = wanted
         self._tiers = tiers
         self._shared = shared
-        # The models that were found, and at which revision of the SSD.
-        self._found: tuple[int, tuple[Model, ...]] | None = None
+        # The models that were found, with their fingerprints, and at which revision of the SSD.
+        self._found: tuple[int, tuple[Model, ...], tuple[str, ...]] | None = None
 
     def look_again(self) -> None:
         """Hear that a registration, or what is known of its bytes, has changed."""
@@ -40,15 +40,16 @@ class OnDisk:
             return not self._shared or wanted is not None
         return isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted)
 
-    def _all(self) -> tuple[Model, ...]:
+    def _all(self) -> tuple[tuple[Model, ...], tuple[str, ...]]:
         revision = self._tiers.ssd.revision
         if self._found is None or self._found[0] != revision:
-            self._found = revision, tuple(model for model in self._models.values() if self.has(model))
-        return self._found[1]
+            models = tuple(model for model in self._models.values() if self.has(model))
+            self._found = revision, models, tuple(dict.fromkeys(model.fingerprint for model in models))
+        return self._found[1:]
 
     def fingerprints(self) -> tuple[str, ...]:
         """List the checkpoints that this node's disk has."""
-        return tuple(dict.fromkeys(model.fingerprint for model in self._all()))
+        return self._all()[1]
 
     def queues_s(self) -> dict[str, float]:
         """Tell for which checkpoints the disk that has them is busy, and how long.
@@ -59,7 +60,7 @@ class OnDisk:
             return {}
         told = {
             model.fingerprint: self._tiers.disk_queue_s(self._wanted[model.name])
-            for model in self._all()
+            for model in self._all()[0]
             if model.name in self._wanted
         }
         return {fingerprint: queue_s for fingerprint, queue_s in told.items() if queue_s}

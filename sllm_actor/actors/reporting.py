@@ -46,6 +46,9 @@ class Reporting:
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
         self._ended: deque[tuple[str, bool]] = deque(maxlen=ENDED_KEPT)
+        # Their placements, and of these those that failed.
+        self._ended_placements: tuple[str, ...] = ()
+        self._failed_placements: tuple[str, ...] = ()
         self._ssd = ObservedWay(tiers.loader.paths().ssd)
         self._remote = ObservedWay(tiers.remote_path())
 
@@ -57,6 +60,8 @@ class Reporting:
     def ended(self, placement_id: str, *, failed: bool) -> None:
         """Have the next reports tell how a start has ended."""
         self._ended.append((placement_id, failed))
+        self._ended_placements = tuple(one for one, _ in self._ended)
+        self._failed_placements = tuple(one for one, has_failed in self._ended if has_failed)
 
     def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, ModelName]) -> None:
         """Tell of these from now on: whenever `tell` is called, and, where this node is alone, its own Scheduler."""
@@ -134,7 +139,7 @@ class Reporting:
                 for model in (self._registry.models() if pinned else ())
                 if model.fingerprint in pinned
             },
-            ended_placements=tuple(placement_id for placement_id, _ in self._ended),
+            ended_placements=self._ended_placements,
             starting=self._under_way(),
             host_fingerprints=tuple(resident.fingerprint for resident in residents),
             ssd_fingerprints=self._registry.on_disk.fingerprints() if self._max_instances else (),
@@ -142,7 +147,7 @@ class Reporting:
             disk_queues_s=self._registry.on_disk.queues_s(),
             remote_bytes_per_s=self._remote.bytes_per_s,
             remote_queue_s=self._tiers.queues().remote_s,
-            failed_placements=tuple(placement_id for placement_id, failed in self._ended if failed),
+            failed_placements=self._failed_placements,
             address=self._place.address,
             epoch=epoch,
             cordoned=self._place.cordoned,

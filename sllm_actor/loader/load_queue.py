@@ -53,13 +53,18 @@ class LoadQueue:
 
     def remaining_bytes(self, way: str = "") -> int:
         """Count what is still to come of all loads that run or wait."""
+        if not self._running and not self._waiting:
+            return 0
         turns = (turn for turn in (*self._running, *self._waiting) if way in turn.ways)
         return sum(max(0, turn.size_bytes - turn.arrived_bytes) for turn in turns)
 
     def remaining_s(self, way: str = "") -> float:
         """Tell when all that is known now will be through, at the bandwidth that was observed last."""
+        remaining_bytes = self.remaining_bytes(way)
+        if not remaining_bytes:
+            return 0.0
         bytes_per_s = self._bytes_per_s(way)
-        return self.remaining_bytes(way) / bytes_per_s if bytes_per_s > 0 else 0.0
+        return remaining_bytes / bytes_per_s if bytes_per_s > 0 else 0.0
 
     @property
     def ways(self) -> set[str]:

@@ -15,10 +15,17 @@ WEIGHT = 0.1
 
 
 class AnswerTimes(NamedTuple):
-    """What was learned of one model on one node; 0.0 where nothing was."""
+    """What was learned of one model on one node; 0.0 where nothing was.
+
+    `rising` is the slope and the constant of `resume`, worked out with each answer, and not with each report.
+    """
 
     resume: Line = Line()
     token_s: float = 0.0
+    rising: tuple[float, float] = (0.0, 0.0)
+
+
+_NOTHING = AnswerTimes()
 
 
 class LearnedTimes:
@@ -29,7 +36,7 @@ class LearnedTimes:
 
     def of(self, model: ModelName) -> AnswerTimes:
         """Give what was learned of a model."""
-        return self._times.get(model, AnswerTimes())
+        return self._times.get(model, _NOTHING)
 
     def learn(self, model: ModelName, answered: Answered) -> None:
         """Take in an answer of it."""
@@ -42,10 +49,11 @@ class LearnedTimes:
 
 def learned_answer(times: AnswerTimes, answered: Answered) -> AnswerTimes:
     """Take in an answer that has ended."""
-    resume, token_s = times.resume, times.token_s
+    resume, token_s, rising = times
     if answered.computed_tokens > 0 and answered.prefill_s > 0:
         resume = learned(resume, answered.computed_tokens, answered.prefill_s)
+        rising = resume.rising
     if answered.tokens > 1 and answered.decode_s > 0:
         seen_s = answered.decode_s / (answered.tokens - 1)
         token_s = (1 - WEIGHT) * token_s + WEIGHT * seen_s if token_s else seen_s
-    return AnswerTimes(resume, token_s)
+    return AnswerTimes(resume, token_s, rising)

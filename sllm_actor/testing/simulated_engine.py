@@ -107,8 +107,11 @@ def answer_of(
 ) -> tuple[tuple[int, ...], FinishReason]:
     """Give the one right answer of the model in the folder `path`; one without an end of its own counts upwards."""
     if ignore_eos:
-        first = xxh3_64_intdigest(f"{path} {seed} ".encode() + prompt)
-        return tuple((first + position) % VOCABULARY_TOKENS for position in range(max_tokens)), FinishReason.LENGTH
+        first = xxh3_64_intdigest(f"{path} {seed} ".encode() + prompt) % VOCABULARY_TOKENS
+        numbers = range(first, first + max_tokens)
+        if numbers.stop > VOCABULARY_TOKENS:
+            return tuple(number % VOCABULARY_TOKENS for number in numbers), FinishReason.LENGTH
+        return tuple(numbers), FinishReason.LENGTH
     tokens: list[int] = []
     for position in range(max_tokens):
         drawn = xxh3_64_intdigest(f"{path} {seed} {position} ".encode() + prompt)
