@@ -73,9 +73,10 @@ class Registry:
     async def open(self) -> None:
         """Read what was registered before, say what can't start here, and drop the cards that no model has."""
         self._take(self._stored.newer(await self._stored.load()))
+        pool_bytes = self._tiers.loader.pool_bytes
         for model in self._models.values():
-            if model.host_bytes > self._tiers.loader.pool_bytes:
-                needs, has = format_bytes(model.host_bytes), format_bytes(self._tiers.loader.pool_bytes)
+            if model.host_bytes > pool_bytes:
+                needs, has = format_bytes(model.host_bytes), format_bytes(pool_bytes)
                 log.warning(
                     "%s can't start: it needs %s of host memory, the pool has %s; raise host_pool_bytes",
                     model.name, needs, has,
@@ -104,7 +105,7 @@ class Registry:
                 path = str(self._tiers.card_folder(model.card)) if model.card else model.path
                 self._models[name] = model if path == model.path else msgspec.structs.replace(model, path=path)
         for name, model in self._models.items():
-            base = based_on(self._models, model)
+            base = based_on(self._models, model) if model.base else None
             if base is not None and base.path != model.text_path:
                 self._models[name] = msgspec.structs.replace(model, text_path=base.path)
         self._look_again()

@@ -56,11 +56,14 @@ class SharedModels:
     def newer(self, view: View) -> dict[ModelName, Model | None]:
         """Take in a view; give what has changed by somebody else, None for what is no longer registered."""
         found: dict[ModelName, Model | None] = {}
+        facts, decode, changed, removed = view.facts, self._decode, self._changed, self._removed
         for key in view.changed:
-            fact, name = view.facts.get(key), cast(ModelName, key.removeprefix(MODELS))
-            if fact is None or fact.changed <= self._changed.get(name, 0) or fact.changed <= self._removed.get(name, 0):
+            fact, name = facts.get(key), cast(ModelName, key.removeprefix(MODELS))
+            if fact is None or fact.changed <= changed.get(name, 0):
                 continue
-            model = self._decode(fact)
+            if removed and fact.changed <= removed.get(name, 0):
+                continue
+            model = decode(fact)
             if model is not None:
                 found[name] = model
                 self._note(name, fact.changed)
@@ -77,17 +80,16 @@ class SharedModels:
 
         What this node has put itself may have been removed by others before it knew that it was put.
         """
-        changed = (cast(ModelName, key.removeprefix(MODELS)) for key in view.changed)
-        names = self._changed if view.listed else dict.fromkeys((*changed, *self._put))
-        return [
-            name
-            for name in names
-            if MODELS + name not in view.facts and 0 < self._changed.get(name, 0) <= view.revision
-        ]
+        known, facts = self._changed, view.facts
+        if not view.listed:
+            changed = (cast(ModelName, key.removeprefix(MODELS)) for key in view.changed)
+            known = {name: known[name] for name in dict.fromkeys((*changed, *self._put)) if name in known}
+        return [name for name, revision in known.items() if revision <= view.revision and MODELS + name not in facts]
 
     def _note(self, name: ModelName, revision: int) -> None:
         self._changed[name] = revision
-        self._removed.pop(name, None)
+        if self._removed:
+            self._removed.pop(name, None)
 
     async def put(self, model: Model) -> None:
         """Store a registration.

@@ -110,6 +110,8 @@ class Many:
             max_instances=config.max_instances if works else 0,
         )
         self._led = True
+        # A member that can lead, if there is one.
+        self._controller = NodeId("")
         self.membership = Membership(store, clock, member, on_change=lambda _: self._tell_members())
         system.vouch_with(self._is_member)
         system.hear_of_silence(self._fell_silent, self._is_heard)
@@ -226,7 +228,12 @@ class Many:
 
     def _look_for_controllers(self) -> None:
         """Say so once where nobody can lead."""
-        led = any(Role.CONTROLLER in joined.member.roles for joined in self.membership.members.values())
+        members = self.membership.members
+        one = members.get(self._controller)
+        if one is None or Role.CONTROLLER not in one.member.roles:
+            others = (node for node, joined in members.items() if Role.CONTROLLER in joined.member.roles)
+            self._controller = next(others, NodeId(""))
+        led = self._controller != ""
         if self._led and not led:
             log.error("no member of the cluster has the role controller: no model is started until one joins")
         self._led = led

@@ -191,6 +191,7 @@ def run_seed(seed: int, plan: Plan = MOVING) -> Outcome:
     lines: list[str] = []
     problems: list[str] = []
     turns = LIMIT_TURNS + int(plan.span_s * LIMIT_TURNS_PER_S)
+    # Arrivals and wishes are drawn, and may take longer than is planned.
 
     async def main() -> Outcome:
         simulation = Simulation(seed, plan)
@@ -205,7 +206,7 @@ def run_seed(seed: int, plan: Plan = MOVING) -> Outcome:
 
     with alone_with_log(logging.WARNING, f"in seed {seed}; {how_to_run(seed, plan)}") as logger:
         try:
-            return run_virtual(lambda: main(), kind=ProcessLoop, limit_s=LIMIT_S + plan.span_s, limit_turns=turns)
+            return run_virtual(lambda: main(), kind=ProcessLoop, limit_s=LIMIT_S + 2 * plan.span_s, limit_turns=turns)
         except SimulationError as error:
             return Outcome(seed, plan, (*problems, broke_off(error)), "", {}, tuple(lines))
 

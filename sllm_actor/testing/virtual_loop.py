@@ -198,9 +198,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.turns += 1
         if self.turns > self.last_turn or self.failures:
             self._look_at_bounds()
-        if self._timer_cancelled_count > MANY_CANCELLED:
+        ready, scheduled, cancelled = self._ready, self._scheduled, self._timer_cancelled_count
+        if cancelled > MANY_CANCELLED and 2 * cancelled > len(scheduled):
             self._sweep_timers()
-        ready, scheduled = self._ready, self._scheduled
         if not ready and not self._stopping:
             self._jump()
         if self._hinders:
@@ -232,10 +232,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.call_exception_handler({"message": f"Exception in callback {name}", "exception": error, "handle": name})
 
     def _sweep_timers(self) -> None:
-        """Let cancelled timers go where they are many."""
+        """Let cancelled timers go: they are many."""
         scheduled: list[Any] = self._scheduled
-        if self._timer_cancelled_count <= len(scheduled) / 2:
-            return
         for _, _, timer in scheduled:
             timer._scheduled = not timer._cancelled
         # In place: a turn that looks at it goes on.
