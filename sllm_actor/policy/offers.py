@@ -7,7 +7,8 @@ queue alone is not longer already than the best whole starts.
 from __future__ import annotations
 
 import enum
-from bisect import insort
+from bisect import bisect_left, insort
+from math import nextafter
 from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
@@ -165,14 +166,18 @@ def soonest(view: ClusterView, estimator: Estimator, question: PlaceModel, most:
     fastest = view.best_remote_bytes_per_s
     least_s = size_bytes / fastest if fastest > 0 else INF
     worst_s = best[-1].estimate_s if len(best) == most else INF
-    for queue_s, name, bytes_per_s in view.by_remote_queue:
+    queues, at = view.by_remote_queue, 0
+    while at < len(queues):
+        queue_s, name, bytes_per_s = queues[at]
+        at += 1
         # What follows waits as long or longer, and no constant of a fetch is below 0.
         if queue_s + least_s > worst_s:
             break
-        if (bytes_per_s > 0 and queue_s + size_bytes / bytes_per_s > worst_s) or name in holders:
-            continue
-        # Of many that are as good at best, the first by name are wanted.
+        # Of many that are as good at best, the first by name are wanted: none that follows with the same queue.
         if len(best) == most and queue_s + least_s == worst_s and name > best[-1].node:
+            at = bisect_left(queues, (nextafter(queue_s, INF),), at)
+            continue
+        if (bytes_per_s > 0 and queue_s + size_bytes / bytes_per_s > worst_s) or name in holders:
             continue
         _take(best, offer_of(view.nodes[name], estimator, question), most)
         worst_s = best[-1].estimate_s if len(best) == most else INF
