@@ -54,7 +54,8 @@ steps = st.one_of(
 
 def parts(node: NodeView) -> dict[str, Any]:
     """Give all that is worked out of a node's report, and of what is marked there."""
-    return {name: getattr(node, name) for name in NodeView.__slots__ if not name.startswith("_")}
+    names = [*NodeView.__slots__, "idle", "idle_room", "leaving_room"]
+    return {name: getattr(node, name) for name in names if not name.startswith("_")}
 
 
 def anew(view: ClusterView) -> ClusterView:

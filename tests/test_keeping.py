@@ -44,6 +44,7 @@ async def test_what_is_pinned_in_the_pool_makes_no_room_until_it_is_unpinned(tmp
         loader.pin(first)
         loader.pin(first)
         assert [resident.pinned for resident in loader.residents()] == [True]
+        assert loader.fingerprints() == [(first.fingerprint, True)]
         for other in others:
             (await loader.lease(other)).release()
         assert loader.holds(first), "it was used longest ago, and stays"

@@ -172,6 +172,7 @@ async def test_a_lease_is_a_use(tmp_path: Path) -> None:
         for checkpoint in (a, b, a):
             await loader.lease(checkpoint)
         assert [resident.fingerprint for resident in loader.residents()] == [b.fingerprint, a.fingerprint]
+        assert loader.fingerprints() == [(b.fingerprint, False), (a.fingerprint, False)]
 
 
 async def test_what_is_leased_is_not_evicted(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ class InstanceAdapters:
 
     def host_bytes(self, pinned: Collection[str]) -> int:
         """Count the host memory that they hold beside what is pinned."""
+        if not self._kept:
+            return 0
         return sum(kept.model.host_bytes for key, kept in self._kept.items() if key not in pinned)
 
     @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from typing import NamedTuple
 
 from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.instance_starter import Started
@@ -11,11 +12,22 @@ from sllm_actor.actors.place import Place
 from sllm_actor.domain import Model, NodeId
 from sllm_actor.messages.instances import InstanceActivity, InstanceStarted, InstanceStatus
 from sllm_actor.messages.placement import InstanceView
-from sllm_actor.policy.answer_times import LearnedTimes
+from sllm_actor.policy.answer_times import AnswerTimes, LearnedTimes
 from sllm_actor.runtime import ActorRef
 
 # The actors' names: an instance's id follows.
 WORKERS = "worker/"
+
+
+class _MadeOf(NamedTuple):
+    """What may differ between two descriptions of an instance to the Scheduler, but for the time."""
+
+    activity: InstanceActivity
+    idle_since_s: float
+    host_bytes: int
+    times: AnswerTimes
+    leaving: bool
+    kept: bool
 
 
 class Instance:
@@ -43,6 +55,8 @@ class Instance:
         self.kept = model.scaling.min_instances > 0
         self._activity = InstanceActivity(instance_id=instance_id, active=0, keep_alive_s=model.keep_alive_s)
         self._told_s = now_s
+        # What it was described by last, and how.
+        self._described: tuple[_MadeOf, InstanceView] | None = None
 
     @property
     def active(self) -> int:
@@ -63,16 +77,25 @@ class Instance:
 
     def view(self, pinned: Collection[str], now_s: float) -> InstanceView:
         """Describe it to the Scheduler; memory that is pinned is counted once, and not here."""
-        activity = self._activity
         own_bytes = 0 if self.model.fingerprint in pinned else self.model.host_bytes
-        times = self._times.of(self.model.name)
+        made_of = _MadeOf(
+            self._activity, self.idle_since_s, own_bytes + self.adapters.host_bytes(pinned),
+            self._times.of(self.model.name), self.retired is not None, self.kept,
+        )  # fmt: skip
+        # How long its requests have been running differs with each report; of an idle one all may be as it was.
+        if self._activity.active or self._described is None or self._described[0] != made_of:
+            self._described = made_of, self._view_of(made_of, now_s)
+        return self._described[1]
+
+    def _view_of(self, made_of: _MadeOf, now_s: float) -> InstanceView:
+        activity, times = made_of.activity, made_of.times
         resume_s_per_token, resume_s = times.rising
         return InstanceView(
             instance_id=self.instance_id,
             model=self.model.name,
             active=activity.active,
-            idle_since_s=self.idle_since_s,
-            host_bytes=own_bytes + self.adapters.host_bytes(pinned),
+            idle_since_s=made_of.idle_since_s,
+            host_bytes=made_of.host_bytes,
             fingerprint=self.model.fingerprint,
             size_bytes=self.model.size_bytes,
             prompt_tokens=activity.prompt_tokens,
@@ -82,8 +105,8 @@ class Instance:
             resume_s_per_token=resume_s_per_token,
             resume_s=resume_s,
             worker=self.worker.name,
-            leaving=self.retired is not None,
-            kept=self.kept,
+            leaving=made_of.leaving,
+            kept=made_of.kept,
             holders_only=not self.model.card,
         )
 

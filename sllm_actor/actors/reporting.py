@@ -125,15 +125,15 @@ class Reporting:
         if epoch is None:
             return None
         # Where nothing is ever started, nothing is held for it either.
-        residents = self._tiers.loader.residents() if self._max_instances else []
-        pinned = {resident.fingerprint for resident in residents if resident.pinned}
+        held = self._tiers.loader.fingerprints() if self._max_instances else []
+        pinned = {fingerprint for fingerprint, is_pinned in held if is_pinned}
         now_s = self._clock.monotonic_s()
         return NodeReport(
             node=self._place.node,
             manager=self._manager,
             slots=self._max_instances,
             host_pool_bytes=self._tiers.loader.pool_bytes if self._max_instances else 0,
-            instances=tuple(one.view(pinned, now_s) for one in self._instances.values()),
+            instances=tuple([one.view(pinned, now_s) for one in self._instances.values()]),
             pinned_host_bytes={
                 model.fingerprint: model.host_bytes
                 for model in (self._registry.models() if pinned else ())
@@ -141,7 +141,7 @@ class Reporting:
             },
             ended_placements=self._ended_placements,
             starting=self._under_way(),
-            host_fingerprints=tuple(resident.fingerprint for resident in residents),
+            host_fingerprints=tuple([fingerprint for fingerprint, _ in held]),
             ssd_fingerprints=self._registry.on_disk.fingerprints() if self._max_instances else (),
             ssd_bytes_per_s=self._ssd.bytes_per_s,
             disk_queues_s=self._registry.on_disk.queues_s(),

@@ -5,6 +5,7 @@ Bookkeeping only: it sees no byte, no file and no load. Belongs to one event loo
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 from sllm_actor.errors import Conflict
@@ -51,6 +52,9 @@ class Held:
         )
 
 
+_last_used_s = attrgetter("last_used_s")
+
+
 class HostMemory:
     """Decides what stays in the pool."""
 
@@ -70,7 +74,11 @@ class HostMemory:
 
     def residents(self) -> list[Resident]:
         """List what is held, the least recently used first."""
-        return [held.describe() for held in sorted(self._held.values(), key=lambda held: held.last_used_s)]
+        return [held.describe() for held in sorted(self._held.values(), key=_last_used_s)]
+
+    def fingerprints(self) -> list[tuple[str, bool]]:
+        """List what is held by its fingerprints, and whether each is pinned, the least recently used first."""
+        return [(one.key.fingerprint, one.pinned) for one in sorted(self._held.values(), key=_last_used_s)]
 
     def make_room(self, chunks: int) -> None:
         """Evict until so many chunks are free; the caller has seen that they can be had."""

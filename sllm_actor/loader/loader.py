@@ -142,6 +142,10 @@ class Loader:
         """List the checkpoints that are whole in the pool, the least recently used first."""
         return self._memory.residents()
 
+    def fingerprints(self) -> list[tuple[str, bool]]:
+        """List these by their fingerprints, and whether each is pinned, in the same order."""
+        return self._memory.fingerprints()
+
     def observe(self) -> dict[str, object]:
         """Show the pool, what is in it, and the bandwidth of each path, for people."""
         ways = msgspec.structs.asdict(self.paths())

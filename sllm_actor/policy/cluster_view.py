@@ -47,8 +47,8 @@ class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
     __slots__ = (
-        "_ways", "active", "at_work", "beside", "busy", "free", "idle", "idle_room", "leaving_room", "on_host",
-        "on_ssd", "pinned_bytes", "report", "staying",
+        "_going", "_idle", "_ways", "active", "at_work", "beside", "busy", "free", "on_host", "on_ssd", "pinned_bytes",
+        "report", "staying",
     )  # fmt: skip
 
     def __init__(
@@ -86,15 +86,30 @@ class NodeView:
             free_bytes -= one.host_bytes
             (going if one.leaving or one.instance_id in leaving else staying).append(one)
         self.free = Room(free_slots, free_bytes)
-        self.leaving_room = _room_of(going)
+        self._going = going
         self.staying = tuple(staying)
         self.busy = tuple([one for one in staying if one.active])
         # Engines that compute or come up: who starts beside them shares the node's cores.
         self.at_work = len(self.busy) + starting
         self.beside = beside(self.at_work, report.core_threads)
-        idle = [one for one in staying if not one.active and not one.kept and one.instance_id not in held]
-        self.idle = tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
-        self.idle_room = _room_of(idle)
+        self._idle = [one for one in staying if not one.active and not one.kept and one.instance_id not in held]
+
+    # What follows is asked for at a few nodes for each start, and not with each report.
+
+    @property
+    def leaving_room(self) -> Room:
+        """What instances leave that go."""
+        return _room_of(self._going)
+
+    @property
+    def idle(self) -> tuple[InstanceView, ...]:
+        """The instances that may be given up, the longest idle first."""
+        return tuple(sorted(self._idle, key=lambda one: (one.idle_since_s, one.instance_id)))
+
+    @property
+    def idle_room(self) -> Room:
+        """What these would leave."""
+        return _room_of(self._idle)
 
     @property
     def ssd_bytes_per_s(self) -> float:

@@ -46,16 +46,22 @@ class SimulatedEngine(Engine):
     def _parking(self, number: RequestId, stream: AnswerStream) -> Parking:
         return SimulatedParking(number, stream, self._send, self.process)
 
-    async def generate(
+    def generate(
         self, request: Generate | Embed, stream: AnswerStream | None = None, parking: Parking | None = None
     ) -> AsyncGenerator[Item, None]:
         """Run one request."""
+        items = super().generate(request, stream, parking)
         if self._echoes and isinstance(request, Generate) and request.generated:
-            index, token_id = len(request.generated) // 4 - 1, unpack_uint32(request.generated)[-1]
-            yield Tokens(request_id=request.request_id, index=index, token_ids=(token_id,), epoch=request.epoch - 1)
-        async with aclosing(super().generate(request, stream, parking)) as items:
-            async for item in items:
-                yield item
+            return _echoing(request, items)
+        return items
+
+
+async def _echoing(request: Generate, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
+    index, token_id = len(request.generated) // 4 - 1, unpack_uint32(request.generated)[-1]
+    yield Tokens(request_id=request.request_id, index=index, token_ids=(token_id,), epoch=request.epoch - 1)
+    async with aclosing(items):
+        async for item in items:
+            yield item
 
 
 def fork(

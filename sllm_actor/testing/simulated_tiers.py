@@ -126,6 +126,9 @@ class SimulatedPool:
             for held in self.held.values()
         ]
 
+    def fingerprints(self) -> list[tuple[str, bool]]:
+        return [(held.checkpoint.fingerprint, False) for held in self.held.values()]
+
     def lease(self, checkpoint: Checkpoint, report: LoadReport) -> HostLease:
         """Lease what is here."""
         held, holder = self.held[checkpoint.identity], Holder(LOAD, self._clock.monotonic_s())
