@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from sllm_actor.cli.simulation import Workload
 from sllm_actor.errors import ConfigInvalid, InvalidInput
 from sllm_actor.loader.device_profile import Alone, DeviceIdentity, DeviceProfile
 from sllm_actor.testing.evaluation import WARM, Run, evaluate
@@ -292,3 +294,18 @@ def test_a_system_or_lengths_that_are_unknown_are_refused() -> None:
     ):
         ran = cli(*arguments)
         assert ran.returncode == 1 and said in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_how_bursty_requests_are_can_be_asked_for() -> None:
+    def cv_of(workload: Workload) -> float:
+        moments = [one.at_s for one in workload.arrivals(1)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(moments)]
+        return statistics.stdev(gaps) / statistics.fmean(gaps)
+
+    asked = Workload(None, None, "gsm8k", 2.0, 5_000.0, 1)
+    assert cv_of(asked) > 4
+    assert cv_of(asked._replace(cv=1.0)) == pytest.approx(1.0, rel=0.1)
+    steady, bursty = (cli("--seconds", "20", "--cv", cv, "--json") for cv in ("0.5", "8"))
+    assert (steady.returncode, bursty.returncode) == (0, 0)
+    assert json.loads(steady.stdout)["ours"]["wait_mean_s"] < json.loads(bursty.stdout)["ours"]["wait_mean_s"]
+    assert cli("--cv", "0").returncode == 2

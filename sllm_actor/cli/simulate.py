@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sllm_actor.cli.asking import Json, refusals
+from sllm_actor.testing.workloads import CV
 
 
 def simulate(
@@ -24,6 +25,9 @@ def simulate(
     lengths: Annotated[str, typer.Option(help="gsm8k, sharegpt, or a trace whose lengths are drawn.")] = "gsm8k",
     rate: Annotated[float, typer.Option(min=0.001, max=100_000, help="Requests a second, of all models.")] = 0.8,
     seconds: Annotated[float, typer.Option(min=1, max=604_800, help="How long they come.")] = 600.0,
+    cv: Annotated[
+        float, typer.Option(min=0.1, max=32, help="How bursty each model's are: 1 is Poisson's, 8 as in the paper.")
+    ] = CV,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same run.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write a page with figures (needs the extra 'simulate').")] = None,
     as_json: Json = False,
@@ -34,6 +38,6 @@ def simulate(
     """
     from sllm_actor.cli.simulation import Workload, run
 
-    workload = Workload(trace, functions, lengths, rate, seconds, seed)
+    workload = Workload(trace, functions, lengths, rate, seconds, seed, cv)
     with refusals(as_json=as_json):
         run(cluster, calibration, what_if or [], systems, workload, html, as_json=as_json)

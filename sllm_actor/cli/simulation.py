@@ -29,6 +29,7 @@ class Workload(NamedTuple):
     rate_per_s: float
     seconds: float
     seed: int
+    cv: float = workloads.CV
 
     def arrivals(self, models: int) -> list[Arrival]:
         """Give the requests, for so many models.
@@ -45,7 +46,7 @@ class Workload(NamedTuple):
             found = [one._replace(model=model) for one, model in zip(found, drawn, strict=True)]
         else:
             found = workloads.gamma_arrivals(
-                dice, seconds=DRAWN * self.seconds, per_s=self.rate_per_s, parts=parts, lengths=self._draw()
+                dice, seconds=DRAWN * self.seconds, per_s=self.rate_per_s, parts=parts, lengths=self._draw(), cv=self.cv
             )[: max(1, round(self.rate_per_s * self.seconds))]
         return [one for one in workloads.rate_scaled(found, self.rate_per_s) if one.at_s <= self.seconds]
 
