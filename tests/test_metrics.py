@@ -153,6 +153,7 @@ def test_of_many_actors_the_fullest_are_shown() -> None:
             "recovered": 0,
             "preempted": 6,
             "rooms": {"made": 1},
+            "fetches": {"come": 3},
             "failed": {},
             "loads": {"ssd": {"count": 2, "seconds": 1.5, "bytes": 7}},
             "estimate_errors": {"bounds": (0.1, 1.0), "tiers": {"ssd": {"counts": [1, 2, 1], "sum": 4.5}}},
@@ -178,4 +179,5 @@ def test_of_many_actors_the_fullest_are_shown() -> None:
     assert value(samples, "num_requests_running", model_name="m") == 3
     assert (value(samples, "kept_streams", state="left"), value(samples, "stream_log_lag_seconds")) == (1, 0.25)
     assert (value(samples, "preemptions_total"), value(samples, "rooms_made_total", outcome="made")) == (6, 1)
+    assert value(samples, "bytes_first_total", outcome="come") == 3
     assert value(samples, "load_seconds_sum", tier="ssd") == 1.5

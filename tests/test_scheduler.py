@@ -147,8 +147,10 @@ def scheduler(system: ActorSystem) -> ActorRef:
 
 
 async def all_wait(system: ActorSystem) -> None:
-    """Let what was asked before get into the queue: this is answered after it."""
-    await scheduler(system).ask(ListNodes(), timeout_s=60)
+    """Let what was asked before get into the queue: it is asked, and begun, before the second of these is answered."""
+    for _ in range(2):
+        await asyncio.sleep(0)
+        await scheduler(system).ask(ListNodes(), timeout_s=60)
 
 
 async def test_a_free_slot_is_granted_with_an_estimate_and_a_reason(system: ActorSystem) -> None:

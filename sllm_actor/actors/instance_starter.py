@@ -94,6 +94,17 @@ class InstanceStarter:
             raise
         return Started(engine, lease, (seat.taken, *loaded, *ready.spans), ready.late_imports)
 
+    async def fetch(self, wanted: Checkpoint | Card, on_progress: OnProgress) -> tuple[Span, ...]:
+        """Bring a model's bytes to host memory, and hold them no longer; give the spans of that.
+
+        Raises:
+            SllmError: as `lease` does.
+        """
+        begin_s = self._clock.monotonic_s()
+        lease = await self.lease(wanted, on_progress)
+        lease.release()
+        return self._load_spans(lease.report, begin_s)
+
     def _telling(self, seat: EngineInTime, on_progress: OnProgress | None) -> OnProgress:
         def tell(arrived_bytes: int, total_bytes: int) -> None:
             seat.arrived(arrived_bytes, total_bytes, self._remote_bytes_per_s())

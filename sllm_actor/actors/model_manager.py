@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from sllm_actor.actors.adapters import InstanceAdapters
+from sllm_actor.actors.bringing import fetched, pulled
 from sllm_actor.actors.inference_worker import InferenceWorker
 from sllm_actor.actors.instance import WORKERS, Instance
 from sllm_actor.actors.instance_starter import InstanceStarter, Started
@@ -25,7 +26,6 @@ from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import Model, ModelName
 from sllm_actor.errors import Conflict, DeliveryFailed, Draining, ModelNotFound, SllmError
 from sllm_actor.loader import keeping
-from sllm_actor.loader.cards import Card
 from sllm_actor.loader.lease import HostLease
 from sllm_actor.loader.loads import OnProgress
 from sllm_actor.loader.tiers import Tiers
@@ -33,6 +33,7 @@ from sllm_actor.messages.instances import (
     AdapterHeld,
     EndAnswers,
     EndStarts,
+    FetchModel,
     HoldAdapter,
     InstanceActivity,
     InstanceDied,
@@ -131,15 +132,9 @@ class ModelManager(Actor):
 
     @handles(PullModel)
     async def pull(self, message: PullModel) -> AsyncIterator[PullProgress]:
-        """Bring the model to the SSD; each item tells how far that is."""
-        wanted = await self._registry.wanted(self._registry.find(message.name))
-        if not isinstance(wanted, Card):
-            size_bytes = wanted.size_bytes
-            yield PullProgress(done_bytes=size_bytes, total_bytes=size_bytes)
-            return
-        async with aclosing(self._tiers.pulled(wanted)) as progress:
-            async for done_bytes, total_bytes in progress:
-                yield PullProgress(done_bytes=done_bytes, total_bytes=total_bytes)
+        async with aclosing(pulled(self._registry, self._tiers, message.name)) as progress:
+            async for step in progress:
+                yield step
         self._report()
 
     @handles(GetModel)
@@ -222,6 +217,14 @@ class ModelManager(Actor):
     async def end_starts(self, _: EndStarts) -> int:
         return self._under_way.end()
 
+    @handles(FetchModel)
+    async def fetch(self, message: FetchModel) -> AsyncIterator[StartProgress]:
+        self._place.check(message.epoch)
+        async with aclosing(fetched(self._registry, self._starter, message.model, self._counts)) as progress:
+            async for step in progress:
+                yield step
+        self._reporting.tell_what_moved()
+
     def _bring(self, adapter: Model) -> None:
         """Have an adapter come to host memory beside its base. What this fails with, its request meets again."""
         task = self.context.tasks.spawn(self._lease_adapter(adapter), "adapter", on_failure=lambda _: None)
@@ -240,8 +243,7 @@ class ModelManager(Actor):
             raise Conflict(f"{adapter.name} is no longer an adapter of {instance.model.name}", param="model")
         async with instance.adapters.hold(adapter) as spans:
             if spans:
-                self._reporting.learn_bandwidth()
-                self._report()
+                self._reporting.tell_what_moved()
             yield AdapterHeld(key=adapter.fingerprint, spans=spans)
             await asyncio.Event().wait()  # Until whoever asked closes the stream.
 

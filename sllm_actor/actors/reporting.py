@@ -57,6 +57,11 @@ class Reporting:
         self._ssd.learn(self._tiers.loader.paths().ssd)
         self._remote.learn(self._tiers.remote_path())
 
+    def tell_what_moved(self) -> None:
+        """Tell all of it, and the bandwidths that have been seen since the last time."""
+        self.learn_bandwidth()
+        self.tell()
+
     def ended(self, placement_id: str, *, failed: bool) -> None:
         """Have the next reports tell how a start has ended."""
         self._ended.append((placement_id, failed))

@@ -31,6 +31,7 @@ class Waiting:
     """A question, since when it waits, and whose instances were given up for it.
 
     What runs is left alone for it where `able` says so: for one that is moved itself, and once making room has failed.
+    Its bytes have been on their way, without a device, since `fetched_from_s`, if that is not 0.
     """
 
     def __init__(self, question: PlaceModel, asked_s: float, able: Collection[Action]) -> None:
@@ -43,6 +44,7 @@ class Waiting:
         self.why = ""
         # What it waited for when it was looked at last is a start that had begun.
         self.is_settled = False
+        self.fetched_from_s = 0.0
         self.recheck: asyncio.Task[None] | None = None
 
 

@@ -6,17 +6,16 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Collection, Mapping, Set
-from typing import Any, cast
-
-import msgspec
 
 from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, granted
 from sllm_actor.actors.estimate_book import EstimateBook
+from sllm_actor.actors.fetching import Fetching, with_bytes
 from sllm_actor.actors.granted_starts import GrantedStarts
 from sllm_actor.actors.holding import Holding
 from sllm_actor.actors.making_room import MakingRoom
 from sllm_actor.actors.rooms import TOLD_WITHIN_S, Rooms, Waiting, runs_already
+from sllm_actor.actors.scaling_up import ScalingUp
 from sllm_actor.actors.scheduler_limits import Limits as Limits
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.actors.waiting_starts import WaitingStarts
@@ -112,6 +111,14 @@ class Scheduler(Actor):
             self.context, self._view, self._clock, self._making, self._turns, self._decisions,
             decide=self._decide, grant=self._grant, serve=self._serve, life=self._life,
         )  # fmt: skip
+        self._fetching = Fetching(
+            self.context, self._view, self._clock, self._waiting, self._decisions, self._counts, self._serve,
+            epoch=self._epoch, life=self._life,
+        )  # fmt: skip
+        self._scaling = ScalingUp(
+            self.context, self._view, self._granted, self._fetching,
+            decide=self._decide, grant=self._grant, give_up=self._give_up,
+        )  # fmt: skip
         self._holding = Holding(self.context, self._view, self._clock, self._turns, self._serve)
         if self._autoscaler is not None:
             self.context.tasks.spawn(self._keep_scaling(self._autoscaler), "scale")
@@ -137,33 +144,14 @@ class Scheduler(Actor):
             now_s = self._clock.monotonic_s()
             with_room = self._waiting.models_with_room()
             if not self._awaited and all(
-                one.room is not None or self._coming(one, now_s, with_room) for one in self._waiting
+                one.room is not None or self._fetching.nodes(one.question.model) or self._coming(one, now_s, with_room)
+                for one in self._waiting
             ):
-                self._scale_up(autoscaler)
+                self._scaling.look(autoscaler, now_s)
             for one in autoscaler.surplus(self._view):
                 report = self._view.nodes[one.node].report
                 self._view.give_up(one.node, [one.instance.instance_id])
                 self.context.tasks.spawn(self._evict(report, one.instance), f"evict-{one.instance.instance_id}")
-
-    def _scale_up(self, autoscaler: Autoscaler) -> None:
-        now_s, full = self._clock.monotonic_s(), set[ModelName]()
-        for question in autoscaler.missing(self._view, self._granted.counts()):
-            if question.model in full:
-                continue
-            # On a node that has none of it; where there is none, beside another.
-            for asked in (question, msgspec.structs.replace(cast(Any, question), not_on=())):
-                wish = Waiting(asked, now_s, QUIET)
-                decision = self._decide(wish, now_s)
-                if isinstance(decision, Start):
-                    placement = self._grant(wish, decision, now_s)
-                    start = autoscaler.start(self.context.system, placement, question.model)
-                    self.context.tasks.spawn(start, f"start-{placement.placement_id}")
-                    break
-                if isinstance(decision, Evict):
-                    self._give_up(wish, decision)
-                    break
-            else:
-                full.add(question.model)
 
     @handles(NodeReport)
     async def hear(self, report: NodeReport) -> None:
@@ -183,6 +171,8 @@ class Scheduler(Actor):
             self._ended(placement_id, "failed" if placement_id in report.failed_placements else "started", now_s)
         for start in report.starting:
             self._goes_on(report.node, start, now_s)
+        if report.cordoned:
+            self._fetching.end_on(report.node)
         self._serve()
 
     def _has_left(self, report: NodeReport) -> bool:
@@ -208,6 +198,7 @@ class Scheduler(Actor):
                 continue
             for placement_id in self._granted.on(node):
                 self._ended(placement_id, "failed", now_s)
+            self._fetching.end_on(node)
             self._view.forget(node)
             self._turns.forget(node)
         self._members, self._gone = dict(message.epochs), set(message.gone)
@@ -260,6 +251,8 @@ class Scheduler(Actor):
         finally:
             self._waiting.leave(waiting)
             self._rooms.leave(waiting)
+            if waiting.answer.cancelled():
+                self._fetching.leave(waiting)
             self._pace.note(self._clock.monotonic_s())
 
     @handles(HurryPlacement)
@@ -292,13 +285,18 @@ class Scheduler(Actor):
             waiting = asking[place]
             if self._is_answered(waiting, now_s, with_room):  # One before it has asked for the same.
                 continue
+            self._fetching.hasten(waiting, now_s)
             decision = self._decide(waiting, now_s)
+            if self._fetching.waits(waiting, decision, now_s):
+                self._look_again(waiting)
+                continue
             if isinstance(decision, MakeRoom):
                 self._rooms.make(waiting, decision, now_s)
                 with_room.add(waiting.question.model)
                 continue
             if isinstance(decision, Wait):
                 waiting.why = decision.reason
+                self._fetching.meanwhile(waiting, now_s)
                 if decision.holds_up:
                     return
                 continue
@@ -329,6 +327,11 @@ class Scheduler(Actor):
                 waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
         return bool(coming)
 
+    def _look_again(self, waiting: Waiting) -> None:
+        """Serve again in a while, whatever is reported until then: it does not wait for its bytes for ever."""
+        if waiting.recheck is None or waiting.recheck.done() or waiting.recheck is asyncio.current_task():
+            waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
+
     def _coming(self, waiting: Waiting, now_s: float, with_room: Set[ModelName]) -> str:
         """Say why what one waits for comes without a place of its own: another one has that already; else nothing."""
         model = waiting.question.model
@@ -349,7 +352,7 @@ class Scheduler(Actor):
         return decide(situation, self._limits.placement_policy, waiting.given_up)
 
     def _grant(self, waiting: Waiting, start: Start, now_s: float) -> Placement:
-        question = waiting.question
+        question, start = waiting.question, with_bytes(start, waiting, now_s)
         placement_id = f"placement-{self._life}-{next(self._placements)}"
         lease_s = min(self._limits.lease_s, BEGIN_WITHIN_S)
         room = Grant(start.report.node, question.host_bytes, now_s + lease_s, question.slots)
@@ -366,6 +369,7 @@ class Scheduler(Actor):
             address=start.report.address,
             epoch=self._epoch,
             made_room_s=start.explanation.made_room_s,
+            fetched_s=start.explanation.fetched_s,
         )
 
     def _give_up(self, waiting: Waiting, decision: Evict) -> None:

@@ -24,13 +24,15 @@ class StartCounts:
         self.preempted = 0
         # What making room by moving or ending running answers came to.
         self.rooms: Counter[str] = Counter()
+        # What came of bytes that were to come before a device was taken for them.
+        self.fetches: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self._errors: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(ERROR_RATIOS) + 1))
         self._error_sums: defaultdict[str, float] = defaultdict(float)
         self._loads: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0])
 
     def started(self, spans: Iterable[Span]) -> None:
-        """Note a start; its loads by the tier that the bytes came from."""
+        """Note a start, or what came to host memory before one: loads by the tier that the bytes came from."""
         for span in spans:
             if span.name == "load":
                 load = self._loads[span.tier]
@@ -60,6 +62,7 @@ class StartCounts:
             "recovered": self.recovered,
             "preempted": self.preempted,
             "rooms": dict(self.rooms),
+            "fetches": dict(self.fetches),
             "failed": dict(self.failed),
             "loads": loads,
             "estimate_errors": {"bounds": ERROR_RATIOS, "tiers": errors},

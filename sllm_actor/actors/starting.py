@@ -110,12 +110,16 @@ class Starting:
         return instance, (*placed, *instance.spans)
 
     def _placed(self, placement: Placement | RunsAlready, begin_s: float) -> tuple[Span, ...]:
-        """One span for the wait, and in it one for making room, where that was needed."""
+        """One span for the wait, and in it one for bytes that came first, and one for making room, where those were."""
         end_s = self._clock.monotonic_s()
         spans = [Span(name="placement", begin_s=begin_s, end_s=end_s, tier=placement.node)]
-        if isinstance(placement, Placement) and placement.made_room_s:
-            room_s = max(begin_s, end_s - placement.made_room_s)
-            spans.append(Span(name="making room", begin_s=room_s, end_s=end_s, tier=placement.node))
+        if isinstance(placement, Placement):
+            parts = {"fetching": placement.fetched_s, "making room": placement.made_room_s}
+            spans += [
+                Span(name=name, begin_s=max(begin_s, end_s - part_s), end_s=end_s, tier=placement.node)
+                for name, part_s in parts.items()
+                if part_s
+            ]
         return tuple(spans)
 
     async def _question(self, request_id: RequestId, served: ModelName, adapter: str) -> Any:

@@ -51,6 +51,10 @@ def _print_decision(decision: Mapping[str, Any]) -> None:
         out.print(f"and {decision['more']} more nodes")
     out.print()
     out.print(f"policy {decision['policy']}, waited {duration(decision['waited_s'])} for a place")
+    if decision["fetched_s"]:
+        out.print(
+            f"its bytes were fetched before a device was taken, {duration(decision['fetched_s'])} before it started"
+        )
     if decision["given_up"]:
         out.print(f"given up for it: {', '.join(decision['given_up'])}")
     if decision["observed_s"]:

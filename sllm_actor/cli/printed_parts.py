@@ -254,6 +254,7 @@ class Decision(Printed):
     outcome: str
     moved: list[MovedAnswer]
     made_room_s: float
+    fetched_s: float
 
 
 class AskedNode(Printed):

@@ -91,6 +91,8 @@ def _starts(starts: Mapping[str, Any]) -> Iterator[Metric]:
     yield _counter("preemptions", "Answers that were ended for more urgent ones, and resumed.", starts["preempted"])
     text = "Times that running answers were to move (migrate) or to end (preempt) for a start, by what came of it."
     yield _by("rooms_made", text, "outcome", starts["rooms"], COUNTER)
+    text = "Times that a node was asked for a model's bytes before a device was taken for them, by what came of it."
+    yield _by("bytes_first", text, "outcome", starts["fetches"], COUNTER)
     yield _by("starts_failed", "Starts of models that failed.", "reason", starts["failed"], COUNTER)
     seconds = SummaryMetricFamily("sllm:load_seconds", "Loads of weights, by where they came from.", labels=["tier"])
     size = CounterMetricFamily("sllm:load_bytes", "Bytes of weights, by where they came from.", labels=["tier"])

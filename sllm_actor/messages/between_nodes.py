@@ -16,6 +16,7 @@ from sllm_actor.messages.generation import (
 )
 from sllm_actor.messages.instances import (
     AdapterHeld,
+    FetchModel,
     InstanceStarted,
     InstanceStatus,
     ListInstances,
@@ -46,7 +47,7 @@ from sllm_actor.messages.placement import (
 BETWEEN_NODES: tuple[type, ...] = (
     Generate, Embed, PromptLogprobs, Prefilled, AdapterHeld, NoSlot, Tokens, Embedded, Finished,
     PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, ListNodes, ExplainPlacement, Explanation,
-    StartInstance, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
+    StartInstance, FetchModel, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
     CordonNode, DrainNode, NoticeNode, NoticeTaken,
     LocateRequest, RequestLocation, MigrateOut, HandedOver, Prepare, Prepared, ExtendPrepared, Migrated,
     MoveInstance, InstanceMoved,

@@ -58,8 +58,9 @@ class Explanation:
     """One decision, best candidate first; `more` nodes are not shown. `chosen` is None where none could do it.
 
     `predicted_s` counts from the grant, as `observed_s` does, which is 0.0 until the start has ended; `outcome` is
-    `making room`, `granted`, `started`, `failed`, `expired` (nobody used it), or `waited in vain`. Which answers have
-    `moved` for it is known once they have.
+    `making room`, `fetching`, `granted`, `started`, `failed`, `expired` (nobody used it), or `waited in vain`. Which
+    answers have `moved` for it is known once they have. Of the time that it `waited_s` its bytes were on their way, or
+    there, without a device for `fetched_s`.
     """
 
     request_id: RequestId
@@ -78,6 +79,7 @@ class Explanation:
     outcome: str = ""
     moved: tuple[MovedAnswer, ...] = ()
     made_room_s: float = 0.0
+    fetched_s: float = 0.0
 
 
 @message("explanation.placement")

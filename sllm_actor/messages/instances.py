@@ -29,6 +29,18 @@ class StartProgress:
     total_bytes: int
 
 
+@message("instances.fetch")
+class FetchModel:
+    """Bring the model's bytes to host memory, for a start that is to have a device when they are there.
+
+    Answered by a stream of `StartProgress`, which ends when they are; whoever closes it ends that. Fails with the typed
+    error of whatever went wrong, and with `Fenced` where the `epoch` is an earlier leader's.
+    """
+
+    model: ModelName
+    epoch: int = 0
+
+
 @message("instances.started")
 class InstanceStarted:
     """A running instance; `worker` is the name of its InferenceWorker, `address` where its node is, empty for here."""

@@ -50,7 +50,8 @@ class Placement:
     """The right to start one instance on `node`, to be used within `lease_s`; `reason` is for people.
 
     `manager` is the actor to ask, at `address`, which is empty where no other node could be meant. `epoch` is the
-    leader's, who gave it. Making room for it, by moving or ending what generated there, has taken `made_room_s`.
+    leader's, who gave it. Making room for it, by moving or ending what generated there, has taken `made_room_s`; its
+    bytes have come without a device for `fetched_s`.
     """
 
     placement_id: str
@@ -62,6 +63,7 @@ class Placement:
     address: str = ""
     epoch: int = 0
     made_room_s: float = 0.0
+    fetched_s: float = 0.0
 
 
 @message("placement.running")

@@ -47,24 +47,20 @@ class NodeView:
     """One node: its newest report, and what of it is free, could be given up, or is busy."""
 
     __slots__ = (
-        "_going", "_idle", "_ways", "active", "at_work", "beside", "busy", "free", "on_host", "on_ssd", "pinned_bytes",
-        "report", "staying",
+        "_going", "_idle", "_ways", "active", "at_work", "beside", "busy", "expected", "free", "on_host", "on_ssd",
+        "pinned_bytes", "report", "staying",
     )  # fmt: skip
 
     def __init__(
-        self,
-        report: NodeReport,
-        ways: Ways,
-        grants: Iterable[Grant],
-        leaving: Collection[str],
-        held: Collection[str],
-        before: NodeView | None = None,
-    ) -> None:
+        self, report: NodeReport, ways: Ways, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str],
+        expected: Mapping[str, int], before: NodeView | None = None,
+    ) -> None:  # fmt: skip
         self.report = report
         self._ways = ways
+        self.expected = expected
         self.on_host: frozenset[str]
         self.on_ssd: frozenset[str]
-        self.on_host, self.on_ssd = _checkpoints(report, before)
+        self.on_host, self.on_ssd = _checkpoints(report, expected, before)
         # How many requests run of each model that has instances.
         self.active: dict[ModelName, int] = {}
         for one in report.instances:
@@ -77,7 +73,8 @@ class NodeView:
         report, starting = self.report, 0
         free_slots, free_bytes = report.slots, report.host_pool_bytes - self.pinned_bytes
         for grant in grants:
-            starting += 1
+            # What is fetched before it has a slot computes nothing.
+            starting += bool(grant.slots)
             free_slots -= grant.slots
             free_bytes -= grant.host_bytes
         going, staying = list[InstanceView](), list[InstanceView]()
@@ -133,16 +130,20 @@ class NodeView:
     def missing(self, question: PlaceModel) -> Room:
         """Tell what is not free yet of what a model needs; nothing is missing where neither is above 0."""
         own_bytes = self.report.pinned_host_bytes.get(question.fingerprint, 0)
+        own_bytes += self.expected.get(question.fingerprint, 0)
         return Room(question.slots - self.free.slots, question.host_bytes - self.free.host_bytes - own_bytes)
 
 
-def _checkpoints(report: NodeReport, before: NodeView | None) -> tuple[frozenset[str], frozenset[str]]:
-    """Give what a report has in host memory and on the disk: the same sets as before where it lists the same."""
+def _checkpoints(
+    report: NodeReport, expected: Mapping[str, int], before: NodeView | None
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Give what a node has in host memory, or soon, and on the disk: the same sets as before where that is the same."""
     host, ssd = report.host_fingerprints, report.ssd_fingerprints
     if before is None:
-        return frozenset(host), frozenset(ssd)
+        return frozenset((*host, *expected)), frozenset(ssd)
+    same_host = host == before.report.host_fingerprints and expected == before.expected
     return (
-        before.on_host if host == before.report.host_fingerprints else frozenset(host),
+        before.on_host if same_host else frozenset((*host, *expected)),
         before.on_ssd if ssd == before.report.ssd_fingerprints else frozenset(ssd),
     )
 
@@ -156,7 +157,8 @@ def _room_of(instances: Iterable[InstanceView]) -> Room:
 
 
 class ClusterView:
-    """Owns the newest report of every node, the grants not yet used, which instances leave, and which are held.
+    """Owns the newest report of every node, the grants not yet used, which instances leave, and which are held, and
+    which checkpoints are about to be in host memory.
 
     Until a node has told of a bandwidth, those given here are assumed; 0 is an unknown one.
     """
@@ -169,6 +171,7 @@ class ClusterView:
         self._expires_from_s = inf
         self.leaving: dict[NodeId, set[str]] = {}
         self.held: dict[NodeId, set[str]] = {}
+        self._expected: dict[NodeId, dict[str, int]] = {}
         self._heard_s: dict[NodeId, float] = {}
         self._holders: dict[str, dict[NodeId, None]] = {}
         self._running_on: dict[ModelName, dict[NodeId, None]] = {}
@@ -180,12 +183,16 @@ class ClusterView:
 
     def hear(self, report: NodeReport, now_s: float) -> None:
         """Take in a node's newest report."""
-        before = self.nodes.get(report.node)
         if report.node in self.leaving:
             self.leaving[report.node] &= {instance.instance_id for instance in report.instances}
-        view = NodeView(report, self._ways, self._grants_of(report.node), *self._marked(report.node), before)
-        self.nodes[report.node] = view
         self._heard_s[report.node] = now_s
+        self._see(report)
+
+    def _see(self, report: NodeReport) -> None:
+        node, before = report.node, self.nodes.get(report.node)
+        expected = self._expected.get(node, {})
+        grants, marked = self._grants_of(node), self._marked(node)
+        view = self.nodes[node] = NodeView(report, self._ways, grants, *marked, expected, before)
         self._index(before, view)
 
     def forget(self, node: NodeId) -> None:
@@ -198,6 +205,7 @@ class ClusterView:
             del self.grants[placement_id]
         self.leaving.pop(node, None)
         self.held.pop(node, None)
+        self._expected.pop(node, None)
         self._index(gone, None)
 
     def _index(self, before: NodeView | None, view: NodeView | None) -> None:
@@ -329,6 +337,20 @@ class ClusterView:
         if not held:
             self.held.pop(node, None)
         self._account(node)
+
+    def expect(self, node: NodeId, fingerprint: str, host_bytes: int) -> None:
+        """Take a checkpoint for one in host memory: it is about to be there, and a grant has its room."""
+        self._expected[node] = {**self._expected.get(node, {}), fingerprint: host_bytes}
+        if node in self.nodes:
+            self._see(self.nodes[node].report)
+
+    def expect_no_more(self, node: NodeId, fingerprint: str) -> None:
+        """Believe the node's reports alone again."""
+        left = {one: host_bytes for one, host_bytes in self._expected.pop(node, {}).items() if one != fingerprint}
+        if left:
+            self._expected[node] = left
+        if node in self.nodes:
+            self._see(self.nodes[node].report)
 
     def _account(self, node: NodeId) -> None:
         if node in self.nodes:

@@ -175,6 +175,8 @@ class Simulation:
         for node in cluster.living():
             for outcome, count in node.parts.starts.rooms.items():
                 witness.counts[f"room {outcome}"] = witness.counts.get(f"room {outcome}", 0) + count
+            for outcome, count in node.parts.starts.fetches.items():
+                witness.counts[f"fetch {outcome}"] = witness.counts.get(f"fetch {outcome}", 0) + count
             witness.counts["preempted"] = witness.counts.get("preempted", 0) + node.parts.starts.preempted
         for name in list(cluster.nodes):
             await cluster.leave(name)

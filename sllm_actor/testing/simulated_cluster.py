@@ -48,8 +48,9 @@ DRAIN_TIMEOUT_S = 20.0
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How much is asked of how many nodes, which give each other up for good after `down_after_s` without a link.
 
-    Requests draw their priority where there are several. So many times (`moves`) an operator has an answer moved, or a
-    node drained; then some answers are long. All of that, and the faults, are spread over `span_s`.
+    Requests draw their priority where there are several. What no disk has comes at `remote_bytes_per_s`. So many times
+    (`moves`) an operator has an answer moved, or a node drained; then some answers are long. All of that, and the
+    faults, are spread over `span_s`.
     """
 
     nodes: int = 3
@@ -62,6 +63,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     placement_policy: str = "startup_time"
     priorities: tuple[int, ...] = ()
     span_s: float = 8.0
+    remote_bytes_per_s: float = 100e6
 
 
 MOVING = Plan(moves=12, max_tokens=150)
@@ -92,6 +94,7 @@ class SimulatedCluster:
         self._means = Means(
             config_of=partial(config_of, slots=plan.slots, placement_policy=plan.placement_policy),
             limits=msgspec.structs.replace(LIMITS, down_after_s=plan.down_after_s), echoes=plan.moves > 0,
+            remote_bytes_per_s=plan.remote_bytes_per_s,
         )  # fmt: skip
         self.truth = MemoryStore(self.clock)
         self.nodes: dict[str, SimulatedNode] = {}
