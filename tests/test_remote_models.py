@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from clusters import eventually
 from conftest import SMALL, StartNode
 from fault_proxy import Fault, FaultProxy
+from safetensors.torch import load_file, save_file
 from web_server import WebServer
 
 from sllm_actor.checkpoint.convert import convert
@@ -35,14 +37,30 @@ QUESTION, ANSWER = "What is 47 + 35?", "82"
 @pytest.fixture
 def served(web: WebServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """The demo model, converted, in a folder of the web server."""
-    folder = web.folder / str(abs(hash(request.node.name)))
-    stock = shutil.copytree(BUILTIN["demo"], tmp_path / "stock")
-    # No two tests have the same model: what one has stored is of no use to another.
-    config = json.loads((stock / "config.json").read_text())
-    (stock / "config.json").write_text(json.dumps(config | {"served_for": request.node.name}))
-    convert(stock, folder, chunk_bytes=256 * KIB)
+    folder = serve(web, tmp_path, request.node.name)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def serve(web: WebServer, tmp_path: Path, name: str, *, is_deep: bool = False) -> Path:
+    """Put a demo model of its own into a folder of the web server; a deep one has all layers twice, and no sense."""
+    folder = web.folder / str(abs(hash(name)))
+    stock = shutil.copytree(BUILTIN["demo"], tmp_path / f"stock-{folder.name}")
+    # No two tests have the same model: what one has stored is of no use to another.
+    config = json.loads((stock / "config.json").read_text())
+    config["served_for"] = name
+    if is_deep:
+        layers = config["num_hidden_layers"]
+        config["num_hidden_layers"] = 2 * layers
+        tensors = load_file(stock / WEIGHTS)
+        for key, tensor in list(tensors.items()):
+            if key.startswith("model.layers."):
+                number, rest = key.removeprefix("model.layers.").split(".", 1)
+                tensors[f"model.layers.{int(number) + layers}.{rest}"] = tensor.clone()
+        save_file(tensors, stock / WEIGHTS, {"format": "pt"})
+    (stock / "config.json").write_text(json.dumps(config))
+    convert(stock, folder, chunk_bytes=256 * KIB)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +402,39 @@ def test_a_node_that_stops_leaves_a_pull_and_says_that_it_can_be_gone_on_with(
         assert last["error"]["code"] == "draining"
         assert "goes on from there" in last["error"]["message"]
         assert node.process.wait(300) == 0
+
+
+def outcome_of(node: NodeProcess, request_id: str) -> str:
+    """What was decided for a request; nothing as long as there is no such decision."""
+    reply = node.request("GET", f"/admin/explain/{request_id}")
+    decision = reply.json()["decision"] if reply.status == 200 else None
+    return decision["outcome"] if decision else ""
+
+
+def test_a_device_goes_on_serving_while_the_bytes_of_another_model_come(
+    web: WebServer, tmp_path: Path, start_node: StartNode
+) -> None:
+    """The only one: the first model holds it, and the other one's bytes take some seconds."""
+    slow = Fault(bytes_per_s=450e3)
+    here, there = (serve(web, tmp_path, f"{name} of two", is_deep=True) for name in ("first", "second"))
+    with (
+        proxied(web, here, slow, after=0) as (_, first),
+        proxied(web, there, slow, after=0) as (_, second),
+        start_node("max_instances=1") as node,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        node.deploy(first, "first")
+        # How fast bytes come is known once some have.
+        node.chat("first", QUESTION, max_tokens=1)
+        node.deploy(second, "second")
+        body = {"model": "second", "prompt": "1 + 1", "max_tokens": 1}
+        asking = pool.submit(node.request, "POST", "/v1/completions", body, {"X-Request-Id": "far"})
+        eventually(lambda: outcome_of(node, "far") == "fetching")
+        near = {"model": "first", "prompt": "1 + 1", "max_tokens": 1}
+        assert node.request("POST", "/v1/completions", near, {"X-Request-Id": "near"}).status == 200
+        assert not asking.done()
+        assert "running instance first-1" in node.call("GET", "/admin/explain/near")["text"]
+        assert asking.result().status == 200
+        assert node.call("GET", "/admin/explain/far")["decision"]["fetched_s"] > 0
+        shown = node.request("GET", "/metrics").body.decode()
+    assert 'sllm:bytes_first_total{outcome="come"} 1.0' in shown
