@@ -70,9 +70,9 @@ def far(model: str = "far", timeout_s: float = 100.0) -> PlaceModel:
     return wish
 
 
-async def cluster(one: Node) -> tuple[ActorSystem, StartCounts]:
+async def cluster(one: Node, **limited: Any) -> tuple[ActorSystem, StartCounts]:
     system, counts = virtual_system(), StartCounts()
-    limits = LIMITS._replace(max_waiting=9)
+    limits = LIMITS._replace(max_waiting=9, **limited)
     await system.spawn(Scheduler(system.clock, limits, counts), "scheduler")
     await system.spawn(one, "manager")
     one.tell(one.told)
@@ -128,6 +128,15 @@ async def test_what_comes_at_once_or_is_on_the_disk_has_its_device_at_once() -> 
     assert not one.asked and placement.fetched_s == 0.0
     one.tell(node(ended=(placement.placement_id,)))
     placement = await ask(system, question("small"))
+    assert not one.asked and placement.fetched_s == 0.0
+    await system.close()
+
+
+@virtually
+async def test_where_bytes_never_come_first_a_start_has_its_device_at_once() -> None:
+    one = Node()
+    system, _ = await cluster(one, bytes_first_s=float("inf"))
+    placement = await ask(system, far())
     assert not one.asked and placement.fetched_s == 0.0
     await system.close()
 

@@ -68,7 +68,7 @@ class Fetching:
 
     def __init__(
         self, context: ActorContext, view: ClusterView, clock: Clock, waiting: WaitingStarts, decisions: DecisionLog,
-        counts: StartCounts, serve: Callable[[], None], *, epoch: int, life: str,
+        counts: StartCounts, serve: Callable[[], None], *, bytes_first_s: float, epoch: int, life: str,
     ) -> None:  # fmt: skip
         self._context = context
         self._view = view
@@ -77,6 +77,7 @@ class Fetching:
         self._decisions = decisions
         self._counts = counts
         self._serve = serve
+        self._bytes_first_s = bytes_first_s
         self._epoch = epoch
         self._life = life
         self._numbers = itertools.count(1)
@@ -87,9 +88,13 @@ class Fetching:
         """List the nodes that fetch a model, and where no device is to be taken for it yet."""
         return tuple(node for node, fetch in self._under_way.get(model, {}).items() if not fetch.is_near)
 
+    def come_first(self, decision: Decision) -> bool:
+        """Tell whether what was decided would have a device wait for bytes for long."""
+        return come_first(decision, self._bytes_first_s)
+
     def begin(self, question: PlaceModel, decision: Decision, now_s: float, *, is_asked_for: bool = False) -> bool:
         """Have bytes come first where a decision would have a device wait for them; tell whether they do."""
-        if not isinstance(decision, Start | Evict) or not come_first(decision):
+        if not isinstance(decision, Start | Evict) or not self.come_first(decision):
             return False
         return self._begin(question, decision.report, bytes_s(decision), now_s, is_asked_for=is_asked_for)
 
@@ -173,7 +178,7 @@ class Fetching:
             return False
         if nodes:
             left_s = min(self._under_way[question.model][node].arrival.left_s(now_s) for node in nodes)
-            if not waits_for_bytes(decision, left_s):
+            if not waits_for_bytes(decision, left_s, self._bytes_first_s):
                 return False
         elif self.begin(question, decision, now_s, is_asked_for=True):
             assert isinstance(decision, Start | Evict), "it has begun"
@@ -190,7 +195,7 @@ class Fetching:
         question = waiting.question
         if waiting.fetched_from_s or is_restricted(question) or self._is_late(waiting, now_s):
             return
-        found = soonest_to_fetch(self._view, question)
+        found = soonest_to_fetch(self._view, question, self._bytes_first_s)
         if found is not None and self._begin(question, found.node.report, found.seconds, now_s, is_asked_for=True):
             waiting.fetched_from_s = now_s
 

@@ -14,7 +14,7 @@ from sllm_actor.actors.granted_starts import GrantedStarts
 from sllm_actor.actors.rooms import Waiting
 from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.placement import Placement, PlaceModel
-from sllm_actor.policy.bytes_first import come_first, places
+from sllm_actor.policy.bytes_first import places
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.placement import QUIET, Decision, Evict, Start
 from sllm_actor.runtime import ActorContext
@@ -49,7 +49,7 @@ class ScalingUp:
             if question.model in full:
                 continue
             wish, decision = self._decided(question, now_s)
-            if not isinstance(decision, Start | Evict) or come_first(decision):
+            if not isinstance(decision, Start | Evict) or self._fetching.come_first(decision):
                 node = self._room_beside(question.model, coming)
                 if node is None and isinstance(decision, Start | Evict):
                     node = decision.report.node if self._fetching.begin(question, decision, now_s) else None

@@ -113,7 +113,7 @@ class Scheduler(Actor):
         )  # fmt: skip
         self._fetching = Fetching(
             self.context, self._view, self._clock, self._waiting, self._decisions, self._counts, self._serve,
-            epoch=self._epoch, life=self._life,
+            bytes_first_s=self._limits.bytes_first_s, epoch=self._epoch, life=self._life,
         )  # fmt: skip
         self._scaling = ScalingUp(
             self.context, self._view, self._granted, self._fetching,

@@ -16,3 +16,4 @@ class Limits(NamedTuple):
     decision_history: int = 10_000
     switch_hold_s: float = 2.0
     move_timeout_s: float = 120.0
+    bytes_first_s: float = 3.0

@@ -215,12 +215,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = 300.0
     max_waiting_requests: Annotated[
-        int,
-        Meta(ge=1, le=100_000, title="requests", description="requests that may wait for a start or for a slot"),
+        int, Meta(ge=1, le=100_000, title="requests", description="requests that may wait for a start or for a slot")
     ] = 256
     max_waiting_per_model: Annotated[
-        int,
-        Meta(ge=1, le=100_000, title="requests", description="of these, those that may wait for one model"),
+        int, Meta(ge=1, le=100_000, title="requests", description="of these, those that may wait for one model")
     ] = 128
     request_timeout_s: Annotated[
         float,
@@ -337,9 +335,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(ge=0, le=3600, title="s", description="of locality_wait: longest wait for the node that holds the model"),
     ] = 10.0
     switch_hold_s: Annotated[
-        float,
-        Meta(ge=0, le=60, title="s", description="how long each keeps its place of models that take turns"),
+        float, Meta(ge=0, le=60, title="s", description="how long each keeps its place of models that take turns")
     ] = 2.0
+    bytes_first_s: Annotated[
+        float, Meta(ge=0, title="s", description="bytes that take longer from afar come before a device; inf: never")
+    ] = 3.0
 
     # Moving running requests.
     max_migrations: Annotated[

@@ -112,6 +112,7 @@ def _scheduler(parts: Parts, epoch: int, members: Mapping[NodeId, int], gone: Co
         decision_history=config.decision_history,
         switch_hold_s=config.switch_hold_s,
         move_timeout_s=config.migration_timeout_s,
+        bytes_first_s=config.bytes_first_s,
     )
     book = EstimateBook(parts.cluster.store, parts.cluster.commit, parts.clock)
     return Scheduler(parts.clock, limits, parts.starts, epoch, members, autoscaler, book, gone)

@@ -13,8 +13,6 @@ from sllm_actor.policy.estimator import SOURCE
 from sllm_actor.policy.offers import way_up
 from sllm_actor.policy.placement import Decision, Evict, MakeRoom, Start
 
-# A start that waits so long for its bytes at most has its device at once.
-AT_ONCE_S = 3.0
 # Bytes that are expected so soon are as good as there: meanwhile an engine is taken, and is told where they lie.
 AHEAD_S = 0.5
 # Of the nodes with the shortest queues of fetches so many are looked at.
@@ -52,16 +50,16 @@ def bytes_s(decision: Start | Evict) -> float:
     return sum(term.seconds for term in chosen.terms if term.name in ("queue", "bytes"))
 
 
-def come_first(decision: Decision) -> bool:
-    """Tell whether what was decided would have a device wait for long."""
-    return isinstance(decision, Start | Evict) and bytes_s(decision) > AT_ONCE_S
+def come_first(decision: Decision, bytes_first_s: float) -> bool:
+    """Tell whether what was decided would have a device wait for longer than that."""
+    return isinstance(decision, Start | Evict) and bytes_s(decision) > bytes_first_s
 
 
-def waits_for_bytes(decision: Decision, left_s: float) -> bool:
+def waits_for_bytes(decision: Decision, left_s: float, bytes_first_s: float) -> bool:
     """Tell whether a start goes on to wait for bytes that are expected in `left_s`, whatever else could be done."""
     if isinstance(decision, MakeRoom):
         return decision.offer.estimate_s > left_s > 0
-    return come_first(decision)
+    return come_first(decision, bytes_first_s)
 
 
 class Fetcher(NamedTuple):
@@ -71,7 +69,7 @@ class Fetcher(NamedTuple):
     seconds: float
 
 
-def soonest_to_fetch(view: ClusterView, question: PlaceModel) -> Fetcher | None:
+def soonest_to_fetch(view: ClusterView, question: PlaceModel, bytes_first_s: float) -> Fetcher | None:
     """Choose who fetches what no node has, while all devices are taken: the one whose queue is the shortest.
 
     None where a node has it, whose device it may wait for, or it comes at once.
@@ -82,7 +80,7 @@ def soonest_to_fetch(view: ClusterView, question: PlaceModel) -> Fetcher | None:
         node = view.nodes[name]
         if not node.report.cordoned and question.slots <= node.report.slots and has_room(node, question):
             seconds = queue_s + way_up(node, question).move_s
-            return Fetcher(node, seconds) if seconds > AT_ONCE_S else None
+            return Fetcher(node, seconds) if seconds > bytes_first_s else None
     return None
 
 

@@ -48,7 +48,8 @@ DRAIN_TIMEOUT_S = 20.0
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How much is asked of how many nodes, which give each other up for good after `down_after_s` without a link.
 
-    Requests draw their priority where there are several. What no disk has comes at `remote_bytes_per_s`. So many times
+    Requests draw their priority where there are several. What no disk has comes at `remote_bytes_per_s`,
+    before a device where that takes longer than `bytes_first_s`. So many times
     (`moves`) an operator has an answer moved, or a node drained; then some answers are long. All of that, and the
     faults, are spread over `span_s`.
     """
@@ -64,6 +65,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     priorities: tuple[int, ...] = ()
     span_s: float = 8.0
     remote_bytes_per_s: float = 100e6
+    bytes_first_s: float = 3.0
 
 
 MOVING = Plan(moves=12, max_tokens=150)
@@ -92,7 +94,9 @@ class SimulatedCluster:
         self.names = [f"n{number}" for number in range(1, plan.nodes + 1)]
         self.plan = plan
         self._means = Means(
-            config_of=partial(config_of, slots=plan.slots, placement_policy=plan.placement_policy),
+            config_of=partial(
+                config_of, slots=plan.slots, placement_policy=plan.placement_policy, bytes_first_s=plan.bytes_first_s
+            ),
             limits=msgspec.structs.replace(LIMITS, down_after_s=plan.down_after_s), echoes=plan.moves > 0,
             remote_bytes_per_s=plan.remote_bytes_per_s,
         )  # fmt: skip

@@ -45,7 +45,7 @@ LOOK_S = 0.05
 LIMITS = Limits(handshake_timeout_s=1.0, heartbeat_s=1.0, acceptable_pause_s=1.0, redial_last_s=0.5)
 
 
-def config_of(name: str, slots: int, placement_policy: str) -> Config:
+def config_of(name: str, slots: int, placement_policy: str, bytes_first_s: float = 3.0) -> Config:
     """Give a node's knobs: short times, so that little virtual time does, and few slots, so that bounds are met."""
     return Config(
         node_id=name,
@@ -56,6 +56,7 @@ def config_of(name: str, slots: int, placement_policy: str) -> Config:
         chunk_bytes=MIB,
         max_instances=slots,
         placement_policy=placement_policy,
+        bytes_first_s=bytes_first_s,
         migration_timeout_s=10.0,
         warm_engines=1,
         max_requests_per_instance=2,

@@ -8,6 +8,7 @@ the paper models it: whatever is free takes a model, which comes at the speed of
 from __future__ import annotations
 
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -96,7 +97,8 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class System(NamedTuple):
     """Who serves: a placement policy, what share of a disk's bandwidth is used, and which tiers are kept.
 
-    Each start begins with a container where that takes time (`container_s`).
+    Each start begins with a container where that takes time (`container_s`). Bytes from afar that take longer than
+    `bytes_first_s` come before a device, which nobody's but this program's do.
     """
 
     policy: str
@@ -104,6 +106,7 @@ class System(NamedTuple):
     host: bool = True
     ssd: bool = True
     container_s: float = 0.0
+    bytes_first_s: float = 3.0
 
 
 SYSTEMS = {
@@ -111,9 +114,11 @@ SYSTEMS = {
     "availability": System("availability"),
     "locality_wait": System("locality_wait"),
     "preempt": System("preempt"),
-    "ray_serve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False),
-    "ray_serve_cache": System("availability", SAFETENSORS_SHARE, host=False),
-    "kserve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False, container_s=CONTAINER_S),
+    "ray_serve": System("availability", SAFETENSORS_SHARE, host=False, ssd=False, bytes_first_s=inf),
+    "ray_serve_cache": System("availability", SAFETENSORS_SHARE, host=False, bytes_first_s=inf),
+    "kserve": System(
+        "availability", SAFETENSORS_SHARE, host=False, ssd=False, container_s=CONTAINER_S, bytes_first_s=inf
+    ),
 }
 
 
@@ -221,6 +226,7 @@ class World:
             max_waiting_requests=100_000,
             max_waiting_per_model=100_000,
             placement_policy=self.system.policy,
+            bytes_first_s=self.system.bytes_first_s,
             request_history=100_000,
             roles=EVERYTHING if name in self.gateways else Role.WORKER.value,
             report_every_s=REPORT_EVERY_S,
