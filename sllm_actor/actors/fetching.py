@@ -111,7 +111,7 @@ class Fetching:
         fetch = Fetch(question, report, room_id, Arrival(now_s, now_s + takes_s), is_asked_for)
         self._under_way.setdefault(model, {})[report.node] = fetch
         fetch.task = self._context.tasks.spawn(self._fetch(fetch), room_id)
-        # And not in the task itself: one that is ended at once never runs.
+        # And not in the task itself alone: one that is ended at once never runs.
         fetch.task.add_done_callback(lambda _: self._over(fetch))
         self._context.tasks.spawn(self._await_nearness(fetch), f"near-{room_id}")
         return True
@@ -127,6 +127,8 @@ class Fetching:
         except SllmError as error:
             self._counts.fetches["failed"] += 1
             log.warning("%s could not be fetched by %s: %s", model, report.node, error.message)
+        self._over(fetch)
+        self._serve()
 
     async def _await_nearness(self, fetch: Fetch) -> None:
         while not fetch.is_near and not fetch.task.done():
@@ -153,8 +155,6 @@ class Fetching:
         now_s = self._clock.monotonic_s()
         self._rests = {pair: until_s for pair, until_s in self._rests.items() if until_s > now_s}
         self._rests[fetch.question.model, fetch.report.node] = now_s + REST_S
-        if not fetch.task.cancelled():
-            self._serve()
 
     def _forget(self, fetch: Fetch) -> None:
         model, node = fetch.question.model, fetch.report.node
@@ -180,7 +180,7 @@ class Fetching:
             left_s = min(self._under_way[question.model][node].arrival.left_s(now_s) for node in nodes)
             if not waits_for_bytes(decision, left_s, self._bytes_first_s):
                 return False
-        elif self.begin(question, decision, now_s, is_asked_for=True):
+        elif not waiting.fetched_from_s and self.begin(question, decision, now_s, is_asked_for=True):
             assert isinstance(decision, Start | Evict), "it has begun"
             noted: Any = msgspec.structs.replace(cast(Any, decision.explanation), outcome="fetching")
             self._decisions.note(noted)
