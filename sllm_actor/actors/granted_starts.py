@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 
 from sllm_actor.actors.decision_log import Granted, adopted
 from sllm_actor.actors.rooms import TOLD_WITHIN_S
@@ -26,9 +26,9 @@ class GrantedStarts:
         return placement_id in self._starts
 
     @property
-    def begun(self) -> Collection[ModelName]:
+    def begun(self) -> Set[ModelName]:
         """The models of which a start has begun and has not ended."""
-        return self._begun
+        return self._begun.keys()
 
     def grant(self, placement_id: str, start: Granted) -> None:
         """Note a start that is to begin."""

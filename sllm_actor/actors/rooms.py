@@ -76,11 +76,17 @@ class Rooms:
         self._serve = serve
         self._life = life
         self._numbers = itertools.count(1)
+        # For whom room is being made, or was made.
+        self._waiting: set[Waiting] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
 
     def make(self, waiting: Waiting, decision: MakeRoom, now_s: float) -> None:
         """Keep the room that is to be made for who waits, and the places of those who move for it."""
         waiting.able = QUIET  # Whatever comes of it, it is tried once.
         question, node, offer = waiting.question, decision.report.node, decision.offer
+        self._waiting.add(waiting)
         room = waiting.room = Room(f"room-{self._life}-{next(self._numbers)}", decision, now_s)
         self._view.give_up(node, [one.instance_id for one in offer.leaving])
         expires_s = now_s + self._making.longest_s
@@ -126,7 +132,11 @@ class Rooms:
         """Let others have the room that is being made for one."""
         if waiting.room is not None:
             self._view.release(waiting.room.room_id)
-            waiting.room = None
+            self._used(waiting)
+
+    def _used(self, waiting: Waiting) -> None:
+        waiting.room = None
+        self._waiting.discard(waiting)
 
     def start_in(self, waiting: Waiting, now_s: float) -> Start | None:
         """Have one start in the room that was made for it; None where there is none, or none yet."""
@@ -135,13 +145,13 @@ class Rooms:
             return None
         held = self._view.release(room.room_id)
         if held is None:  # Its node has gone, or it took too long.
-            waiting.room = None
+            self._used(waiting)
             return None
         if room.made:
             question = msgspec.structs.replace(cast(Any, waiting.question), only_on=room.node)
             decision = self._decide(Waiting(question, waiting.asked_s, QUIET), now_s)
             if isinstance(decision, Start):
-                waiting.room = None
+                self._used(waiting)
                 return _in_room(decision, room, waiting, now_s)
         self._view.grant(room.room_id, held)
         return None

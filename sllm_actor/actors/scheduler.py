@@ -277,10 +277,13 @@ class Scheduler(Actor):
         now_s = self._clock.monotonic_s()
         for placement_id in self._view.expired(now_s):
             self._ended(placement_id, "expired", now_s)
-        self._start_in_rooms(now_s)
-        with_room = self._waiting.models_with_room()
+        if self._rooms:
+            self._start_in_rooms(now_s)
+        with_room = self._waiting.models_with_room() if self._rooms else set()
         unsettled = self._waiting.unsettled(self._granted.begun, self._view.models())
         asking = [one for one in unsettled if not self._is_answered(one, now_s, with_room) and one.room is None]
+        if not asking:
+            return
         for place in in_order([Waiter(one.question, one.asked_s) for one in asking], now_s):
             waiting = asking[place]
             if self._is_answered(waiting, now_s, with_room):  # One before it has asked for the same.
@@ -320,7 +323,7 @@ class Scheduler(Actor):
                 self._waiting.answer(waiting, runs_already(report, instance))
                 return True
         coming = self._coming(waiting, now_s, with_room)
-        waiting.is_settled = question.model in self._granted.begun
+        self._waiting.settle(waiting, question.model in self._granted.begun)
         if coming:
             waiting.why = coming
             if waiting.recheck is None:

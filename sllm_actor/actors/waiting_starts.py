@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import Any, cast
 
 import msgspec
@@ -23,6 +23,9 @@ class WaitingStarts:
     def __init__(self) -> None:
         self._waiting: list[Waiting] = []
         self._doubtful: list[Waiting] = []
+        # How many of each model are settled.
+        self._settled: dict[ModelName, int] = {}
+        self._settled_count = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -38,13 +41,13 @@ class WaitingStarts:
     def leave(self, waiting: Waiting) -> None:
         """Forget one, answered or not."""
         if waiting in self._waiting:
-            self._waiting.remove(waiting)
+            self._remove(waiting)
         if waiting.recheck is not None:
             waiting.recheck.cancel()
 
     def answer(self, waiting: Waiting, answer: Placement | RunsAlready) -> None:
         """Answer one that waits."""
-        self._waiting.remove(waiting)
+        self._remove(waiting)
         if not waiting.answer.done():
             waiting.answer.set_result(answer)
 
@@ -72,7 +75,7 @@ class WaitingStarts:
         for waiting in doubtful:
             error = refusal(waiting.question, view, members, gone)
             if error is not None and waiting in self._waiting:
-                self._waiting.remove(waiting)
+                self._remove(waiting)
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
 
@@ -84,10 +87,28 @@ class WaitingStarts:
         """Name the models that room is being made for."""
         return {waiting.question.model for waiting in self.with_room()}
 
-    def unsettled(self, begun: Collection[ModelName], running: Collection[ModelName]) -> list[Waiting]:
+    def settle(self, waiting: Waiting, is_settled: bool) -> None:
+        """Note whether one that waits does so for a start that has begun."""
+        if waiting.is_settled == is_settled:
+            return
+        waiting.is_settled, model = is_settled, waiting.question.model
+        change = 1 if is_settled else -1
+        self._settled_count += change
+        count = self._settled.pop(model, 0) + change
+        if count:
+            self._settled[model] = count
+
+    def unsettled(self, begun: Set[ModelName], running: Set[ModelName]) -> list[Waiting]:
         """List those that do not wait, as when they were looked at last, for a start that has `begun` and goes on."""
+        models = self._settled.keys()
+        if len(self._waiting) == self._settled_count and models <= begun and models.isdisjoint(running):
+            return []
         return [
             waiting
             for waiting in self._waiting
             if not waiting.is_settled or waiting.question.model not in begun or waiting.question.model in running
         ]
+
+    def _remove(self, waiting: Waiting) -> None:
+        self._waiting.remove(waiting)
+        self.settle(waiting, False)

@@ -6,7 +6,7 @@ The same reports and grants in the same order give the same view. No clock: mome
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from math import inf
 from typing import NamedTuple
 
@@ -264,9 +264,9 @@ class ClusterView:
         """How many requests run of each model of which any do, also on instances that leave."""
         return self._active
 
-    def models(self) -> Collection[ModelName]:
+    def models(self) -> Set[ModelName]:
         """List the models that have instances."""
-        return self._running_on
+        return self._running_on.keys()
 
     def running(self, model: ModelName) -> Iterator[tuple[NodeReport, InstanceView]]:
         """Give the instances of a model that take requests, the least busy of each node first."""

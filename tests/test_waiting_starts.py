@@ -1,0 +1,48 @@
+"""Who waits for a start that has begun is not asked again until something may have become of it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from sllm_actor.actors.rooms import Waiting
+from sllm_actor.actors.waiting_starts import WaitingStarts
+from sllm_actor.domain import ModelName, RequestId
+from sllm_actor.messages.placement import PlaceModel, RunsAlready
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.policy.placement import QUIET
+
+MODELS = [ModelName(name) for name in "abc"]
+
+
+def waiting(model: ModelName, number: int) -> Waiting:
+    question = PlaceModel(
+        request_id=RequestId(str(number)), model=model, fingerprint=model, size_bytes=1, host_bytes=1, timeout_s=1.0
+    )
+    return Waiting(question, 0.0, QUIET)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_those_that_are_to_be_asked_are_found_whatever_has_come_and_gone(seed: int) -> None:
+    dice, starts = random.Random(seed), WaitingStarts()
+    answer = RunsAlready(model=MODELS[0], instance_id="a-1", node="n", worker="w", address="")  # type: ignore[arg-type]
+    for number in range(200):
+        one = dice.choice([*starts, None, None, None])
+        if one is None:
+            starts.add(waiting(dice.choice(MODELS), number))
+        else:
+            does = dice.choice(["settle", "settle", "settle", "unsettle", "answer", "leave"])
+            if does in ("settle", "unsettle"):
+                starts.settle(one, does == "settle")
+            elif does == "answer":
+                starts.answer(one, answer)
+            else:
+                starts.leave(one)
+        starts.refuse(ClusterView(), set(), set())
+        begun, running = (set(dice.sample(MODELS, dice.randint(0, 3))) for _ in range(2))
+        assert starts.unsettled(begun, running) == [
+            one
+            for one in starts
+            if not (one.is_settled and one.question.model in begun) or one.question.model in running
+        ]
