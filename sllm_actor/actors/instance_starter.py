@@ -143,10 +143,9 @@ class InstanceStarter:
 
         vLLM's are on a device, whose memory it looks at itself.
         """
-        if backend is Backend.VLLM:
+        if backend is Backend.VLLM or self._limits.kv_cache_bytes:
             return self._limits
-        share_bytes = available_bytes() // (2 * self._max_instances)
-        return msgspec.structs.replace(self._limits, kv_cache_bytes=self._limits.kv_cache_bytes or share_bytes)
+        return msgspec.structs.replace(self._limits, kv_cache_bytes=available_bytes() // (2 * self._max_instances))
 
     def _load_spans(self, report: LoadReport, begin_s: float) -> tuple[Span, ...]:
         """One span for each tier that bytes came from; they share the time of the load."""

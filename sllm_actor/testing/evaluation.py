@@ -157,6 +157,8 @@ class _Evaluation:
         self._nodes: list[SimulatedNode] = []
         self._problems: list[str] = []
         self._seen: list[Seen] = []
+        # What all prompts go on with, each as far as it is long.
+        self._prompt = pack_uint32(range(1, max((arrival.prompt_tokens for arrival in arrivals), default=1)))
         self._begin_s = 0.0
 
     async def run(self) -> Run:
@@ -206,7 +208,7 @@ class _Evaluation:
             request_id=request_id,
             model=self._world.models[arrival.model].name,
             # Prompts that begin differently, so that none is computed already.
-            prompt=pack_uint32([number, *range(1, arrival.prompt_tokens)]),
+            prompt=pack_uint32([number]) + self._prompt[: 4 * max(0, arrival.prompt_tokens - 1)],
             sampling=Sampling(max_tokens=arrival.new_tokens, temperature=1.0, top_p=1.0, seed=number, ignore_eos=True),
             arrived_s=self._clock.monotonic_s(),
         )

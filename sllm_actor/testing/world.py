@@ -220,6 +220,7 @@ class World:
             chunk_bytes=CHUNK_BYTES,
             max_instances=self.instances,
             max_requests_per_instance=described.concurrency,
+            kv_cache_bytes=MIB,
             warm_engines=min(self.instances, 4),
             start_timeout_s=described.timeout_s,
             engine_start_timeout_s=3600.0,
