@@ -14,7 +14,8 @@ from contextvars import Context, ContextVar, copy_context
 from math import inf
 from typing import Any
 
-from sllm_actor.testing.virtual_loop import Call, Scheduled, VirtualLoop
+from sllm_actor.testing.virtual_calls import Call, Scheduled
+from sllm_actor.testing.virtual_loop import VirtualLoop
 
 PROCESS: ContextVar[str] = ContextVar("process", default="")
 

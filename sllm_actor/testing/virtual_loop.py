@@ -13,10 +13,11 @@ import os
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextvars import Context, copy_context
+from contextvars import Context
 from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
 
 from sllm_actor.runtime.calls import wake
+from sllm_actor.testing.virtual_calls import Call, Scheduled, Timer
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -48,51 +49,6 @@ class SimulationTooLong(SimulationError):
 
 class SimulationFailed(SimulationError):
     """A callback or a task failed and nobody looked at its error, which is the cause of this one."""
-
-
-class Call(asyncio.Handle):
-    """As the base class's, without what only debugging needs."""
-
-    __slots__ = ()
-
-    def __init__(
-        self, callback: Callable[..., object], args: tuple[Any, ...], loop: VirtualLoop, context: Context | None
-    ) -> None:
-        self._callback = callback
-        self._args: Any = args
-        self._loop = loop
-        self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
-
-
-class Timer(asyncio.TimerHandle):
-    """As the base class's, without what only debugging needs. The loop keeps it beside its moment, in order."""
-
-    __slots__ = ()
-
-    def __init__(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        loop: VirtualLoop,
-        context: Context | None,
-    ) -> None:
-        self._callback = callback
-        self._args: Any = args
-        self._loop = loop
-        self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
-        self._when = when
-        self._scheduled = True
-
-
-# When, the how manieth that was made, and what is to be called: so that those of one moment come in their order.
-Scheduled = tuple[float, int, Timer]
 
 
 class VirtualClock:
