@@ -7,6 +7,7 @@ either has answered. Pure: moments come with the calls.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from sllm_actor.domain import ModelName, NodeId
@@ -23,16 +24,18 @@ class TakingTurns:
 
     def __init__(self, hold_s: float) -> None:
         self._hold_s = hold_s
-        self._given_up: dict[tuple[NodeId, ModelName], float] = {}
+        # The longest ago first.
+        self._given_up: OrderedDict[tuple[NodeId, ModelName], float] = OrderedDict()
         self._known: dict[NodeId, frozenset[str]] = {}
         # When the turn of each that nobody has asked yet is over.
         self._unasked: dict[NodeId, dict[str, float]] = {}
 
     def gave_up(self, node: NodeId, model: ModelName, now_s: float) -> None:
         """Note that a model has to leave a node for another one."""
-        soon_s = SOON * self._hold_s
-        self._given_up = {key: at_s for key, at_s in self._given_up.items() if now_s - at_s <= soon_s}
         self._given_up[node, model] = now_s
+        self._given_up.move_to_end((node, model))
+        while now_s - next(iter(self._given_up.values())) > SOON * self._hold_s:
+            self._given_up.popitem(last=False)
 
     def newcomers(self, report: NodeReport, now_s: float) -> Iterator[tuple[str, float]]:
         """Give the instances that are new in a report, with the seconds that each is to stay even if it is idle.
