@@ -415,12 +415,12 @@ def test_a_device_goes_on_serving_while_the_bytes_of_another_model_come(
     web: WebServer, tmp_path: Path, start_node: StartNode
 ) -> None:
     """The only one: the first model holds it, and the other one's bytes take some seconds."""
-    slow = Fault(bytes_per_s=450e3)
+    slow = Fault(bytes_per_s=250e3)
     here, there = (serve(web, tmp_path, f"{name} of two", is_deep=True) for name in ("first", "second"))
     with (
         proxied(web, here, slow, after=0) as (_, first),
         proxied(web, there, slow, after=0) as (_, second),
-        start_node("max_instances=1") as node,
+        start_node("max_instances=1", "bytes_first_s=0.5") as node,
         ThreadPoolExecutor(1) as pool,
     ):
         node.deploy(first, "first")
