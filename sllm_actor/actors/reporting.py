@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 
 from sllm_actor.actors.instance import Instance
@@ -45,10 +44,9 @@ class Reporting:
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
-        self._ended: deque[tuple[str, bool]] = deque(maxlen=ENDED_KEPT)
-        # Their placements, and of these those that failed.
-        self._ended_placements: tuple[str, ...] = ()
-        self._failed_placements: tuple[str, ...] = ()
+        # The placements of the last starts that ended, and of these those that failed.
+        self._ended: tuple[str, ...] = ()
+        self._failed: tuple[str, ...] = ()
         self._ssd = ObservedWay(tiers.loader.paths().ssd)
         self._remote = ObservedWay(tiers.remote_path())
 
@@ -64,9 +62,9 @@ class Reporting:
 
     def ended(self, placement_id: str, *, failed: bool) -> None:
         """Have the next reports tell how a start has ended."""
-        self._ended.append((placement_id, failed))
-        self._ended_placements = tuple(one for one, _ in self._ended)
-        self._failed_placements = tuple(one for one, has_failed in self._ended if has_failed)
+        self._ended = (*self._ended, placement_id)[-ENDED_KEPT:]
+        found = (*self._failed, placement_id) if failed else self._failed
+        self._failed = tuple(one for one in found if one in self._ended)
 
     def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, ModelName]) -> None:
         """Tell of these from now on: whenever `tell` is called, and, where this node is alone, its own Scheduler."""
@@ -144,7 +142,7 @@ class Reporting:
                 for model in (self._registry.models() if pinned else ())
                 if model.fingerprint in pinned
             },
-            ended_placements=self._ended_placements,
+            ended_placements=self._ended,
             starting=self._under_way(),
             host_fingerprints=tuple([fingerprint for fingerprint, _ in held]),
             ssd_fingerprints=self._registry.on_disk.fingerprints() if self._max_instances else (),
@@ -152,7 +150,7 @@ class Reporting:
             disk_queues_s=self._registry.on_disk.queues_s(),
             remote_bytes_per_s=self._remote.bytes_per_s,
             remote_queue_s=self._tiers.queues().remote_s,
-            failed_placements=self._failed_placements,
+            failed_placements=self._failed,
             address=self._place.address,
             epoch=epoch,
             cordoned=self._place.cordoned,

@@ -88,8 +88,7 @@ class SharedModels:
 
     def _note(self, name: ModelName, revision: int) -> None:
         self._changed[name] = revision
-        if self._removed:
-            self._removed.pop(name, None)
+        self._removed.pop(name, None)
 
     async def put(self, model: Model) -> None:
         """Store a registration.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Set
 from typing import Any, cast
 
@@ -24,8 +25,7 @@ class WaitingStarts:
         self._waiting: list[Waiting] = []
         self._doubtful: list[Waiting] = []
         # How many of each model are settled.
-        self._settled: dict[ModelName, int] = {}
-        self._settled_count = 0
+        self._settled: Counter[ModelName] = Counter()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -92,16 +92,14 @@ class WaitingStarts:
         if waiting.is_settled == is_settled:
             return
         waiting.is_settled, model = is_settled, waiting.question.model
-        change = 1 if is_settled else -1
-        self._settled_count += change
-        count = self._settled.pop(model, 0) + change
-        if count:
-            self._settled[model] = count
+        self._settled[model] += 1 if is_settled else -1
+        if not self._settled[model]:
+            del self._settled[model]
 
     def unsettled(self, begun: Set[ModelName], running: Set[ModelName]) -> list[Waiting]:
         """List those that do not wait, as when they were looked at last, for a start that has `begun` and goes on."""
         models = self._settled.keys()
-        if len(self._waiting) == self._settled_count and models <= begun and models.isdisjoint(running):
+        if len(self._waiting) == self._settled.total() and models <= begun and models.isdisjoint(running):
             return []
         return [
             waiting

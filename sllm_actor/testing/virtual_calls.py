@@ -8,8 +8,8 @@ from contextvars import Context, copy_context
 from typing import Any
 
 
-class Call(asyncio.Handle):
-    """As the base class's, without what only debugging needs."""
+class _Made:
+    """Sets what a handle has, as the base class does."""
 
     __slots__ = ()
 
@@ -20,17 +20,24 @@ class Call(asyncio.Handle):
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        self._callback = callback
-        self._args: Any = args
-        self._loop = loop
-        self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
+        made: Any = self
+        made._callback = callback
+        made._args = args
+        made._loop = loop
+        made._context = copy_context() if context is None else context
+        made._cancelled = False
+        made._repr = None
+        made._source_traceback = None
 
 
-class Timer(asyncio.TimerHandle):
-    """As the base class's, without what only debugging needs. The loop keeps it beside its moment, in order."""
+class Call(_Made, asyncio.Handle):
+    """What has its turn soon."""
+
+    __slots__ = ()
+
+
+class Timer(_Made, asyncio.TimerHandle):
+    """What is called at a moment. The loop keeps it beside that, in order."""
 
     __slots__ = ()
 
@@ -42,13 +49,7 @@ class Timer(asyncio.TimerHandle):
         loop: asyncio.AbstractEventLoop,
         context: Context | None,
     ) -> None:
-        self._callback = callback
-        self._args: Any = args
-        self._loop = loop
-        self._context = copy_context() if context is None else context
-        self._cancelled = False
-        self._repr = None
-        self._source_traceback = None
+        super().__init__(callback, args, loop, context)
         self._when = when
         self._scheduled = True
 
