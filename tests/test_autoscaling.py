@@ -42,14 +42,15 @@ scalings = st.builds(
     Scaling, min_instances=st.integers(0, 2), max_instances=st.integers(2, 4), target_concurrency=st.integers(0, 4)
 )
 instances = st.tuples(st.sampled_from([A, B, C]), st.integers(0, 9), st.booleans())
-reported = st.lists(st.tuples(st.sampled_from("mno"), st.lists(instances, max_size=4)), max_size=6)
+awaited = st.dictionaries(st.sampled_from([A, B, C]), st.integers(1, 9))
+reported = st.lists(st.tuples(st.sampled_from("mno"), st.lists(instances, max_size=4), awaited), max_size=6)
 
 
-def report_of(node: str, running: list[tuple[ModelName, int, bool]]) -> NodeReport:
+def report_of(node: str, running: list[tuple[ModelName, int, bool]], awaited: dict[ModelName, int]) -> NodeReport:
     return NodeReport(
         node=NodeId(node), manager="manager", slots=8, host_pool_bytes=1, pinned_host_bytes={}, ended_placements=(),
         starting=(), host_fingerprints=(), ssd_fingerprints=(), ssd_bytes_per_s=0.0, disk_queues_s={},
-        remote_bytes_per_s=0.0, remote_queue_s=0.0,
+        remote_bytes_per_s=0.0, remote_queue_s=0.0, awaited=awaited,
         instances=tuple(
             InstanceView(
                 instance_id=f"{model}-{node}{number}", model=model, active=active, idle_since_s=0.0, host_bytes=0,
@@ -60,22 +61,33 @@ def report_of(node: str, running: list[tuple[ModelName, int, bool]]) -> NodeRepo
     )  # fmt: skip
 
 
-def lacking(models: list[Model], view: ClusterView, starting: dict[ModelName, int]) -> list[ModelName]:
+def lacking(
+    models: list[Model], view: ClusterView, starting: dict[ModelName, int], fetched: set[ModelName]
+) -> list[ModelName]:
     """Look at every model."""
     short: dict[ModelName, Short] = {}
     for model in models:
         running = [one for _, one in view.running(model.name)]
-        active, least = sum(one.active for one in running), model.scaling.min_instances
-        want = wanted(model.scaling, active, INSTANCE_TAKES) if running or least else 0
-        short[model.name] = Short(active, len(running) + starting.get(model.name, 0), want, least)
+        wait = sum(node.report.awaited.get(model.name, 0) for node in view.nodes.values())
+        asking, least = sum(one.active for one in running) + wait, model.scaling.min_instances
+        there = len(running) + starting.get(model.name, 0)
+        want = wanted(model.scaling, asking, INSTANCE_TAKES)
+        # Whoever has bytes fetched for a first one needs no help as long as that one is enough.
+        is_missing = there or least or (model.name in fetched and want > 1)
+        short[model.name] = Short(asking, there, want if is_missing else 0, least)
     return [name for name, _ in by_need(short)]
 
 
-@given(st.tuples(scalings, scalings, scalings), reported, st.dictionaries(st.sampled_from([A, B, C]), st.just(1)))
+@given(
+    st.tuples(scalings, scalings, scalings), reported, st.dictionaries(st.sampled_from([A, B, C]), st.just(1)),
+    st.sets(st.sampled_from([A, B, C])),
+)  # fmt: skip
 def test_whoever_lacks_instances_is_found_among_those_that_are_looked_at(
-    scaled: tuple[Scaling, ...], reports: list[tuple[str, list[tuple[ModelName, int, bool]]]],
+    scaled: tuple[Scaling, ...],
+    reports: list[tuple[str, list[tuple[ModelName, int, bool]], dict[ModelName, int]]],
     starting: dict[ModelName, int],
-) -> None:  # fmt: skip
+    fetched: set[ModelName],
+) -> None:
     models = [
         msgspec.structs.replace(model_of(name, 1, 1.0), scaling=scaling)
         for name, scaling in zip("abc", scaled, strict=True)
@@ -84,7 +96,7 @@ def test_whoever_lacks_instances_is_found_among_those_that_are_looked_at(
     kept = [model for model in models if model.scaling.min_instances]
     autoscaler = Autoscaler(lambda: kept, by_name.get, SystemClock(), instance_takes=INSTANCE_TAKES)
     view = ClusterView()
-    for node, running in reports:
-        view.hear(report_of(node, running), 0.0)
-    asked = [question.model for question in autoscaler.missing(view, starting)]
-    assert asked == lacking(models, view, starting)
+    for node, running, waiting in reports:
+        view.hear(report_of(node, running, waiting), 0.0)
+    asked = [question.model for question in autoscaler.missing(view, starting, fetched)]
+    assert asked == lacking(models, view, starting, fetched)

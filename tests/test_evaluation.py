@@ -59,6 +59,16 @@ def test_a_burst_for_one_model_spreads_over_the_instances_that_come_up() -> None
     assert max(answered.waits_s()) < 4 * 3.3
 
 
+def test_help_for_a_burst_at_a_cold_model_comes_with_its_first_instance_and_not_behind_it() -> None:
+    """The SSD of each node has the model: 2.2 s for its bytes, 0.5 s more for whoever copies them from host memory."""
+    answered = run(BURST, described=changed(SMALL, "copies=2"))
+    assert max(answered.waits_s()) < 2.3 + 0.5 + 0.1 + 0.1
+    # In host memory by now, and the instances have gone meanwhile; at two gateways, one request each.
+    again = [Arrival(60.0, 0, 50, 100), Arrival(60.001, 0, 50, 100)]
+    waits_s = [one.wait_s for one in run([*BURST, *again], described=changed(SMALL, "copies=2")).seen[-2:]]
+    assert max(waits_s) < 0.53 + 0.1 + 0.05
+
+
 def test_a_burst_of_one_model_does_not_take_all_that_is_free_from_a_larger_one_of_another() -> None:
     """Both run already, and the smaller one's model has the lower number, and as many requests as there are devices."""
     both = [Arrival(0.0, model, 50, 200) for model in (0, 1)]

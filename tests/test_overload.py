@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -164,6 +164,21 @@ def test_a_waiting_room_is_bounded_for_a_model_and_in_all() -> None:
             with pytest.raises(QueueFull, match="3 requests are"), room.place(c):
                 pass
     assert room.waiting() == {}
+
+
+def test_it_is_told_how_many_wait_for_a_start_of_every_doubling_and_of_the_end() -> None:
+    a, b = ModelName("a"), ModelName("b")
+    room, told = WaitingRoom(SystemClock(), max_in_all=9, max_per_model=9), list[dict[ModelName, int]]()
+    room.on_awaited = lambda: told.append(room.awaited())
+    with ExitStack() as others:
+        for _ in range(5):
+            others.enter_context(room.start(a))
+        with room.start(b):
+            pass
+        assert told == [{a: 1}, {a: 2}, {a: 4}, {a: 5, b: 1}, {a: 5}]
+    assert told[5:] == [{}]
+    with room.start(a):
+        assert told[6:] == [{a: 1}]
 
 
 async def test_slots_are_never_lost_or_given_twice_whoever_is_cancelled() -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing
 
 from sllm_actor.domain import Model, ModelName, RequestId
 from sllm_actor.errors import SllmError
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
-from sllm_actor.messages.placement import Placement, PlaceModel
+from sllm_actor.messages.placement import NodeReport, Placement, PlaceModel
 from sllm_actor.policy.autoscaling import Running, Short, by_need, surplus, wanted
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.runtime import ActorSystem, Clock
 
 log = logging.getLogger(__name__)
 
-# How often it looks, and how long a model whose start has failed is left alone.
+# How often it looks, and how often at most where many wait for a start; how long a model whose start has failed is left
+# alone.
 LOOK_EVERY_S = 0.5
+LOOK_LEAST_S = 0.05
 REST_S = 15.0
 
 
@@ -41,32 +43,42 @@ class Autoscaler:
 
         Of a thousand that run few have so many, and the others are not looked at.
         """
-        busy = [
-            model
-            for name, active in view.active.items()
-            if (model := self._known(name)) is not None and wanted(model.scaling, active, self._instance_takes) > 1
-        ]
+        busy = self._busy(view, {**view.active, **view.awaited})
         found = {model.name: model for model in (*self._kept(), *busy) if not model.base}
         return [found[name] for name in sorted(found)]
 
-    def missing(self, view: ClusterView, starting: Mapping[ModelName, int]) -> Iterator[PlaceModel]:
+    def _busy(self, view: ClusterView, names: Iterable[ModelName]) -> Iterator[Model]:
+        for name in names:
+            model = self._known(name)
+            asking = view.active.get(name, 0) + view.awaited.get(name, 0)
+            if model is not None and wanted(model.scaling, asking, self._instance_takes) > 1:
+                yield model
+
+    def is_called(self, view: ClusterView, report: NodeReport) -> bool:
+        """Tell whether more wait for a start, as a node reports, than one instance takes: not to be left for later."""
+        return any(True for _ in self._busy(view, report.awaited))
+
+    def missing(
+        self, view: ClusterView, starting: Mapping[ModelName, int], fetched: Set[ModelName] = frozenset()
+    ) -> Iterator[PlaceModel]:
         """Give a question for each instance that should run beside those that do, or are being started.
 
-        The next one is always for the model whose instances have the most to do.
+        The next one is always for the model whose instances have the most to do. Those whose bytes are `fetched` for a
+        start are counted as if none were coming: whoever asked for it waits, too.
         """
         now_s = self._clock.monotonic_s()
         self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
         models = [model for model in self._may_lack(view) if model.name not in self._rests]
         running = {model.name: self._running(view, model, now_s) for model in models}
-        short = {
-            model.name: Short(
-                _active(running[model.name]),
-                len(running[model.name]) + starting.get(model.name, 0),
-                self._want(model, running[model.name]),
-                model.scaling.min_instances,
-            )
-            for model in models
-        }
+        short: dict[ModelName, Short] = {}
+        for model in models:
+            there = len(running[model.name]) + starting.get(model.name, 0)
+            asking = _active(running[model.name]) + view.awaited.get(model.name, 0)
+            want, least = wanted(model.scaling, asking, self._instance_takes), model.scaling.min_instances
+            # Where a first one is missing, those who wait for it see to that.
+            if not there and not least and (want == 1 or model.name not in fetched):
+                want = 0
+            short[model.name] = Short(asking, there, want, least)
         known = {model.name: model for model in models}
         for name, number in by_need(short):
             # Those that run at all times do so on different nodes; who is to help others is to come soonest.
@@ -77,7 +89,8 @@ class Autoscaler:
         now_s = self._clock.monotonic_s()
         for model in sorted((model for model in self._kept() if not model.base), key=lambda model: model.name):
             running = self._running(view, model, now_s)
-            one = surplus(model.scaling, running, self._want(model, running), model.keep_alive_s)
+            want = wanted(model.scaling, _active(running), self._instance_takes)
+            one = surplus(model.scaling, running, want, model.keep_alive_s)
             if one is not None:
                 yield one
 
@@ -86,12 +99,6 @@ class Autoscaler:
             Running(report.node, one, report.told_s - one.idle_since_s + view.age_s(report.node, now_s))
             for report, one in view.running(model.name)
         ]
-
-    def _want(self, model: Model, running: list[Running]) -> int:
-        # Where a first one is missing, those who wait for it see to that.
-        if not running and not model.scaling.min_instances:
-            return 0
-        return wanted(model.scaling, _active(running), self._instance_takes)
 
     def _question(self, model: Model, running: list[Running]) -> PlaceModel:
         return PlaceModel(

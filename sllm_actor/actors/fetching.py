@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import aclosing
 from math import inf
 from typing import Any, cast
@@ -87,6 +87,10 @@ class Fetching:
     def nodes(self, model: ModelName) -> tuple[NodeId, ...]:
         """List the nodes that fetch a model, and where no device is to be taken for it yet."""
         return tuple(node for node, fetch in self._under_way.get(model, {}).items() if not fetch.is_near)
+
+    def models(self) -> Set[ModelName]:
+        """List the models that are fetched."""
+        return self._under_way.keys()
 
     def come_first(self, decision: Decision) -> bool:
         """Tell whether what was decided would have a device wait for bytes for long."""

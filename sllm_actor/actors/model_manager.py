@@ -98,7 +98,7 @@ class ModelManager(Actor):
         self._starting = self._under_way.models
         self._times = LearnedTimes()
         self._instance_ids = itertools.count(1)
-        self._reporting = Reporting(place, way, registry, tiers, clock, limits)
+        self._reporting = Reporting(place, way, registry, tiers, clock, limits, room)
 
     async def started(self) -> None:
         await self._registry.open()

@@ -10,6 +10,7 @@ from sllm_actor.actors.manager_limits import Limits
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.registry import Registry
 from sllm_actor.actors.scheduler_way import SchedulerWay
+from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import SllmError
 from sllm_actor.loader.tiers import Tiers
@@ -32,13 +33,15 @@ class Reporting:
     """Makes a node's reports, and owns the bandwidths that they tell of."""
 
     def __init__(
-        self, place: Place, way: SchedulerWay, registry: Registry, tiers: Tiers, clock: Clock, limits: Limits
-    ) -> None:
+        self, place: Place, way: SchedulerWay, registry: Registry, tiers: Tiers, clock: Clock, limits: Limits,
+        room: WaitingRoom,
+    ) -> None:  # fmt: skip
         self._place = place
         self._way = way
         self._registry = registry
         self._tiers = tiers
         self._clock = clock
+        self._room = room
         self._max_instances = limits.max_instances
         self._every_s = limits.report_every_s
         self._manager = ""
@@ -71,6 +74,7 @@ class Reporting:
         self._manager, self._instances, self._starting = manager, instances, starting
         self._tiers.when_stored(self._stored)
         self._registry.on_found = self.tell
+        self._room.on_awaited = self.tell
         if self._place.alone:
             self._way.listen(self.tell)
             self.tell()
@@ -156,6 +160,7 @@ class Reporting:
             cordoned=self._place.cordoned,
             told_s=now_s,
             core_threads=self._place.threads,
+            awaited=self._room.awaited(),
         )
 
     def _under_way(self) -> tuple[StartingView, ...]:

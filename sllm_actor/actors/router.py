@@ -262,7 +262,8 @@ class Router(Actor):
         record.start_of = start.request.request_id
         start.waiters += 1
         try:
-            await asyncio.wait([start.task])
+            with self._room.start(served):
+                await asyncio.wait([start.task])
         finally:
             start.waiters -= 1
             if not start.waiters and not start.task.done():

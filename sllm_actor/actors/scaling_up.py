@@ -45,7 +45,7 @@ class ScalingUp:
     def look(self, autoscaler: Autoscaler, now_s: float) -> None:
         """Start what is missing, or have its bytes fetched; what is on its way already is looked at anew each time."""
         full, coming = set[ModelName](), Counter[tuple[ModelName, NodeId]]()
-        for question in autoscaler.missing(self._view, self._granted.counts()):
+        for question in autoscaler.missing(self._view, self._granted.counts(), self._fetching.models()):
             if question.model in full:
                 continue
             wish, decision = self._decided(question, now_s)

@@ -6,8 +6,9 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Collection, Mapping, Set
+from contextlib import suppress
 
-from sllm_actor.actors.autoscaler import LOOK_EVERY_S, Autoscaler
+from sllm_actor.actors.autoscaler import LOOK_EVERY_S, LOOK_LEAST_S, Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, granted
 from sllm_actor.actors.estimate_book import EstimateBook
 from sllm_actor.actors.fetching import Fetching, with_bytes
@@ -100,6 +101,8 @@ class Scheduler(Actor):
         self._newest_epoch = max(self._members.values(), default=0)
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
+        # Set where more requests wait for a start than one instance takes.
+        self._more_wait = asyncio.Event()
         self._book = book
         self._making = MakingRoom(
             self._view, self._estimator, clock, counts, evict_timeout_s=limits.evict_timeout_s,
@@ -139,7 +142,11 @@ class Scheduler(Actor):
 
     async def _keep_scaling(self, autoscaler: Autoscaler) -> None:
         while True:
-            await self._clock.sleep(LOOK_EVERY_S)
+            await self._clock.sleep(LOOK_LEAST_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S - LOOK_LEAST_S):
+                    await self._more_wait.wait()
+            self._more_wait.clear()
             # Requests that wait for a place go first, and what is not known is not to be started again.
             now_s = self._clock.monotonic_s()
             with_room = self._waiting.models_with_room()
@@ -164,6 +171,8 @@ class Scheduler(Actor):
         self._view.hear(report, now_s)
         self._waiting.hear(before.report if before is not None else None, report)
         self._holding.hear(report, now_s)
+        if self._autoscaler is not None and self._autoscaler.is_called(self._view, report):
+            self._more_wait.set()
         for placement_id in report.ended_placements:
             if placement_id not in self._view.grants and placement_id not in self._granted:
                 continue  # It was told before.

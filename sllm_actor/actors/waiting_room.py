@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from sllm_actor.domain import ModelName
@@ -25,10 +25,34 @@ class WaitingRoom:
         self._waiting: Counter[ModelName] = Counter()
         self._pace = Pace()
         self._paces: OrderedDict[ModelName, Pace] = OrderedDict()
+        # Of those that wait, the ones whose model starts, and how many there were when `on_awaited` was last told.
+        self._awaited: Counter[ModelName] = Counter()
+        self._told: dict[ModelName, int] = {}
+        # Told of the first that waits for a start, of every doubling, and when nobody waits any more.
+        self.on_awaited: Callable[[], None] = lambda: None
 
     def waiting(self) -> Mapping[ModelName, int]:
         """Tell how many wait for each model that anyone waits for."""
         return dict(self._waiting)
+
+    def awaited(self) -> dict[ModelName, int]:
+        """Tell how many wait for a start of each model that anyone waits for."""
+        return dict(self._awaited)
+
+    @contextmanager
+    def start(self, model: ModelName) -> Iterator[None]:
+        """Wait in this block for a start of a model."""
+        self._awaited[model] += 1
+        if self._awaited[model] >= 2 * self._told.get(model, 0):
+            self._told[model] = self._awaited[model]
+            self.on_awaited()
+        try:
+            yield
+        finally:
+            self._awaited[model] -= 1
+            if not self._awaited[model]:
+                del self._awaited[model], self._told[model]
+                self.on_awaited()
 
     @contextmanager
     def place(self, model: ModelName) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.messages.declare import message
 
@@ -131,7 +133,8 @@ class NodeReport:
     ones. `disk_queues_s` says, by fingerprint, for which of these their disk is busy, and how long; `remote_queue_s` is
     for what comes from elsewhere. Other nodes find this one at `address`; it is a member of the cluster in `epoch`, and
     while it is `cordoned` nothing is started there. `told_s` is when this was told, by the node's own clock.
-    Of all processes on its machine so many `core_threads` run or wait for a core, of late.
+    Of all processes on its machine so many `core_threads` run or wait for a core, of late. Of the requests that came to
+    it so many wait for a start of each model that is `awaited`.
     """
 
     node: NodeId
@@ -154,6 +157,7 @@ class NodeReport:
     cordoned: bool = False
     told_s: float = 0.0
     core_threads: float = 0.0
+    awaited: dict[ModelName, int] = msgspec.field(default_factory=dict)
 
 
 @message("placement.report_now")

@@ -6,6 +6,7 @@ The same reports and grants in the same order give the same view. No clock: mome
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from math import inf
 from typing import NamedTuple
@@ -176,6 +177,7 @@ class ClusterView:
         self._holders: dict[str, dict[NodeId, None]] = {}
         self._running_on: dict[ModelName, dict[NodeId, None]] = {}
         self._active: dict[ModelName, int] = {}
+        self._awaited: Counter[ModelName] = Counter()
         self.names: list[NodeId] = []
         # The nodes by their queue of fetches, each with how fast it fetches.
         self.by_remote_queue: list[tuple[float, NodeId, float]] = []
@@ -213,6 +215,7 @@ class ClusterView:
         if before is None or view is None or before.on_host is not view.on_host or before.on_ssd is not view.on_ssd:
             self._index_holders(before, view)
         self._index_models(before, view)
+        self._index_awaited(before, view)
         if before is None and view is not None:
             insort(self.names, view.report.node)
         if view is None and before is not None:
@@ -258,6 +261,19 @@ class ClusterView:
             active = self._active.pop(model, 0) + new.get(model, 0) - old.get(model, 0)
             if active:
                 self._active[model] = active
+
+    def _index_awaited(self, before: NodeView | None, view: NodeView | None) -> None:
+        old = before.report.awaited if before is not None else {}
+        new = view.report.awaited if view is not None else {}
+        if old != new:
+            self._awaited.subtract(old)
+            self._awaited.update(new)
+            self._awaited = +self._awaited
+
+    @property
+    def awaited(self) -> Mapping[ModelName, int]:
+        """How many requests wait for a start of each model of which any do."""
+        return self._awaited
 
     @property
     def active(self) -> Mapping[ModelName, int]:
