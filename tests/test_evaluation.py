@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
 import json
 import os
@@ -11,7 +10,6 @@ import random
 import re
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from sllm_actor.loader.device_profile import Alone, DeviceIdentity, DeviceProfil
 from sllm_actor.testing.evaluation import WARM, Run, evaluate
 from sllm_actor.testing.hardware import CONTAINER_S, DEVICES, MACHINES, SHAPES, devices_for
 from sllm_actor.testing.node_process import CLI
-from sllm_actor.testing.oracle import least_begins_s, least_mean_wait_s
+from sllm_actor.testing.oracle import least_mean_wait_s
 from sllm_actor.testing.simulated_engine import Cores
 from sllm_actor.testing.simulated_tiers import SimulatedCard, SimulatedTiers
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
@@ -209,30 +207,6 @@ def test_no_run_is_sooner_than_the_oracle_and_one_alone_is_hardly_later() -> Non
     assert least_mean_wait_s(world, []) == 0.0
 
 
-def test_the_least_sum_of_begins_is_met_by_a_burst_of_equal_answers_and_by_those_that_find_a_slot() -> None:
-    # Four of 2 s on two slots: two begin at once, two behind them.
-    assert least_begins_s([(1.0, 2.0)] * 4, 2) == pytest.approx(2 * 1.0 + 2 * 3.0)
-    # Each finds a slot free, and what came before a pause does not make up for what comes in a crowd.
-    assert least_begins_s([(0.0, 5.0), (4.0, 5.0)], 2) == 4.0
-    assert least_begins_s([(0.0, 2.0), *[(100.0, 2.0)] * 4], 2) == pytest.approx(2 * 100.0 + 2 * 102.0)
-
-
-def test_no_order_of_work_begins_sooner_than_the_bound_says() -> None:
-    dice = random.Random(3)
-    for _ in range(40):
-        work = [(dice.uniform(0, 4), dice.uniform(0.1, 3)) for _ in range(5)]
-        best_s = min(sum(_begins_s(order, 2)) for order in itertools.permutations(work))
-        assert least_begins_s(work, 2) <= best_s + 1e-9
-
-
-def _begins_s(order: Sequence[tuple[float, float]], slots: int) -> Iterator[float]:
-    free_s = [0.0] * slots
-    for release_s, length_s in order:
-        begin_s = max(heapq.heappop(free_s), release_s)
-        heapq.heappush(free_s, begin_s + length_s)
-        yield begin_s
-
-
 def test_a_container_is_started_before_each_model_of_kserve() -> None:
     arrivals = [Arrival(0.0, 0, 50, 10)]
     kserve, ray_serve = (run(arrivals, system).waits_s()[0] for system in ("kserve", "ray_serve"))
@@ -304,6 +278,26 @@ def test_a_system_or_lengths_that_are_unknown_are_refused() -> None:
     ):
         ran = cli(*arguments)
         assert ran.returncode == 1 and said in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_minutes_of_a_functions_trace_are_replayed_in_intervals(tmp_path: Path) -> None:
+    path = tmp_path / "inv.csv"
+    path.write_text("HashFunction,minute_1,minute_2,minute_3\na,3,0,0\nb,0,2,0\nc,1,0,0\n")
+    asked = Workload(None, path, "gsm8k", 2.0, 100.0, 1, bin_s=60)
+    first, second = ({one.at_s // 60 for one in asked.arrivals(2) if one.model == model} for model in (0, 1))
+    assert (first, second) == ({0.0}, {1.0})
+    for wrong, said in (
+        (asked._replace(functions=None), "--bin-s joins the minutes of --functions"),
+        (asked._replace(trace=path), "without --trace"),
+        (asked._replace(bin_s=90), "whole minutes, .*, not 90"),
+        (asked._replace(bin_s=120, seconds=130.0), "has 3 minutes, and 4 are needed"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            wrong.arrivals(2)
+    ran = cli("--seconds", "60", "--functions", path, "--bin-s", "60", "--json")
+    answer = json.loads(ran.stdout)["ours"]
+    assert ran.returncode == 0 and answer["requests"] > 0 and answer["over_least"] >= answer["over_first_come"] > 0
+    assert cli("--functions", path, "--bin-s", "0").returncode == 2
 
 
 def test_how_bursty_requests_are_can_be_asked_for() -> None:

@@ -28,6 +28,9 @@ def simulate(
     cv: Annotated[
         float, typer.Option(min=0.1, max=32, help="How bursty each model's are: 1 is Poisson's, 8 as in the paper.")
     ] = CV,
+    bin_s: Annotated[
+        int | None, typer.Option(min=60, max=86_400, help="Replay --functions in intervals of so many seconds each.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same run.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write a page with figures (needs the extra 'simulate').")] = None,
     as_json: Json = False,
@@ -38,6 +41,6 @@ def simulate(
     """
     from sllm_actor.cli.simulation import Workload, run
 
-    workload = Workload(trace, functions, lengths, rate, seconds, seed, cv)
+    workload = Workload(trace, functions, lengths, rate, seconds, seed, cv, bin_s)
     with refusals(as_json=as_json):
         run(cluster, calibration, what_if or [], systems, workload, html, as_json=as_json)

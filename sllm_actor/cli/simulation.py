@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shlex
 import sys
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from sllm_actor.testing.evaluation_report import COLUMNS, check_figures, page, r
 from sllm_actor.testing.workloads import Arrival
 from sllm_actor.testing.world import SYSTEMS, Description, World, calibrated, changed, read_description
 
+MINUTE_S = 60
 # So much longer than it is needed is a workload drawn, and its beginning taken: few bursts make many requests or few.
 DRAWN = 4
 
@@ -30,15 +32,18 @@ class Workload(NamedTuple):
     seconds: float
     seed: int
     cv: float = workloads.CV
+    bin_s: int | None = None
 
     def arrivals(self, models: int) -> list[Arrival]:
         """Give the requests, for so many models.
 
         Raises:
-            InvalidInput: a trace can't be read, or there are no such lengths.
+            InvalidInput: a trace can't be read, or there are no such lengths, or intervals where there can be none.
         """
         dice = random.Random(self.seed)
         functions, trace = self.functions, self.trace
+        if self.bin_s is not None:
+            return self._binned(dice, models, self.bin_s)
         parts = workloads.spread(traces.function_counts(functions), models) if functions else workloads.zipf(models)
         if trace is not None:
             found = traces.read_trace(trace)
@@ -49,6 +54,18 @@ class Workload(NamedTuple):
                 dice, seconds=DRAWN * self.seconds, per_s=self.rate_per_s, parts=parts, lengths=self._draw(), cv=self.cv
             )[: max(1, round(self.rate_per_s * self.seconds))]
         return [one for one in workloads.rate_scaled(found, self.rate_per_s) if one.at_s <= self.seconds]
+
+    def _binned(self, dice: random.Random, models: int, bin_s: int) -> list[Arrival]:
+        if self.functions is None or self.trace is not None:
+            raise InvalidInput("--bin-s joins the minutes of --functions, without --trace")
+        if bin_s % MINUTE_S:
+            raise InvalidInput(f"--bin-s is of whole minutes, as the trace is: 60, 120, …, not {bin_s}")
+        each = bin_s // MINUTE_S
+        minutes = traces.function_minutes(self.functions, each * ceil(self.seconds / bin_s))
+        return workloads.binned_arrivals(
+            dice, workloads.binned(minutes, models, each), bin_s=bin_s, seconds=self.seconds, per_s=self.rate_per_s,
+            lengths=self._draw(), cv=self.cv,
+        )  # fmt: skip
 
     def _draw(self) -> workloads.DrawLength:
         if self.lengths in workloads.LENGTHS:

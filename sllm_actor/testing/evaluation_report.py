@@ -18,10 +18,11 @@ from sllm_actor.testing.evaluation import Run
 
 COLUMNS = {
     "requests": "requests", "failed": "failed", "wait_mean_s": "first token, mean", "over_least": "mean / oracle",
-    "wait_p50_s": "p50", "wait_p95_s": "p95", "wait_p99_s": "p99", "end_mean_s": "whole, mean",
-    "end_p99_s": "whole, p99", "warm": "warm", "starts": "starts", "migrations": "moves",
+    "over_first_come": "mean / first come", "wait_p50_s": "p50", "wait_p95_s": "p95", "wait_p99_s": "p99",
+    "end_mean_s": "whole, mean", "end_p99_s": "whole, p99", "warm": "warm", "starts": "starts", "migrations": "moves",
     "devices_held": "devices held", "devices_busy": "devices busy",
 }  # fmt: skip
+TIMES = ("over_least", "over_first_come")
 SHARES = ("warm", "devices_held", "devices_busy")
 STYLE = """
 :root { color-scheme: light dark; }
@@ -46,7 +47,7 @@ def _shown(key: str, value: Any) -> str:
         return str(value)
     if value != value:
         return "-"
-    if key == "over_least":
+    if key in TIMES:
         return f"{value:.3g} x"
     return f"{value:.0%}" if key in SHARES else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
 

@@ -1,7 +1,8 @@
 """What no system in a world can better: a bound from below on the mean time from a request to its first token.
 
 Who knows all that comes, and decides in no time, has the same devices and disks all the same: `least_mean_wait_s` says
-why each part of the bound holds. Pure.
+why each part of the bound holds. What of that is foresight of how long answers will be, `first_come_mean_wait_s` shows.
+Pure.
 """
 
 from __future__ import annotations
@@ -40,8 +41,30 @@ def least_mean_wait_s(world: World, arrivals: Sequence[Arrival]) -> float:
     jobs = _jobs(world, arrivals)
     if not jobs:
         return 0.0
-    slots = len(world.names) * world.instances * world.description.concurrency
-    begins_s = least_begins_s([(job.release_s, job.prefill_s + job.decode_s) for job in jobs], slots)
+    begins_s = least_begins_s([(job.release_s, job.prefill_s + job.decode_s) for job in jobs], _slots(world))
+    return _mean_wait_s(begins_s, jobs, arrivals)
+
+
+def first_come_mean_wait_s(world: World, arrivals: Sequence[Arrival]) -> float:
+    """Give the mean wait for a first token if requests were begun in the order in which they come; 0 without any.
+
+    But for the first start of each model, as in `least_mean_wait_s`, each model is on every device for nothing, and
+    whatever slot is free first takes whoever comes first. It is no bound: who knows which answers are short, or guesses
+    it, can begin these sooner, and so can chance. Who knows nothing of them has no reason to be better on average.
+    """
+    jobs = _jobs(world, arrivals)
+    if not jobs:
+        return 0.0
+    begins_s = first_come_begins_s([(job.release_s, job.prefill_s + job.decode_s) for job in jobs], _slots(world))
+    return _mean_wait_s(begins_s, jobs, arrivals)
+
+
+def _slots(world: World) -> int:
+    return len(world.names) * world.instances * world.description.concurrency
+
+
+def _mean_wait_s(begins_s: float, jobs: Sequence[Job], arrivals: Sequence[Arrival]) -> float:
+    """Give the mean wait of requests that begin at moments of this sum."""
     arrived_s = sum(arrival.at_s for arrival in arrivals)
     return (begins_s + sum(job.prefill_s for job in jobs) - arrived_s) / len(jobs)
 
@@ -50,7 +73,7 @@ def _jobs(world: World, arrivals: Sequence[Arrival]) -> list[Job]:
     """Give the requests, of which none begins before the first start of its model can have ended."""
     begins_s: dict[int, float] = {}
     jobs = []
-    for arrival in sorted(arrivals):
+    for arrival in sorted(arrivals, key=lambda arrival: arrival.at_s):
         speed = world.speed(arrival.model)
         if arrival.model not in begins_s:
             moved_s = world.models[arrival.model].size_bytes / world.best_bytes_per_s
@@ -72,6 +95,16 @@ def least_begins_s(work: Sequence[tuple[float, float]], slots: int) -> float:
         middles_s = sum(_middles_s(busy, slots))
         lengths_s = sum(length_s for _, length_s in busy)
         whole_s += max(middles_s - lengths_s / 2, sum(release_s for release_s, _ in busy))
+    return whole_s
+
+
+def first_come_begins_s(work: Sequence[tuple[float, float]], slots: int) -> float:
+    """Give the sum of the moments at which work begins, each on whatever slot is free first, by release alone."""
+    free_s, whole_s = [0.0] * slots, 0.0
+    for release_s, length_s in sorted(work, key=lambda one: one[0]):
+        begin_s = max(free_s[0], release_s)
+        whole_s += begin_s
+        heapq.heapreplace(free_s, begin_s + length_s)
     return whole_s
 
 

@@ -21,6 +21,8 @@ from sllm_actor.units import MIB
 MAX_BYTES = 1024 * MIB
 MAX_ROWS = 5_000_000
 MAX_LINE_CHARACTERS = 1_000_000
+# What a row has too much of is under this name, which no column can have: a line ends with it.
+SURPLUS = "\n"
 
 
 class MooncakeRow(msgspec.Struct, frozen=True):
@@ -31,6 +33,20 @@ class MooncakeRow(msgspec.Struct, frozen=True):
     output_length: int
 
 
+def function_minutes(path: Path, minutes: int) -> Iterator[list[float]]:
+    """Give how often each function of Azure's functions trace (2019) is invoked in each of its first so many minutes.
+
+    Raises:
+        InvalidInput: it is no such trace, or a shorter one.
+    """
+    names = [f"minute_{number}" for number in range(1, minutes + 1)]
+    for number, row in _rows(path):
+        has = _minutes(path, row)
+        if missing := [name for name in names if name not in row]:
+            raise InvalidInput(f"{path} has {len(has)} minutes, and {minutes} are needed: no column is {missing[0]}")
+        yield [_number(path, number, row, name) for name in names]
+
+
 def function_counts(path: Path) -> list[float]:
     """Count the invocations of each function of Azure's functions trace (2019), one function a line.
 
@@ -39,13 +55,17 @@ def function_counts(path: Path) -> list[float]:
     """
     counts = []
     for number, row in _rows(path):
-        minutes = [name for name in row if name.startswith("minute_")]
-        if not minutes:
-            raise InvalidInput(f"{path}: no column is called minute_1, minute_2, …; is it of Azure's functions?")
-        counts.append(sum(_number(path, number, row, name) for name in minutes))
+        counts.append(sum(_number(path, number, row, name) for name in _minutes(path, row)))
     if not sum(counts):
         raise InvalidInput(f"{path}: nothing is invoked in it")
     return counts
+
+
+def _minutes(path: Path, row: dict[str, Any]) -> list[str]:
+    minutes = [name for name in row if name.startswith("minute_")]
+    if not minutes:
+        raise InvalidInput(f"{path}: no column is called minute_1, minute_2, …; is it of Azure's functions?")
+    return minutes
 
 
 def azure_inferences(path: Path) -> list[Arrival]:
@@ -124,7 +144,10 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        yield from enumerate(csv.DictReader(_lines(path)), 2)
+        for number, row in enumerate(csv.DictReader(_lines(path), restkey=SURPLUS), 2):
+            if SURPLUS in row:
+                raise InvalidInput(f"{path}, line {number}: it has more columns than the first line names")
+            yield number, row
     except csv.Error as error:
         raise InvalidInput(f"{path}: {error}") from None
 

@@ -1,17 +1,29 @@
 """What a cluster is asked in a simulation: when, which model, how long a prompt, how long an answer. Seeded and pure.
 
 Arrivals are drawn as ServerlessLLM's evaluation does it (OSDI '24, section 7.1): for each model a Gamma process of its
-own whose coefficient of variation is 8, so that bursts of one model meet silences of others.
+own whose coefficient of variation is 8, so that bursts of one model meet silences of others. It is one process for the
+whole time (`gamma_arrivals`), or one for each interval of a trace (`binned_arrivals`), as AlpaServe's evaluation has it
+(OSDI '23), whose recipe that is.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from math import log
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from math import exp, log
 from typing import NamedTuple
 
+from sllm_actor.errors import InvalidInput
+
 CV = 8.0
+# The logarithm of the seconds that gaps may be scaled with: beyond them are no floats.
+LONGEST_GAP_LOG = 690.0
+# So many terms of a sum at once, and the term behind which there is nothing more to be seen of it.
+TERMS, LEAST_TERM = 512, 1e-12
+# From so many gaps on, and so long a time in units of their scale, a Gamma process has forgotten that it has begun.
+FORGOTTEN_GAPS, FORGOTTEN_SPAN = 250.0, 40.0
+HALVINGS = 48
 # Context of OPT and LLaMA-2: no prompt and answer together are longer.
 MAX_TOKENS = 2_048
 
@@ -103,6 +115,107 @@ def gamma_arrivals(
             found.append(Arrival(at_s, model, *lengths(dice)))
             at_s += dice.gammavariate(shape, mean_s / shape)
     return sorted(found)
+
+
+def binned(functions: Iterable[Sequence[float]], models: int, minutes: int) -> list[list[float]]:
+    """Deal functions to models as `spread` does, and join their minutes to intervals of so many.
+
+    Give how often each model is asked in each: [model][interval]. Every function has as many minutes as the others.
+    """
+    found: list[list[float]] = [[] for _ in range(models)]
+    for number, by_minute in enumerate(functions):
+        joined = [sum(by_minute[begin : begin + minutes]) for begin in range(0, len(by_minute), minutes)]
+        before = found[number % models] or [0.0] * len(joined)
+        found[number % models] = [one + other for one, other in zip(before, joined, strict=True)]
+    return found
+
+
+def binned_arrivals(
+    dice: random.Random, counts: Sequence[Sequence[float]], *, bin_s: float, seconds: float, per_s: float,
+    lengths: DrawLength, cv: float = CV,
+) -> list[Arrival]:  # fmt: skip
+    """Draw all requests of so many seconds, in order, from how often each model is asked in each interval of `bin_s`.
+
+    In each a Gamma process of its own begins, whose rate is the interval's count, all of them scaled alike so that
+    `per_s` come on average, and it ends with it (AlpaServe, OSDI '23).
+
+    Raises:
+        InvalidInput: requests that are so bursty can't be so few.
+    """
+    scale = scale_for(counts, bin_s=bin_s, seconds=seconds, per_s=per_s, cv=cv)
+    shape, found = 1 / cv**2, list[Arrival]()
+    for model, row in enumerate(counts):
+        for begin_s, end_s, count in _intervals(row, bin_s, seconds):
+            gap_scale_s = bin_s / (count * scale) / shape
+            at_s = begin_s + dice.gammavariate(shape, gap_scale_s)
+            while at_s < end_s:
+                found.append(Arrival(at_s, model, *lengths(dice)))
+                at_s += dice.gammavariate(shape, gap_scale_s)
+    # Many come in the very moment in which an interval begins: in the order in which they were drawn.
+    return sorted(found, key=lambda one: one.at_s)
+
+
+def scale_for(counts: Sequence[Sequence[float]], *, bin_s: float, seconds: float, per_s: float, cv: float) -> float:
+    """Give what all counts have to be scaled with so that `per_s` requests come on average, by halving.
+
+    It is far from the wanted number over the sum of counts: a bursty process that has just begun has most of its
+    arrivals soon, whatever its rate.
+
+    Raises:
+        InvalidInput: requests that are so bursty can't be so few.
+    """
+    # How many intervals have so many requests and so many seconds, for many are alike.
+    alike = Counter(
+        (count, end_s - begin_s) for row in counts for begin_s, end_s, count in _intervals(row, bin_s, seconds)
+    )
+    wanted = per_s * seconds
+    if not alike:
+        raise InvalidInput("nobody asks for anything in these intervals")
+
+    def expected(log_scale: float) -> float:
+        rate = exp(log_scale) / bin_s
+        return sum(many * expected_arrivals(rate * count, length_s, cv) for (count, length_s), many in alike.items())
+
+    # No process has on average more than one arrival less than its time has mean gaps.
+    gaps = sum(many * count * length_s for (count, length_s), many in alike.items()) / bin_s
+    high = log((wanted + alike.total()) / gaps)
+    low = log(bin_s * cv**2 / min(count for count, _ in alike)) - LONGEST_GAP_LOG
+    if expected(low) > wanted:
+        raise InvalidInput(
+            f"{alike.total()} intervals in which requests are so bursty (a coefficient of variation of {cv:g}) have "
+            f"more than {wanted:.3g} of them on average, at any rate that can be drawn; take longer ones, or a lower CV"
+        )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected(middle) < wanted else (low, middle)
+    return exp(high)
+
+
+def _intervals(row: Sequence[float], bin_s: float, seconds: float) -> Iterable[tuple[float, float, float]]:
+    """Give begin, end and count of each interval in which somebody asks; the last ends with the time."""
+    for number, count in enumerate(row):
+        if count > 0 and number * bin_s < seconds:
+            yield number * bin_s, min((number + 1) * bin_s, seconds), count
+
+
+def expected_arrivals(per_s: float, seconds: float, cv: float) -> float:
+    """Give how many arrivals a Gamma process has on average in so many seconds from its begin.
+
+    It is the sum over all n of how likely the first n gaps together are no longer, which have a Gamma distribution of n
+    times the shape of one. Where gaps are many, renewal theory gives it in the limit.
+    """
+    import torch
+
+    gaps, shape = per_s * seconds, 1 / cv**2
+    span = gaps * shape
+    if gaps > FORGOTTEN_GAPS and span > FORGOTTEN_SPAN:
+        return gaps + (cv**2 - 1) / 2
+    whole, number, last = 0.0, 1, 1.0
+    while last > LEAST_TERM:
+        shapes = shape * torch.arange(number, number + TERMS, dtype=torch.float64)
+        terms = torch.special.gammainc(shapes, torch.tensor(span, dtype=torch.float64))
+        whole, number, last = whole + float(terms.sum()), number + TERMS, float(terms[-1])
+    return whole
 
 
 def rate_scaled(arrivals: Sequence[Arrival], per_s: float) -> list[Arrival]:
