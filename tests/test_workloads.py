@@ -69,7 +69,8 @@ def test_functions_are_dealt_to_models_in_turn() -> None:
 def test_minutes_of_functions_are_dealt_to_models_and_joined() -> None:
     functions = [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [0, 0, 1, 0, 1]]
     assert binned(functions, 2, 2) == [[3, 8, 6], [11, 15, 9]]
-    # Nobody asks the last one.
+    # A function that is never invoked is dealt to nobody, and nobody asks the last model.
+    assert binned([[0.0] * 5, *functions], 2, 2) == binned(functions, 2, 2)
     assert binned(functions, 4, 5) == [[15], [35], [2], []]
 
 

@@ -118,12 +118,12 @@ def gamma_arrivals(
 
 
 def binned(functions: Iterable[Sequence[float]], models: int, minutes: int) -> list[list[float]]:
-    """Deal functions to models as `spread` does, and join their minutes to intervals of so many.
+    """Deal functions that are invoked at all to models in turn, and join their minutes to intervals of so many.
 
     Give how often each model is asked in each: [model][interval]. Every function has as many minutes as the others.
     """
     found: list[list[float]] = [[] for _ in range(models)]
-    for number, by_minute in enumerate(functions):
+    for number, by_minute in enumerate(filter(any, functions)):
         joined = [sum(by_minute[begin : begin + minutes]) for begin in range(0, len(by_minute), minutes)]
         before = found[number % models] or [0.0] * len(joined)
         found[number % models] = [one + other for one, other in zip(before, joined, strict=True)]
