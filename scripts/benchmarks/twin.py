@@ -41,12 +41,12 @@ SECONDS, TINY_SECONDS = 300.0, 20.0
 PLACES, KEEP_ALIVE_S = 2, 5.0
 # Of cluster-live's requests per second, so that cores are rarely what is waited for.
 SHARE = 1 / 3
-QUESTION = "Count from 1 to 60."
+QUESTION, ANOTHER = "Count from 1 to 60.", "Count from 1 to 59."
 AT_ONCE = 4
 
 
 class Measured(NamedTuple):
-    """What one real start or answer took."""
+    """What one real start took, with what its first prompt took longer than the next, and an answer of what runs."""
 
     attach_s: float
     prefill_s_per_token: float
@@ -110,6 +110,7 @@ def _real(folder: Path, seconds: float, trace: Path | None) -> tuple[list[Seen],
 def _calibrate(cluster: NodeCluster) -> tuple[Speed, float, int]:
     """Measure starts and answers of each model, one after the other, and then of one with several answers at once.
 
+    Of prompts the second of an instance counts: the first touches all that is new in its process, which is the start's.
     Every model is then on each node's SSD and in no host memory that the twin would not have, too.
     """
     node = cluster.nodes[NODES[0]]
@@ -120,11 +121,14 @@ def _calibrate(cluster: NodeCluster) -> tuple[Speed, float, int]:
         loads = [span for span in timeline["spans"] if span["name"] == "load" and span["size_bytes"]]
         size_bytes = sum(span["size_bytes"] for span in loads)
         rates.append(size_bytes / max(max(span["end_s"] for span in loads) - loads[0]["begin_s"], 1e-6))
+        again = _asked(cluster, f"m{model}", ANOTHER)
+        (prompt,) = (span for span in again["spans"] if span["name"] == "prefill")
+        prefill_s = prompt["end_s"] - prompt["begin_s"]
         measured.append(
             Measured(
-                spans["prefill"]["begin_s"] - max(span["end_s"] for span in loads),
-                (spans["prefill"]["end_s"] - spans["prefill"]["begin_s"]) / timeline["prompt_tokens"],
-                (timeline["end_s"] - timeline["first_token_s"]) / (timeline["generated_tokens"] - 1),
+                spans["prefill"]["end_s"] - max(span["end_s"] for span in loads) - prefill_s,
+                prefill_s / again["prompt_tokens"],
+                (again["end_s"] - again["first_token_s"]) / (again["generated_tokens"] - 1),
             )
         )
     last = f"m{MODELS - 1}"
@@ -146,12 +150,14 @@ def _calibrate(cluster: NodeCluster) -> tuple[Speed, float, int]:
     return speed, statistics.median(rates), size_bytes
 
 
-def _asked(cluster: NodeCluster, model: str) -> dict[str, Any]:
+def _asked(cluster: NodeCluster, model: str, question: str = QUESTION) -> dict[str, Any]:
     """Ask once, and give the timeline."""
     node = cluster.nodes[NODES[0]]
-    node.chat(model, QUESTION)
+    node.chat(model, question)
     found: list[dict[str, Any]] = node.call("GET", "/admin/requests")["requests"]
-    return next(one for one in found if one["model"] == model and one["end_s"])
+    return max(
+        (one for one in found if one["model"] == model and one["end_s"]), key=lambda one: float(one["arrived_s"])
+    )
 
 
 class _TwinWorld(World):
