@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -69,6 +70,10 @@ class DecisionLog:
     def __init__(self, history: int) -> None:
         self._history = history
         self._packed: OrderedDict[RequestId, bytes] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Explanation]:
+        """Give those that are remembered, the latest decision last."""
+        return (msgspec.msgpack.decode(packed, type=Explanation) for packed in self._packed.values())
 
     def note(self, explanation: Explanation) -> None:
         """Keep the explanation in the place of an earlier one of its request; the oldest is forgotten."""

@@ -316,6 +316,8 @@ class Simulated(Printed):
     end_p99_s: float | None
     warm: float
     starts: int
+    start_mean_s: float | None
+    start_over_least: float | None
     migrations: int
     devices_held: float
     devices_busy: float

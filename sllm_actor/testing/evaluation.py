@@ -10,7 +10,7 @@ import asyncio
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ import msgspec
 from sllm_actor.domain import RequestId, Sampling, Timeline
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import DeadlineExceeded, SllmError
+from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.generation import Generate, Tokens
 from sllm_actor.metadata import Put, StoreLimits
 from sllm_actor.runtime.tasks import TaskScope
@@ -27,6 +28,7 @@ from sllm_actor.testing.process_loop import ProcessLoop
 from sllm_actor.testing.simulated_network import SimulatedNetwork
 from sllm_actor.testing.simulated_node import SimulatedNode, registered
 from sllm_actor.testing.simulated_store import MemoryStore
+from sllm_actor.testing.start_times import StartTimes, start_times
 from sllm_actor.testing.trace import NoTrace
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 from sllm_actor.testing.waits import Parts, parts_of
@@ -64,7 +66,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One run: what every request met, and what the devices did. `span_s` is from the first arrival to the last end.
 
     On average no system could have its requests wait less than `least_wait_s`; who begins them as they come, with every
-    model on every device, has `first_come_wait_s`.
+    model on every device, has `first_come_wait_s`. Of starts the last count that the Scheduler remembers (10,000).
     """
 
     seen: tuple[Seen, ...]
@@ -76,6 +78,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     migrations: int
     least_wait_s: float
     first_come_wait_s: float
+    start_times: StartTimes
 
     def waits_s(self) -> list[float]:
         """Give what those waited who were answered, shortest first."""
@@ -119,6 +122,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
             "end_p99_s": part(times, 0.99),
             "warm": tiers[WARM] / answered,
             "starts": self.starts,
+            "start_mean_s": self.start_times.mean_s,
+            "start_over_least": over(self.start_times.mean_s, self.start_times.least_mean_s),
             "migrations": self.migrations,
             "devices_held": self.held_s / whole_s,
             "devices_busy": self.busy_s / whole_s,
@@ -258,5 +263,15 @@ class _Evaluation:
             starts=len(engines),
             least_wait_s=least_mean_wait_s(self._world, self._arrivals),
             first_come_wait_s=first_come_mean_wait_s(self._world, self._arrivals),
+            start_times=start_times(self._decisions(), self._world),
             migrations=sum(node.parts.migrations.observe()["outcomes"]["moved"] for node in self._nodes),
         )
+
+    def _decisions(self) -> Iterator[Explanation]:
+        """Give those that the Scheduler remembers of starts that requests have begun, not it itself."""
+        requests = {f"r{number}" for number in range(len(self._arrivals))}
+        schedulers = [
+            node.actor(name) for node in self._nodes for name in node.system.cells if name.startswith("scheduler-")
+        ]
+        for scheduler in schedulers:
+            yield from (one for one in scheduler._decisions if one.request_id in requests)

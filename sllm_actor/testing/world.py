@@ -21,6 +21,7 @@ from sllm_actor.domain import Model, ModelName, Scaling
 from sllm_actor.domain.roles import Role
 from sllm_actor.errors import InvalidInput
 from sllm_actor.loader.device_profile import profile_in
+from sllm_actor.policy.estimator import HOST, SOURCE, SSD
 from sllm_actor.runtime import Limits
 from sllm_actor.testing.hardware import (
     CONTAINER_S,
@@ -174,12 +175,23 @@ class World:
     def best_bytes_per_s(self) -> float:
         """How fast a model that nobody has loaded yet can come at best: from an SSD where one has it."""
         machine = self.machine
-        on_ssd = self.description.copies > 0
-        return max(machine.ssd_bytes_per_s if on_ssd else 0.0, machine.remote_bytes_per_s)
+        return max(machine.ssd_bytes_per_s if self.is_on_ssd else 0.0, machine.remote_bytes_per_s)
+
+    @property
+    def is_on_ssd(self) -> bool:
+        """Tell whether each model is on an SSD from the beginning."""
+        return self.description.copies > 0
 
     def speed(self, model: int) -> Speed:
         """Tell how fast the how many-th model computes on a device of its own, started by this program."""
         return self._bare_speeds[str(folder_of(self.models[model].name))]
+
+    def least_start_s(self, model: ModelName, tier: str) -> float:
+        """Tell what a start takes at least from a tier that has the bytes, which fill a device as they come."""
+        machine, speed = self.machine, self._bare_speeds[str(folder_of(model))]
+        size_bytes = self._registered[model].size_bytes
+        rates = {HOST: inf, SSD: machine.ssd_bytes_per_s, SOURCE: machine.remote_bytes_per_s}
+        return max(size_bytes / rates[tier], speed.copy_s) + speed.attach_s
 
     def stored(self, name: str) -> list[str]:
         """List what lies on a node's SSD in the beginning."""
