@@ -35,7 +35,7 @@ class ProcessLoop(VirtualLoop):
         self._held: dict[str, list[asyncio.Handle]] = {}
         self._continued_s: dict[str, float] = {}
         # Stands in a turn where something was to run that was stopped.
-        self._nothing = Call(lambda: None, (), self, Context())
+        self._nothing = Call(lambda: None, (), Context())
         self._nothing.cancel()
 
     def stop_process(self, process: str) -> None:

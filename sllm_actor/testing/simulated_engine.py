@@ -151,6 +151,8 @@ class EngineProcess:
         # What is held for requests that are to come here: prompt and tokens, packed.
         self.parked: dict[RequestId, tuple[bytes, bytes]] = {}
         self._there = there
+        # In this turn.
+        self._said: list[Any] = []
         self._node = node
         self._own = copy_context()
         self._speed_of = speed_of
@@ -193,10 +195,14 @@ class EngineProcess:
             self.exited.set_result(status)
 
     def _say(self, message: Any) -> None:
-        asyncio.get_running_loop().call_soon(self._deliver, message, context=self._there)
+        self._said.append(message)
+        if len(self._said) == 1:
+            asyncio.get_running_loop().call_soon(self._deliver, context=self._there)
 
-    def _deliver(self, message: Any) -> None:
-        self.answer(message)
+    def _deliver(self) -> None:
+        said, self._said = self._said, []
+        for message in said:
+            self.answer(message)
 
     def _hear(self, message: Any) -> None:
         if self.ended:
@@ -307,17 +313,20 @@ class EngineProcess:
         """Compute the steps of one turn; give how many. It ends early for a request that there is a slot for."""
         steps, step_s = self._steps_of_turn(running), self._speed.step_s + self._speed.row_s * len(running)
         if steps > 1 and self._cores.enough and len(running) < self.slots and not self._waiting:
+            loop = VirtualLoop.running()
+            begin_s, end_s = loop.now_s, loop.now_s + steps * step_s
             self._woken.clear()
-            begin_s = VirtualLoop.running().now_s
+            timer = loop.call_at(end_s, self._woken.set)
             try:
-                async with asyncio.timeout(steps * step_s):
-                    await self._woken.wait()
-            except TimeoutError:
+                await self._woken.wait()
+            finally:
+                timer.cancel()
+            if loop.now_s >= end_s:
                 self.busy_s += steps * step_s
                 return steps
-            steps_begun = math.ceil((VirtualLoop.running().now_s - begin_s) / step_s)
+            steps_begun = math.ceil((loop.now_s - begin_s) / step_s)
             steps = min(max(1, steps_begun), steps)
-            left_s = begin_s + steps * step_s - VirtualLoop.running().now_s
+            left_s = begin_s + steps * step_s - loop.now_s
             self.busy_s += steps * step_s - left_s
             self.busy_s += await self._cores.work(left_s)
             return steps

@@ -13,7 +13,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any, NoReturn, TypeVar, TypeVarTuple, cast
 
 from sllm_actor.runtime.calls import wake
@@ -103,6 +103,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         # In the order of their start. Weak, as the base class's: a task that nobody keeps is to be found lost.
         self._begun_tasks: list[weakref.ref[asyncio.Task[Any]]] = []
         self._sweep_at = 64
+        # Weak, too, as the base class's set of them, which takes longer.
+        self._generators: set[weakref.ref[AsyncGenerator[Any, Any]]] = set()
+        self._forget_generator = self._generators.discard
         self.set_exception_handler(_keep_failure)
 
     @staticmethod
@@ -127,7 +130,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> asyncio.Handle:
         if self._closed:
             self._check_closed()
-        call = Call(callback, args, self, context)
+        call = Call(callback, args, copy_context() if context is None else context)
         self._ready.append(call)
         return call
 
@@ -141,7 +144,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         if self._closed:
             self._check_closed()
-        timer = Timer(when, callback, args, self, context)
+        timer = Timer(when, callback, args, self, copy_context() if context is None else context)
         self._timers += 1
         heapq.heappush(self._scheduled, (when, self._timers, timer))
         return timer
@@ -226,7 +229,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
         **options: Any,
     ) -> asyncio.Task[T]:
-        self._check_closed()
+        if self._closed:
+            self._check_closed()
         self._begun += 1
         # asyncio counts its tasks per process; a name that is traced must be the same in each run.
         label = f"Task-{self._begun}" if name is None else str(name)
@@ -282,6 +286,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
                     self.failures.append({"message": "a cancelled task failed:", "exception": error, "task": task})
         else:
             raise SimulationStuck(f"tasks start tasks while they are cancelled; {self.describe_tasks()}")
+        self._asyncgens.update(found for reference in self._generators if (found := reference()) is not None)
+        self._generators.clear()
         self.run_until_complete(self.shutdown_asyncgens())
 
     def call_soon_threadsafe(self, callback: object, *args: object, context: object = None) -> NoReturn:
@@ -290,8 +296,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run_in_executor(self, executor: object, func: object, *args: object) -> NoReturn:
         raise SimulationError(f"a simulation has one thread: {func!r} can't run in another")
 
+    def _asyncgen_firstiter_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
+        self._generators.add(weakref.ref(agen, self._forget_generator))
+
     def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
-        self._asyncgens.discard(agen)
         if not self.is_closed():
             self.call_soon(self._begin, agen.aclose())
 
