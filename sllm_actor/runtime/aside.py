@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sllm_actor.errors import ActorDied, SllmError
@@ -48,10 +49,11 @@ class Aside:
     def run(self, envelope: Envelope) -> None:
         """Start the handler of a message."""
         what, reply = type(envelope[0]).__name__, envelope[1]
-        task = self._scope.spawn(self._serve(envelope), what, context=self._cell.system.fresh_context())
+        on_end = partial(self._served, reply, what) if reply is not None else None
+        context = self._cell.system.fresh_context()
+        task = self._scope.spawn(self._serve(envelope), what, context=context, on_end=on_end)
         if reply is not None:
             self._busy[reply] = (task, envelope)
-            task.add_done_callback(lambda _: self._served(reply, what))
 
     async def _serve(self, envelope: Envelope) -> None:
         CURRENT.set(envelope)
@@ -76,8 +78,9 @@ class Aside:
     def _served(self, reply: Reply, what: str) -> None:
         """Answer for a handler that was cancelled, perhaps before its first line: no caller waits for ever."""
         self._busy.pop(reply, None)
-        cell = self._cell
-        fail(reply, ActorDied(f"{cell.name} {'has stopped' if cell.closed else f'gave up on {what}'}"))
+        if not reply.done():
+            cell = self._cell
+            fail(reply, ActorDied(f"{cell.name} {'has stopped' if cell.closed else f'gave up on {what}'}"))
 
     def cancel(self, reply: Reply) -> bool:
         """Cancel the handler whose answer would go there; false where there is none."""

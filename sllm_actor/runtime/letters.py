@@ -196,7 +196,8 @@ class LetterCodec:
         value: Any = Union[(*SCALARS, *table, several)]
         kinds: list[Any] = [letter[body] for letter in MESSAGE_LETTERS] if table else []
         kinds += [letter[value] for letter in VALUE_LETTERS]
-        self._letter: Any = Union[(*kinds, *PLAIN_LETTERS)]
+        # Made once: to find the type of so large a union again takes long.
+        self._frame: Any = list[Union[(*kinds, *PLAIN_LETTERS)]]  # type: ignore[valid-type]
         # Called for every letter: the C function itself. Blobs that it meets are noted in `blobs`.
         self.write: Callable[[object], bytes] = msgspec.msgpack.Encoder(enc_hook=self._write_hook).encode
         self.blobs: list[Blob] = []
@@ -260,7 +261,7 @@ class LetterCodec:
                 return self._read_reference(raw)
             raise NotImplementedError(kind)
 
-        return msgspec.msgpack.Decoder(list[self._letter], dec_hook=read)  # type: ignore[name-defined]
+        return msgspec.msgpack.Decoder(self._frame, dec_hook=read)
 
     def _write_hook(self, value: Any) -> Any:
         if type(value) is Blob:

@@ -21,7 +21,7 @@ from sllm_actor.runtime.calls import wake
 from sllm_actor.runtime.clock import Clock
 from sllm_actor.runtime.handshake import Hello
 from sllm_actor.runtime.heartbeat import Heartbeat
-from sllm_actor.runtime.letters import WRITE_ERRORS, Goodbye, LetterCodec, lane_of
+from sllm_actor.runtime.letters import WRITE_ERRORS, Goodbye, Item, LetterCodec, Tell, lane_of
 from sllm_actor.runtime.limits import Limits
 from sllm_actor.runtime.link_owner import LinkOwner
 from sllm_actor.runtime.network import tune
@@ -44,6 +44,8 @@ CHUNKS_PER_TURN = 4
 FRAME_OVERHEAD_BYTES = 3
 # What a letter that waits takes beside its bytes.
 LETTER_COST_BYTES = 64
+# Who hears these seldom writes back at once.
+SELDOM_ANSWERED = (Item, Tell)
 
 
 class Link(asyncio.BufferedProtocol):
@@ -121,7 +123,7 @@ class Link(asyncio.BufferedProtocol):
             self._write(self._wire.take_output())
             self.close(violation)
             return
-        if self.is_open:
+        if came and self.is_open and type(came[-1]) not in SELDOM_ANSWERED:
             # Whatever the letters woke runs first, so that its answers are gathered into the same write.
             self._flush_later()
 

@@ -58,7 +58,7 @@ class Remotes:
         self.fell_silent: Callable[[str, str], None] = lambda _node, _endpoint: None
         # And of each that a link is open to.
         self.is_heard: Callable[[str], None] = lambda _node: None
-        system.deadlines.watch(lambda now_s: min([peer.sweep(now_s) for peer in self._peers.values()], default=inf))
+        system.deadlines.watch(self._sweep)
         self._owners: dict[Link, Peer | None] = {}
         self._listener: Listener | None = None
 
@@ -84,6 +84,10 @@ class Remotes:
             # That it was not reached elsewhere says nothing of there.
             peer.dialling.stop()
         return peer
+
+    def _sweep(self, now_s: float) -> float:
+        """Fail the asks whose time is over; give the earliest deadline of the others, in seconds."""
+        return min([peer.sweep(now_s) for peer in self._peers.values() if peer.calls], default=inf)
 
     def declare_down(self, node: str, uid: int) -> None:
         """Remember that an incarnation was declared down; of as many nodes as may be known, the oldest is forgotten."""

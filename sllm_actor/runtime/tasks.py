@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,11 @@ class TaskScope:
         name: str,
         on_failure: Callable[[BaseException], None] | None = None,
         context: Context | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> asyncio.Task[Any]:
         """Start `work` as a task of this scope; its failure goes to `on_failure`, or to the log.
 
-        It runs in `context`, or in the one that the scope makes, or in a copy of the caller's.
+        It runs in `context`, or in the one that the scope makes, or in a copy of the caller's. `on_end` hears its end.
         """
         if self._closed:
             work.close()
@@ -49,11 +51,18 @@ class TaskScope:
             context = self._make_context()
         task = asyncio.get_running_loop().create_task(work, name=f"{self._name}/{name}", context=context)
         self._tasks[task] = None
-        task.add_done_callback(lambda done: self._ended(done, on_failure))
+        task.add_done_callback(partial(self._ended, on_failure, on_end))
         return task
 
-    def _ended(self, task: asyncio.Task[Any], on_failure: Callable[[BaseException], None] | None) -> None:
+    def _ended(
+        self,
+        on_failure: Callable[[BaseException], None] | None,
+        on_end: Callable[[], None] | None,
+        task: asyncio.Task[Any],
+    ) -> None:
         self._tasks.pop(task, None)
+        if on_end is not None:
+            on_end()
         if task.cancelled():
             return
         error = task.exception()
