@@ -20,8 +20,10 @@ from sllm_actor.runtime import ActorRef, Clock
 
 log = logging.getLogger(__name__)
 
-# A report may be lost with its connection: the last starts that ended are told again.
+# A report may be lost with its connection: the last starts that ended are told again, for longer than a node without a
+# way to the leader is a member.
 ENDED_KEPT = 64
+ENDED_TOLD_S = 120.0
 # A report comes sooner where so many more, or fewer, threads want the cores than the Scheduler knows of.
 LOOK_EVERY_S = 0.25
 # Before a leader that has not heard of this node is told again, at first: a Scheduler begins soon after it is known.
@@ -47,9 +49,8 @@ class Reporting:
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
-        # The placements of the last starts that ended, and of these those that failed.
-        self._ended: tuple[str, ...] = ()
-        self._failed: tuple[str, ...] = ()
+        # The placements of the last starts that ended: when, and whether in failure.
+        self._ended: dict[str, tuple[float, bool]] = {}
         self._ssd = ObservedWay(tiers.loader.paths().ssd)
         self._remote = ObservedWay(tiers.remote_path())
 
@@ -65,9 +66,17 @@ class Reporting:
 
     def ended(self, placement_id: str, *, failed: bool) -> None:
         """Have the next reports tell how a start has ended."""
-        self._ended = (*self._ended, placement_id)[-ENDED_KEPT:]
-        found = (*self._failed, placement_id) if failed else self._failed
-        self._failed = tuple(one for one in found if one in self._ended)
+        self._ended[placement_id] = self._clock.monotonic_s(), failed
+        if len(self._ended) > ENDED_KEPT:
+            del self._ended[next(iter(self._ended))]
+
+    def _ended_lately(self, now_s: float) -> dict[str, tuple[float, bool]]:
+        while self._ended:
+            oldest = next(iter(self._ended))
+            if self._ended[oldest][0] > now_s - ENDED_TOLD_S:
+                break
+            del self._ended[oldest]
+        return self._ended
 
     def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, ModelName]) -> None:
         """Tell of these from now on: whenever `tell` is called, and, where this node is alone, its own Scheduler."""
@@ -135,6 +144,7 @@ class Reporting:
         held = self._tiers.loader.fingerprints() if self._max_instances else []
         pinned = {fingerprint for fingerprint, is_pinned in held if is_pinned}
         now_s = self._clock.monotonic_s()
+        ended = self._ended_lately(now_s)
         return NodeReport(
             node=self._place.node,
             manager=self._manager,
@@ -146,7 +156,7 @@ class Reporting:
                 for model in (self._registry.models() if pinned else ())
                 if model.fingerprint in pinned
             },
-            ended_placements=self._ended,
+            ended_placements=tuple(ended),
             starting=self._under_way(),
             host_fingerprints=tuple([fingerprint for fingerprint, _ in held]),
             ssd_fingerprints=self._registry.on_disk.fingerprints() if self._max_instances else (),
@@ -154,7 +164,7 @@ class Reporting:
             disk_queues_s=self._registry.on_disk.queues_s(),
             remote_bytes_per_s=self._remote.bytes_per_s,
             remote_queue_s=self._tiers.queues().remote_s,
-            failed_placements=self._failed,
+            failed_placements=tuple([one for one, (_, failed) in ended.items() if failed]),
             address=self._place.address,
             epoch=epoch,
             cordoned=self._place.cordoned,

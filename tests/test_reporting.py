@@ -1,0 +1,87 @@
+"""A node's reports, alone: over simulated tiers, on virtual time, to a Scheduler that only listens."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from sllm_actor.actors.manager_limits import Limits
+from sllm_actor.actors.place import Place
+from sllm_actor.actors.prepared import MigrationLimits
+from sllm_actor.actors.registry import Registry
+from sllm_actor.actors.reporting import ENDED_KEPT, ENDED_TOLD_S, Reporting
+from sllm_actor.actors.scheduler_way import SchedulerWay
+from sllm_actor.actors.waiting_room import WaitingRoom
+from sllm_actor.domain import NodeId
+from sllm_actor.messages.placement import NodeReport
+from sllm_actor.runtime import Actor, ActorSystem, handles
+from sllm_actor.testing.simulated_tiers import SimulatedTiers
+from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
+
+
+class Hearing(Actor):
+    """A Scheduler that only listens."""
+
+    def __init__(self) -> None:
+        self.reports: list[NodeReport] = []
+
+    @handles(NodeReport)
+    async def hear(self, message: NodeReport) -> None:
+        self.reports.append(message)
+
+
+class Node:
+    """A node without instances, and what its reports have told."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualLoop.running().clock
+        self.system = ActorSystem(clock=self.clock)
+        self._hearing = Hearing()
+
+    async def start(self) -> None:
+        scheduler = await self.system.spawn(self._hearing, "scheduler")
+        tiers = cast(Any, SimulatedTiers({}, (), self.clock, pool_bytes=0, ssd_bytes_per_s=1e9, remote_bytes_per_s=1e9))
+        registry = Registry(cast(Any, None), cast(Any, None), tiers, self.clock)
+        limits = Limits(
+            max_instances=1, max_requests_per_instance=1, drain_timeout_s=1.0, engine_stop_timeout_s=1.0,
+            max_adapters_per_instance=1, migration=cast(MigrationLimits, None), report_every_s=1.0,
+        )  # fmt: skip
+        way = SchedulerWay(self.clock, 0.0, scheduler)
+        room = WaitingRoom(self.clock, max_in_all=1, max_per_model=1)
+        self.reporting = Reporting(Place(NodeId("n")), way, registry, tiers, self.clock, limits, room)
+
+    async def told(self) -> NodeReport:
+        """Have it report, and give what the Scheduler has heard."""
+        self.reporting.tell()
+        await self.clock.sleep(0.001)
+        return self._hearing.reports[-1]
+
+
+def test_starts_that_ended_are_told_again_for_a_while_and_then_no_more() -> None:
+    async def main() -> None:
+        node = Node()
+        await node.start()
+        node.reporting.ended("placement-1", failed=True)
+        await node.clock.sleep(ENDED_TOLD_S / 2)
+        node.reporting.ended("placement-2", failed=False)
+        both = await node.told()
+        assert (both.ended_placements, both.failed_placements) == (("placement-1", "placement-2"), ("placement-1",))
+        await node.clock.sleep(ENDED_TOLD_S / 2)
+        later = await node.told()
+        assert (later.ended_placements, later.failed_placements) == (("placement-2",), ())
+        await node.system.close()
+
+    run_virtual(main)
+
+
+def test_of_many_starts_that_ended_the_last_are_told() -> None:
+    async def main() -> None:
+        node = Node()
+        await node.start()
+        for number in range(ENDED_KEPT + 2):
+            node.reporting.ended(f"placement-{number}", failed=number < 2)
+        report = await node.told()
+        assert report.ended_placements == tuple(f"placement-{number}" for number in range(2, ENDED_KEPT + 2))
+        assert report.failed_placements == ()
+        await node.system.close()
+
+    run_virtual(main)
