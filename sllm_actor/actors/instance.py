@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from typing import NamedTuple
 
 from sllm_actor.actors.adapters import InstanceAdapters
 from sllm_actor.actors.instance_starter import Started
@@ -19,15 +18,9 @@ from sllm_actor.runtime import ActorRef
 WORKERS = "worker/"
 
 
-class _MadeOf(NamedTuple):
-    """What may differ between two descriptions of an instance to the Scheduler, but for the time."""
-
-    activity: InstanceActivity
-    idle_since_s: float
-    host_bytes: int
-    times: AnswerTimes
-    leaving: bool
-    kept: bool
+# What may differ between two descriptions of an instance to the Scheduler, but for the time: what it works on, since
+# when on nothing, its bytes in host memory, its model's times, whether it leaves, whether it is kept.
+_MadeOf = tuple[InstanceActivity, float, int, AnswerTimes, bool, bool]
 
 
 class Instance:
@@ -78,7 +71,7 @@ class Instance:
     def view(self, pinned: Collection[str], now_s: float) -> InstanceView:
         """Describe it to the Scheduler; memory that is pinned is counted once, and not here."""
         own_bytes = 0 if self.model.fingerprint in pinned else self.model.host_bytes
-        made_of = _MadeOf(
+        made_of = (
             self._activity, self.idle_since_s, own_bytes + self.adapters.host_bytes(pinned),
             self._times.of(self.model.name), self.retired is not None, self.kept,
         )  # fmt: skip
@@ -88,14 +81,14 @@ class Instance:
         return self._described[1]
 
     def _view_of(self, made_of: _MadeOf, now_s: float) -> InstanceView:
-        activity, times = made_of.activity, made_of.times
+        activity, idle_since_s, host_bytes, times, leaving, kept = made_of
         resume_s_per_token, resume_s = times.rising
         return InstanceView(
             instance_id=self.instance_id,
             model=self.model.name,
             active=activity.active,
-            idle_since_s=made_of.idle_since_s,
-            host_bytes=made_of.host_bytes,
+            idle_since_s=idle_since_s,
+            host_bytes=host_bytes,
             fingerprint=self.model.fingerprint,
             size_bytes=self.model.size_bytes,
             prompt_tokens=activity.prompt_tokens,
@@ -105,8 +98,8 @@ class Instance:
             resume_s_per_token=resume_s_per_token,
             resume_s=resume_s,
             worker=self.worker.name,
-            leaving=made_of.leaving,
-            kept=made_of.kept,
+            leaving=leaving,
+            kept=kept,
             holders_only=not self.model.card,
         )
 

@@ -258,7 +258,10 @@ class ClusterView:
             assert view is not None
             self._running_on.setdefault(model, {})[view.report.node] = None
         for model in old.keys() | new.keys():
-            active = self._active.pop(model, 0) + new.get(model, 0) - old.get(model, 0)
+            before_active, now_active = old.get(model, 0), new.get(model, 0)
+            if before_active == now_active:
+                continue
+            active = self._active.pop(model, 0) + now_active - before_active
             if active:
                 self._active[model] = active
 
