@@ -105,7 +105,7 @@ class Registry:
                 path = str(self._tiers.card_folder(model.card)) if model.card else model.path
                 self._models[name] = model if path == model.path else msgspec.structs.replace(model, path=path)
         for name, model in self._models.items():
-            base = based_on(self._models, model)
+            base = based_on(self._models, model) if model.base else None
             if base is not None and base.path != model.text_path:
                 self._models[name] = msgspec.structs.replace(model, text_path=base.path)
         self._look_again()

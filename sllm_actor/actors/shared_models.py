@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
 
 import msgspec
 
@@ -57,8 +57,10 @@ class SharedModels:
         """Take in a view; give what has changed by somebody else, None for what is no longer registered."""
         found: dict[ModelName, Model | None] = {}
         facts, decode, changed, removed = view.facts, self._decode, self._changed, self._removed
-        for key in view.changed:
-            fact, name = facts.get(key), cast(ModelName, key.removeprefix(MODELS))
+        # Of many models each node reads all.
+        keys: Collection[Any] = view.changed
+        for key in keys:
+            fact, name = facts.get(key), key.removeprefix(MODELS)
             if fact is None or fact.changed <= changed.get(name, 0):
                 continue
             if removed and fact.changed <= removed.get(name, 0):
@@ -66,7 +68,9 @@ class SharedModels:
             model = decode(fact)
             if model is not None:
                 found[name] = model
-                self._note(name, fact.changed)
+                changed[name] = fact.changed
+                if removed:
+                    removed.pop(name, None)
         for name in self._gone(view):
             found[name] = None
             del self._changed[name]

@@ -234,16 +234,15 @@ class Pipe:
             self._arm_next()
             return
         writes: list[bytes] = []
-        while self._segments and self._is_due(self._segments[0]):
-            if not self._segments[0].writes:
-                break
-            writes += self._segments.popleft().writes
+        segments, until_s = self._segments, min(self._loop.now_s, self.link.blocked_since_s)
+        while segments and segments[0].arrival_s <= until_s and segments[0].writes:
+            writes += segments.popleft().writes
         if writes:
             self._give(writes[0] if len(writes) == 1 else b"".join(writes))
-        elif self._segments and self._is_due(self._segments[0]):
-            self._segments.popleft()
+        elif segments and segments[0].arrival_s <= until_s:
+            segments.popleft()
             sink.hear_end()
-        if self._segments and sink.can_read:
+        if segments and sink.can_read:
             self._disarm()
             self._arm_next()
 
