@@ -7,7 +7,6 @@ after that moment, not a `finally` either.
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 from collections import deque
 from contextvars import Context, ContextVar, copy_context
@@ -32,7 +31,7 @@ class ProcessLoop(VirtualLoop):
 
     def __init__(self, **limits: Any) -> None:
         super().__init__(**limits)
-        self._held: dict[str, list[asyncio.Handle]] = {}
+        self._held: dict[str, list[Call]] = {}
         self._continued_s: dict[str, float] = {}
         # Stands in a turn where something was to run that was stopped.
         self._nothing = Call(lambda: None, (), Context())
@@ -64,22 +63,22 @@ class ProcessLoop(VirtualLoop):
 
     def _take_aside(self) -> None:
         ready, self._ready = self._ready, deque()
-        for handle in ready:
-            self._sort(handle, self._ready)
+        for call in ready:
+            self._sort(call, self._ready)
         scheduled, due = self._scheduled, list[Scheduled]()
         while scheduled and scheduled[0][0] <= self.now_s:
             one = heapq.heappop(scheduled)
-            if one[2].cancelled() or _process_of(one[2]) not in self._held:
+            if one[2].is_cancelled or _process_of(one[2]) not in self._held:
                 due.append(one)
             else:
-                self._fall_due(one[2], self._held[_process_of(one[2])])
+                one[2].is_scheduled = False
+                self._held[_process_of(one[2])].append(one[2])
         for one in due:
             heapq.heappush(scheduled, one)
 
-    def _sort(self, handle: asyncio.Handle, ready: deque[asyncio.Handle]) -> None:
-        self._held.get(_process_of(handle), ready).append(handle)
+    def _sort(self, call: Call, ready: deque[Call]) -> None:
+        self._held.get(_process_of(call), ready).append(call)
 
 
-def _process_of(handle: asyncio.Handle) -> str:
-    context: Context = handle._context  # type: ignore[attr-defined]  # The stubs do not name it.
-    return context.get(PROCESS, "")
+def _process_of(call: Call) -> str:
+    return call.context.get(PROCESS, "")

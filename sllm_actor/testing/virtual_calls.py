@@ -2,66 +2,53 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any
 
+import msgspec
 
-class Call(asyncio.Handle):
-    """What has its turn soon."""
 
-    __slots__ = ()
-    # The base class's, which its type stubs do not name.
-    _callback: Callable[..., object] | None
-    _context: Context
-    # Only debugging sets these.
-    _repr = None
-    _source_traceback = None
+class Call(msgspec.Struct, eq=False):
+    """What has its turn soon, with the face of an `asyncio.Handle`. Made for every step of every task."""
 
-    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context) -> None:
-        self._callback = callback
-        self._args = args
-        self._context = context
-        self._cancelled = False
+    callback: Callable[..., object]
+    args: tuple[Any, ...]
+    context: Context
+    is_cancelled: bool = False
 
     def cancel(self) -> None:
-        self._cancelled = True
-        self._callback, self._args = None, ()
+        """Let it not be called."""
+        self.is_cancelled = True
+        self.callback, self.args = _nothing, ()
+
+    def cancelled(self) -> bool:
+        """Tell whether it is not to be called."""
+        return self.is_cancelled
 
 
-class Timer(asyncio.TimerHandle):
-    """What is called at a moment. The loop keeps it beside that, in order."""
+class Timer(Call, eq=False, kw_only=True):
+    """What is called at a moment, with the face of an `asyncio.TimerHandle`. The loop keeps them in order."""
 
-    __slots__ = ()
-    _loop: Any
-    _callback: Callable[..., object] | None
-    _context: Context
-    _repr = None
-    _source_traceback = None
-
-    def __init__(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        loop: asyncio.AbstractEventLoop,
-        context: Context,
-    ) -> None:
-        self._when = when
-        self._callback = callback
-        self._args = args
-        self._loop = loop
-        self._context = context
-        self._cancelled = False
-        self._scheduled = True
+    at_s: float
+    # Told where it is cancelled while it lies among the others.
+    note_cancelled: Callable[[], None]
+    is_scheduled: bool = True
 
     def cancel(self) -> None:
-        if not self._cancelled:
-            self._cancelled = True
-            self._loop._timer_handle_cancelled(self)
-            self._callback, self._args = None, ()
+        if not self.is_cancelled:
+            super().cancel()
+            if self.is_scheduled:
+                self.note_cancelled()
+
+    def when(self) -> float:
+        """Give the moment."""
+        return self.at_s
 
 
 # When, the how manieth that was made, and what is to be called: so that those of one moment come in their order.
 Scheduled = tuple[float, int, Timer]
+
+
+def _nothing() -> None:
+    """What was cancelled holds nothing any more."""

@@ -83,7 +83,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # The base class's own, which its type stubs do not name.
     _closed: bool
-    _ready: deque[Any]
+    _ready: deque[Call]
     _scheduled: list[Scheduled]
     _stopping: bool
     _timer_cancelled_count: int
@@ -98,6 +98,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.winding_up = False
         self.failures: list[dict[str, Any]] = []
         self._timers = 0
+        self._note_cancelled = self._count_cancelled
         self._hinders = False
         self._begun = 0
         # In the order of their start. Weak, as the base class's: a task that nobody keeps is to be found lost.
@@ -132,7 +133,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self._check_closed()
         call = Call(callback, args, copy_context() if context is None else context)
         self._ready.append(call)
-        return call
+        return call  # type: ignore[return-value]  # It has the face of one.
 
     def call_later(
         self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
@@ -144,10 +145,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> asyncio.TimerHandle:
         if self._closed:
             self._check_closed()
-        timer = Timer(when, callback, args, self, copy_context() if context is None else context)
+        context = copy_context() if context is None else context
+        timer = Timer(callback, args, context, at_s=when, note_cancelled=self._note_cancelled)
         self._timers += 1
         heapq.heappush(self._scheduled, (when, self._timers, timer))
-        return timer
+        return timer  # type: ignore[return-value]  # It has the face of one.
 
     def _run_once(self) -> None:
         """Do what the base class does in a turn, in its order, without what only files, threads and people need.
@@ -167,36 +169,37 @@ class VirtualLoop(asyncio.BaseEventLoop):
             ready = self._ready
         now_s = self.now_s
         while scheduled and scheduled[0][0] <= now_s:
-            self._fall_due(heapq.heappop(scheduled)[2], ready)
+            timer = heapq.heappop(scheduled)[2]
+            timer.is_scheduled = False
+            if timer.is_cancelled:
+                self._timer_cancelled_count -= 1
+            else:
+                ready.append(timer)
         # What these make ready has its turn in the next one.
         for _ in range(len(ready)):
             call = ready.popleft()
-            if not call._cancelled:
+            if not call.is_cancelled:
                 try:
-                    call._context.run(call._callback, *call._args)
+                    call.context.run(call.callback, *call.args)
                 except (SystemExit, KeyboardInterrupt):
                     raise
                 except BaseException as error:
                     self._note_failure(call, error)
 
-    def _fall_due(self, timer: Any, ready: list[Any] | deque[Any]) -> None:
-        timer._scheduled = False
-        if timer._cancelled:
-            self._timer_cancelled_count -= 1
-        else:
-            ready.append(timer)
+    def _count_cancelled(self) -> None:
+        self._timer_cancelled_count += 1
 
-    def _note_failure(self, call: Any, error: BaseException) -> None:
-        name = getattr(call._callback, "__qualname__", repr(call._callback))
+    def _note_failure(self, call: Call, error: BaseException) -> None:
+        name = getattr(call.callback, "__qualname__", repr(call.callback))
         self.call_exception_handler({"message": f"Exception in callback {name}", "exception": error, "handle": name})
 
     def _sweep_timers(self) -> None:
         """Let cancelled timers go: they are many."""
-        scheduled: list[Any] = self._scheduled
+        scheduled = self._scheduled
         for _, _, timer in scheduled:
-            timer._scheduled = not timer._cancelled
+            timer.is_scheduled = not timer.is_cancelled
         # In place: a turn that looks at it goes on.
-        scheduled[:] = [one for one in scheduled if one[2]._scheduled]
+        scheduled[:] = [one for one in scheduled if one[2].is_scheduled]
         heapq.heapify(scheduled)
         self._timer_cancelled_count = 0
 
@@ -211,9 +214,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _jump(self) -> None:
         """Move the time to the next timer."""
-        scheduled: list[Any] = self._scheduled
-        while scheduled and scheduled[0][2]._cancelled:
-            self._fall_due(heapq.heappop(scheduled)[2], [])
+        scheduled = self._scheduled
+        while scheduled and scheduled[0][2].is_cancelled:
+            heapq.heappop(scheduled)[2].is_scheduled = False
+            self._timer_cancelled_count -= 1
         if not scheduled:
             raise SimulationStuck(f"nothing can happen any more; {self.describe_tasks()}")
         next_s = scheduled[0][0]
