@@ -43,7 +43,7 @@ class OnDisk:
     def _all(self) -> tuple[tuple[Model, ...], tuple[str, ...]]:
         revision = self._tiers.ssd.revision
         if self._found is None or self._found[0] != revision:
-            models = tuple(model for model in self._models.values() if self.has(model))
+            models = tuple([model for model in self._models.values() if self.has(model)])
             self._found = revision, models, tuple(dict.fromkeys(model.fingerprint for model in models))
         return self._found[1:]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -84,9 +83,12 @@ class Registry:
         await self._tiers.recover()
         await self._sweep()
         for model in self._models.values():
-            if model.card:
-                with contextlib.suppress(CheckpointInvalid):  # It is made anew when it is needed.
-                    self._wanted[model.name] = await self._tiers.card(model.card)
+            if not model.card:
+                continue
+            try:
+                self._wanted[model.name] = await self._tiers.card(model.card)
+            except CheckpointInvalid:
+                continue  # It is made anew when it is needed.
         self._look_again()
         for held in self._tiers.ssd.given_up:
             names = ", ".join(self.names_by_model_id().get(held.model_id, ())) or held.model_id

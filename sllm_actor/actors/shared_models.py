@@ -42,6 +42,8 @@ class SharedModels:
         self._followed = followed
         self._decode = decode
         self._changed: dict[ModelName, int] = {}
+        # The revision of the last view.
+        self._seen = 0
         # Put by this node, and in no view yet.
         self._put: set[ModelName] = set()
         # Removed by this node: what a view of before still has must not come back.
@@ -57,11 +59,15 @@ class SharedModels:
         """Take in a view; give what has changed by somebody else, None for what is no longer registered."""
         found: dict[ModelName, Model | None] = {}
         facts, decode, changed, removed = view.facts, self._decode, self._changed, self._removed
-        # Of many models each node reads all.
+        # What the last view had already was looked at then; a store that was set back is looked through anew.
+        seen = self._seen if self._seen <= view.revision else 0
         keys: Collection[Any] = view.changed
         for key in keys:
-            fact, name = facts.get(key), key.removeprefix(MODELS)
-            if fact is None or fact.changed <= changed.get(name, 0):
+            fact = facts.get(key)
+            if fact is None or fact.changed <= seen:
+                continue
+            name = key.removeprefix(MODELS)
+            if fact.changed <= changed.get(name, 0):
                 continue
             if removed and fact.changed <= removed.get(name, 0):
                 continue
@@ -75,6 +81,7 @@ class SharedModels:
             found[name] = None
             del self._changed[name]
         self._put = {name for name in self._put if self._changed.get(name, 0) > view.revision}
+        self._seen = view.revision
         # Views come in the order of their revisions: from here on none has what was removed before.
         self._removed = {name: revision for name, revision in self._removed.items() if revision > view.revision}
         return found
