@@ -80,6 +80,8 @@ class InferenceWorker(Actor):
         self._idle.set()
         self._retiring = False
         self._preempted = False
+        # When it expires if nobody asks, and who waits for that.
+        self._expires_s = 0.0
         self._expiry: asyncio.Task[None] | None = None
 
     async def started(self) -> None:
@@ -234,19 +236,28 @@ class InferenceWorker(Actor):
         self._manager.tell(activity)
         if activity.active:
             self._idle.clear()
-            if self._expiry is not None:
-                self._expiry.cancel()
         else:
             self._idle.set()
             self._expire_later(self._keep_alive_s)
 
     def _expire_later(self, idle_s: float) -> None:
-        if not self._retiring and idle_s != float("inf"):
-            self._expiry = self.context.tasks.spawn(self._expire(idle_s), "keep-alive")
+        """Expire once nobody has asked for so long. What is put off is waited for by the task that waits already."""
+        expires_s = self._clock.monotonic_s() + idle_s
+        if self._expiry is not None and (expires_s < self._expires_s or idle_s == float("inf")):
+            self._expiry.cancel()
+            self._expiry = None
+        self._expires_s = expires_s
+        if self._expiry is None and not self._retiring and idle_s != float("inf"):
+            self._expiry = self.context.tasks.spawn(self._expire(), "keep-alive")
 
-    async def _expire(self, idle_s: float) -> None:
-        await self._clock.sleep(idle_s)
-        self._manager.tell(InstanceExpired(instance_id=self._instance_id))
+    async def _expire(self) -> None:
+        while True:
+            await self._clock.sleep(self._expires_s - self._clock.monotonic_s())
+            if self._clock.monotonic_s() >= self._expires_s:
+                break
+        self._expiry = None
+        if self._idle.is_set():
+            self._manager.tell(InstanceExpired(instance_id=self._instance_id))
 
     async def _await_death(self) -> None:
         reason = await asyncio.shield(self._engine.died)
