@@ -257,11 +257,8 @@ class ClusterView:
         for model in new.keys() - old.keys():
             assert view is not None
             self._running_on.setdefault(model, {})[view.report.node] = None
-        for model in old.keys() | new.keys():
-            before_active, now_active = old.get(model, 0), new.get(model, 0)
-            if before_active == now_active:
-                continue
-            active = self._active.pop(model, 0) + now_active - before_active
+        for model in [one for one in old.keys() | new.keys() if old.get(one) != new.get(one)]:
+            active = self._active.pop(model, 0) + new.get(model, 0) - old.get(model, 0)
             if active:
                 self._active[model] = active
 

@@ -44,8 +44,7 @@ CHUNKS_PER_TURN = 4
 FRAME_OVERHEAD_BYTES = 3
 # What a letter that waits takes beside its bytes.
 LETTER_COST_BYTES = 64
-# Who hears these seldom writes back at once.
-SELDOM_ANSWERED = (Item, Tell)
+SELDOM_ANSWERED = (Item, Tell)  # Whoever hears one seldom writes back at once.
 
 
 class Link(asyncio.BufferedProtocol):

@@ -39,9 +39,9 @@ from sllm_actor.testing.simulated_tiers import SimulatedCard, folder_of
 from sllm_actor.units import MIB
 
 MAX_FILE_BYTES = MIB
-# The members of a cluster that nothing happens to need not look after each other often.
-LEASE_TTL_S, HEARTBEAT_S, REPORT_EVERY_S = 120, 600.0, 10.0
-CALM = Limits(heartbeat_s=HEARTBEAT_S, acceptable_pause_s=4 * HEARTBEAT_S, down_after_s=600.0)
+# The members of a cluster that nothing happens to need not look after each other often, and those of one of more nodes
+# than `OFTEN` more seldom still: all together no oftener than so many.
+LEASE_TTL_S, HEARTBEAT_S, REPORT_EVERY_S, OFTEN = 120, 600.0, 10.0, 160
 CHUNK_BYTES = 16 * MIB
 EVERYTHING = ",".join(role.value for role in Role)
 
@@ -156,6 +156,8 @@ class World:
                 attach_s = bare.attach_s + system.container_s
                 self._bare_speeds[path] = bare
                 self._speeds[path] = msgspec.structs.replace(bare, attach_s=attach_s)
+        # How many times as seldom its nodes look after each other.
+        self._calm = min(30.0, max(1.0, description.nodes / OFTEN))
         self.cards = {model.card: SimulatedCard(model.card, model.size_bytes) for model in self.models}
 
         # Each registration is read once, and not by each node.
@@ -212,7 +214,11 @@ class World:
         machine, system = self.machine, self.system
         return Means(
             config_of=self._config_of,
-            limits=CALM,
+            limits=Limits(
+                heartbeat_s=HEARTBEAT_S * self._calm,
+                acceptable_pause_s=4 * HEARTBEAT_S * self._calm,
+                down_after_s=600.0,
+            ),
             ssd_bytes_per_s=machine.ssd_bytes_per_s * system.share,
             remote_bytes_per_s=machine.remote_bytes_per_s,
             ssd_quota_bytes=machine.ssd_bytes if system.ssd else 0.0,
@@ -227,7 +233,7 @@ class World:
             node_id=name,
             listen=f"tcp://{name}:{PORT}",
             metadata="etcd://store:2379",
-            lease_ttl_s=LEASE_TTL_S,
+            lease_ttl_s=round(LEASE_TTL_S * self._calm),
             host_pool_bytes=int(self.machine.host_pool_bytes),
             chunk_bytes=CHUNK_BYTES,
             max_instances=self.instances,
@@ -242,7 +248,7 @@ class World:
             bytes_first_s=self.system.bytes_first_s,
             request_history=100_000,
             roles=EVERYTHING if name in self.gateways else Role.WORKER.value,
-            report_every_s=REPORT_EVERY_S,
+            report_every_s=REPORT_EVERY_S * self._calm,
         )
 
 
