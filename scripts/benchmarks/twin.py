@@ -75,7 +75,7 @@ def run(report: Report, seconds: float, trace: Path | None) -> None:
     report.ratio("cold.twin_over_real", [len(waits[1]) / len(waits[0])])
 
 
-def _real(folder: Path, seconds: float, trace: Path | None) -> tuple[list[Seen], list[Arrival], _TwinWorld]:
+def _real(folder: Path, seconds: float, trace: Path | None) -> tuple[list[Seen], list[Arrival], TwinWorld]:
     models = folder / "models"
     for model in range(MODELS):
         shutil.copytree(BUILTIN["demo"], models / f"m{model}")
@@ -104,7 +104,7 @@ def _real(folder: Path, seconds: float, trace: Path | None) -> tuple[list[Seen],
         Arrival(one["arrived_s"] - begin_s, int(one["model"][1:]), one["prompt_tokens"], one["generated_tokens"])
         for one in found
     ]
-    return seen, arrivals, _TwinWorld(speed, ssd_bytes_per_s, size_bytes)
+    return seen, arrivals, TwinWorld(speed, ssd_bytes_per_s, size_bytes)
 
 
 def _calibrate(cluster: NodeCluster) -> tuple[Speed, float, int]:
@@ -160,7 +160,7 @@ def _asked(cluster: NodeCluster, model: str, question: str = QUESTION) -> dict[s
     )
 
 
-class _TwinWorld(World):
+class TwinWorld(World):
     """What follows from what was measured, where `World` has what follows from data sheets."""
 
     def __init__(self, speed: Speed, ssd_bytes_per_s: float, size_bytes: int) -> None:

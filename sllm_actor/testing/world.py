@@ -190,14 +190,18 @@ class World:
 
     def least_start_s(self, model: ModelName, tier: str) -> float:
         """Tell what a start takes at least from a tier that has the bytes, which fill a device as they come."""
-        machine, speed = self.machine, self._bare_speeds[str(folder_of(model))]
-        size_bytes = self._registered[model].size_bytes
+        machine, number = self.machine, self._numbers[model]
+        speed, size_bytes = self.speed(number), self.models[number].size_bytes
         rates = {HOST: inf, SSD: machine.ssd_bytes_per_s, SOURCE: machine.remote_bytes_per_s}
         return max(size_bytes / rates[tier], speed.copy_s) + speed.attach_s
 
     def stored(self, name: str) -> list[str]:
         """List what lies on a node's SSD in the beginning."""
         return self._dealt[name]
+
+    @cached_property
+    def _numbers(self) -> dict[ModelName, int]:
+        return {model.name: number for number, model in enumerate(self.models)}
 
     @cached_property
     def _dealt(self) -> dict[str, list[str]]:
