@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from hearing import Hearing
 from houses import house
 from houses import origin as origin
 from test_instance_faults import LIMITS, OneModel, model_of
@@ -35,7 +36,7 @@ from sllm_actor.loader.load_queue import LoadQueue
 from sllm_actor.messages.generation import Finished, Generate
 from sllm_actor.messages.instances import EndStart, InstanceStarted, StartInstance, StartProgress
 from sllm_actor.messages.models import GetModel
-from sllm_actor.messages.placement import NodeReport, Placement, PlaceModel
+from sllm_actor.messages.placement import Placement, PlaceModel
 from sllm_actor.runtime import Actor, ActorSystem, handles
 from sllm_actor.runtime.clock import SystemClock
 from sllm_actor.runtime.tasks import TaskScope
@@ -229,17 +230,6 @@ async def test_a_load_that_waits_for_its_turn_tells_of_those_before(origin: Path
         (await loading).release()
         assert told[-1] == (node.card.checkpoint.size_bytes, node.card.checkpoint.size_bytes)
         await node.stored()
-
-
-class Hearing(Actor):
-    """A scheduler that only listens."""
-
-    def __init__(self) -> None:
-        self.reports: list[NodeReport] = []
-
-    @handles(NodeReport)
-    async def hear(self, message: NodeReport) -> None:
-        self.reports.append(message)
 
 
 async def test_the_scheduler_hears_of_a_copy_as_soon_as_the_ssd_has_it(origin: Path) -> None:

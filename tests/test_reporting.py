@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from hearing import Hearing
+
 from sllm_actor.actors.manager_limits import Limits
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.prepared import MigrationLimits
@@ -13,20 +15,9 @@ from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.placement import NodeReport
-from sllm_actor.runtime import Actor, ActorSystem, handles
+from sllm_actor.runtime import ActorSystem
 from sllm_actor.testing.simulated_tiers import SimulatedTiers
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
-
-
-class Hearing(Actor):
-    """A Scheduler that only listens."""
-
-    def __init__(self) -> None:
-        self.reports: list[NodeReport] = []
-
-    @handles(NodeReport)
-    async def hear(self, message: NodeReport) -> None:
-        self.reports.append(message)
 
 
 class Node:

@@ -59,7 +59,7 @@ class Autoscaler:
         return any(True for _ in self._busy(view, report.awaited))
 
     def missing(
-        self, view: ClusterView, starting: Mapping[ModelName, int], fetched: Set[ModelName] = frozenset()
+        self, view: ClusterView, starting: Mapping[ModelName, int], fetched: Set[ModelName]
     ) -> Iterator[PlaceModel]:
         """Give a question for each instance that should run beside those that do, or are being started.
 

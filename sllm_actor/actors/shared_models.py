@@ -74,9 +74,7 @@ class SharedModels:
             model = decode(fact)
             if model is not None:
                 found[name] = model
-                changed[name] = fact.changed
-                if removed:
-                    removed.pop(name, None)
+                self._note(name, fact.changed)
         for name in self._gone(view):
             found[name] = None
             del self._changed[name]

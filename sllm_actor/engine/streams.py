@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from sllm_actor.domain import RequestId
@@ -22,8 +21,7 @@ class AnswerStream:
     """The items of one request: bounded by its max_tokens, or its texts. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._items: deque[Said | Migrated | SllmError] = deque()
-        self._arrival: asyncio.Future[None] | None = None
+        self._items: asyncio.Queue[Said | Migrated | SllmError] = asyncio.Queue()
         self._held: list[Said | SllmError] | None = None
         # Of the answer here, all that the reader has or will find, but for what is held back.
         self.token_ids: list[int] = []
@@ -41,13 +39,8 @@ class AnswerStream:
         if isinstance(item, Tokens):
             self.token_ids += item.token_ids
         self.ended = isinstance(item, Finished | SllmError)
-        self._give(item)
+        self._items.put_nowait(item)
         self._grown.set()
-
-    def _give(self, item: Said | Migrated | SllmError) -> None:
-        self._items.append(item)
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
 
     async def grown(self) -> None:
         """Wait until there is something new for the reader, an end included. One waits at a time."""
@@ -55,11 +48,8 @@ class AnswerStream:
         await self._grown.wait()
 
     async def get(self) -> Said | Migrated | SllmError:
-        """Wait for the next item. One waits at a time."""
-        while not self._items:
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
-        return self._items.popleft()
+        """Wait for the next item."""
+        return await self._items.get()
 
     def hold(self) -> None:
         """Hold back what comes from now on, until `release` or `end_with`."""
@@ -81,7 +71,7 @@ class AnswerStream:
         """Let the stream end so, and forget what was held back and comes still."""
         self._held = None
         self.ended = True
-        self._give(item)
+        self._items.put_nowait(item)
 
 
 class Parking:
