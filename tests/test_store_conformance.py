@@ -30,7 +30,7 @@ from sllm_actor.metadata import (
     Unchanged,
 )
 from sllm_actor.metadata.election import Leader, Seat, campaign, commit_fenced, observe, resign, unseat
-from sllm_actor.metadata.follow import follow
+from sllm_actor.metadata.follow import View, follow
 from sllm_actor.metadata.store import Changes, Condition, Listing, Operation, prefix_end
 from sllm_actor.runtime import SystemClock
 from sllm_actor.testing.etcd import EtcdCluster, running_etcd
@@ -248,6 +248,32 @@ async def test_a_view_stays_true_while_its_facts_come_and_go(store: Store) -> No
     await store.commit([], [Delete("v/a"), Put("v/b", b"2"), Put("other", b"")])
     assert [fact.value for fact in (await anext(views)).facts.values()] == [b"2"]
     await views.aclose()
+
+
+async def test_who_has_seen_a_view_is_given_what_changes_behind_it(store: Store) -> None:
+    await store.put("v/a", b"1")
+    await store.put("v/b", b"1")
+    listing = await store.list("v/")
+    facts = {fact.key: fact for fact in listing.facts}
+    await store.commit([], [Delete("v/a"), Put("v/c", b"2")])
+    views = follow(store, "v/", CLOCK, View(listing.revision, facts, facts.keys(), True))
+    second = await anext(views)
+    assert (sorted(second.facts), sorted(second.changed), second.listed) == (["v/b", "v/c"], ["v/a", "v/c"], False)
+    assert sorted(facts) == ["v/a", "v/b"], "the view is whoever's it was"
+    await views.aclose()
+
+
+async def test_who_has_seen_a_view_that_is_too_old_is_given_a_new_one() -> None:
+    store = MemoryStore(CLOCK, StoreLimits(kept_changes=4))
+    await store.put("v/a", b"1")
+    seen = View((await store.list("v/")).revision, {}, (), True)
+    for number in range(10):
+        await store.put("v/b", str(number).encode())
+    views = follow(store, "v/", CLOCK, seen)
+    first = await anext(views)
+    assert (sorted(first.facts), first.listed) == (["v/a", "v/b"], True)
+    await views.aclose()
+    await store.close()
 
 
 async def test_a_view_names_what_may_have_changed_in_it_and_whether_it_was_listed_anew(store: Store) -> None:

@@ -26,12 +26,14 @@ class OnDisk:
         self._wanted = wanted
         self._tiers = tiers
         self._shared = shared
+        # The models whose folders are here, and those of each id that the SSD may have.
+        self._sorted: tuple[list[Model], dict[str, list[Model]]] | None = None
         # The models that were found, with their fingerprints, and at which revision of the SSD.
         self._found: tuple[int, tuple[Model, ...], tuple[str, ...]] | None = None
 
     def look_again(self) -> None:
         """Hear that a registration, or what is known of its bytes, has changed."""
-        self._found = None
+        self._sorted = self._found = None
 
     def has(self, model: Model) -> bool:
         """Tell whether this node's disk has the model's bytes."""
@@ -40,10 +42,23 @@ class OnDisk:
             return not self._shared or wanted is not None
         return isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted)
 
+    def _by_id(self) -> tuple[list[Model], dict[str, list[Model]]]:
+        if self._sorted is None:
+            folders, by_id = list[Model](), dict[str, list[Model]]()
+            for model in self._models.values():
+                wanted = self._wanted.get(model.name)
+                if model.card and isinstance(wanted, Card):
+                    by_id.setdefault(wanted.model_id, []).append(model)
+                elif self.has(model):
+                    folders.append(model)
+            self._sorted = folders, by_id
+        return self._sorted
+
     def _all(self) -> tuple[tuple[Model, ...], tuple[str, ...]]:
-        revision = self._tiers.ssd.revision
+        whole, revision = self._tiers.ssd.whole()
         if self._found is None or self._found[0] != revision:
-            models = tuple([model for model in self._models.values() if self.has(model)])
+            folders, by_id = self._by_id()
+            models = (*folders, *[model for key in whole for model in by_id.get(key, ())])
             self._found = revision, models, tuple(dict.fromkeys(model.fingerprint for model in models))
         return self._found[1:]
 

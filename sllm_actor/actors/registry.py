@@ -120,7 +120,7 @@ class Registry:
         for name in self._models:
             if name not in self._wanted:  # What `open` has read is known already.
                 self._look_for(name)
-        async with aclosing(follow(self._store, MODELS, self._clock)) as views:
+        async with aclosing(follow(self._store, MODELS, self._clock, self._stored.taken())) as views:
             async for view in views:
                 changed = self._stored.newer(view)
                 before = {name: self._models.get(name) for name in changed}

@@ -42,6 +42,7 @@ class SharedModels:
         self._followed = followed
         self._decode = decode
         self._changed: dict[ModelName, int] = {}
+        self._loaded: View | None = None
         # The revision of the last view.
         self._seen = 0
         # Put by this node, and in no view yet.
@@ -53,7 +54,14 @@ class SharedModels:
         """Read all of them."""
         listing = await self._store.list(MODELS)
         facts = {fact.key: fact for fact in listing.facts}
-        return View(listing.revision, facts, facts.keys(), True)
+        view = View(listing.revision, facts, facts.keys(), True)
+        self._loaded = view if self._followed else None
+        return view
+
+    def taken(self) -> View | None:
+        """Give what `load` has read to who goes on from there, once."""
+        loaded, self._loaded = self._loaded, None
+        return loaded
 
     def newer(self, view: View) -> dict[ModelName, Model | None]:
         """Take in a view; give what has changed by somebody else, None for what is no longer registered."""

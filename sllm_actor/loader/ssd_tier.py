@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from sllm_actor.checkpoint.manifest import Manifest
@@ -105,10 +105,9 @@ class SsdTier:
             )  # fmt: skip
         return cls(folder, quota, clock, gate, work, lock)
 
-    @property
-    def revision(self) -> int:
-        """Count the changes of which whole models are here."""
-        return self._quota.revision
+    def whole(self) -> tuple[Collection[str], int]:
+        """Give the ids of the whole models, and how often these have changed."""
+        return self._quota.models, self._quota.revision
 
     @property
     def quota_bytes(self) -> int:

@@ -29,23 +29,28 @@ class View(NamedTuple):
     listed: bool
 
 
-async def follow(store: Store, prefix: str, clock: Clock) -> AsyncGenerator[View, None]:
-    """Give the facts below `prefix`, at once and after each revision that changes one of them.
+async def follow(store: Store, prefix: str, clock: Clock, seen: View | None = None) -> AsyncGenerator[View, None]:
+    """Give the facts below `prefix`, at once and after each revision that changes one of them; behind a view that was
+    `seen`, only the latter.
 
     It goes on while nobody answers, whatever the store says meanwhile, and gives what is true afterwards.
     """
     facts: dict[str, Fact] = {}
     while True:
+        if seen is not None:
+            revision, facts = seen.revision, dict(seen.facts)
+            seen = None
+        else:
+            try:
+                listing = await store.list(prefix)
+            except MetadataFailed as failed:
+                log.warning("what is below %s can't be listed for now: %s", prefix, failed.message)
+                await clock.sleep(PAUSE_S)
+                continue
+            revision, before, facts = listing.revision, facts, {fact.key: fact for fact in listing.facts}
+            yield View(revision, facts, before.keys() | facts.keys(), True)
         try:
-            listing = await store.list(prefix)
-        except MetadataFailed as failed:
-            log.warning("what is below %s can't be listed for now: %s", prefix, failed.message)
-            await clock.sleep(PAUSE_S)
-            continue
-        before, facts = facts, {fact.key: fact for fact in listing.facts}
-        yield View(listing.revision, facts, before.keys() | facts.keys(), True)
-        try:
-            async with aclosing(store.watch(prefix, listing.revision + 1)) as watch:
+            async with aclosing(store.watch(prefix, revision + 1)) as watch:
                 async for changes in watch:
                     for change in changes.changes:
                         if change.fact is None:

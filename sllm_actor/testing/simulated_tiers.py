@@ -7,7 +7,7 @@ that nobody ends is seen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,9 @@ class _Ssd:
 
     def entries(self) -> tuple[()]:
         return ()
+
+    def whole(self) -> tuple[Collection[str], int]:
+        return self.stored, self.revision
 
 
 class SimulatedTiers:
