@@ -15,6 +15,7 @@ from sllm_actor.errors import (
     ActorDied,
     DeadlineExceeded,
     HandlerFailed,
+    InvalidRequest,
     MailboxFull,
     ModelNotFound,
     NoSuchActor,
@@ -272,6 +273,29 @@ async def test_closing_a_stream_ends_its_handler() -> None:
     await actor.cancelled.wait()
     assert actor.closed_streams == 1
     assert actor.made < 30
+    await system.close()
+
+
+@on_both_loops
+async def test_a_function_that_gives_a_generator_answers_a_stream() -> None:
+    class Giver(Actor):
+        @handles(Count, stream=True)
+        def count(self, message: Count) -> AsyncGenerator[int, None]:
+            if not message.numbers:
+                raise InvalidRequest("none")
+            return self._numbers(message.numbers)
+
+        async def _numbers(self, numbers: int) -> AsyncGenerator[int, None]:
+            for number in range(numbers):
+                yield number
+
+    system = ActorSystem()
+    ref = await system.spawn(Giver(), "giver")
+    assert [number async for number in ref.stream(Count(3))] == [0, 1, 2]
+    with pytest.raises(InvalidRequest, match="none"):
+        await anext(ref.stream(Count(0)))
+    with pytest.raises(NoSuchActor):
+        await ref.ask(Count(1), timeout_s=FOR_EVER_S)
     await system.close()
 
 

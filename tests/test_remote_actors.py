@@ -197,6 +197,8 @@ async def test_what_was_given_up_while_it_waited_is_never_handled(both: Pair) ->
     await both.man.begun.wait()
     with pytest.raises(DeadlineExceeded):
         await both.ref.ask(Say(text="given up"), timeout_s=0.02)
+    waiting = both.b.cells["man"].queue
+    await until(lambda: any(reply is not None and reply.done() for _, reply, *_ in waiting), "it is known there, too")
     both.man.gate.set()
     await both.ref.ask(Say(text="kept"), timeout_s=FOR_EVER_S)
     assert both.man.seen == ["hold ", "kept"]

@@ -89,38 +89,41 @@ class InferenceWorker(Actor):
         # The request that it was started for is on its way, however short the keep-alive.
         self._expire_later(max(self._keep_alive_s, FIRST_REQUEST_S))
 
-    @handles(Generate)
-    async def generate(self, request: Generate) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
-        live = self._live[request.request_id] = Live(request)
-        try:
-            async with aclosing(self._run(request, live)) as items:
-                async for item in items:
-                    yield item
-        finally:
-            live.stream.leave()
-            if self._live[request.request_id] is live:  # Its id may have come again.
-                del self._live[request.request_id]
+    # Each token of an answer goes through all generators of its request here, so these are few.
 
-    @handles(Embed)
-    async def embed(self, request: Embed) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
-        async with aclosing(self._run(request, None)) as items:
-            async for item in items:
-                yield item
+    @handles(Generate, stream=True)
+    def generate(self, request: Generate) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
+        return self._run(request, Live(request))
+
+    @handles(Embed, stream=True)
+    def embed(self, request: Embed) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
+        return self._run(request, None)
 
     async def _run(
         self, request: Generate | Embed, live: Live | None
     ) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
+        """Compute a request when it has a slot; one that was prepared brings its own."""
         prepared = self._prepared.take(request.migration_id) if isinstance(request, Generate) else None
+        if live is not None:
+            self._live[request.request_id] = live
         try:
             if self._engine.died.done() or (self._retiring and prepared is None):
                 raise self._draining()
             self._running.begin(request, self._clock.monotonic_s())
             self._tell_activity()
             try:
-                async with aclosing(self._in_turn(request, live, prepared)) as items:
-                    async for item in items:
-                        self._running.take(request.request_id, item, self._clock.monotonic_s())
-                        yield item
+                if prepared is None and not self._slots.take_now():
+                    yield NoSlot()
+                    with self._room.place(request.model), live.waiting() if live else nullcontext():
+                        await self._slots.take(request.priority)
+                try:
+                    async with aclosing(self._compute(request, live, prepared)) as items:
+                        async for item in items:
+                            self._running.take(request.request_id, item, self._clock.monotonic_s())
+                            yield item
+                finally:
+                    if prepared is None:
+                        self._slots.give()
             finally:
                 if request.keep_alive_s is not None:
                     self._keep_alive_s = request.keep_alive_s
@@ -128,22 +131,13 @@ class InferenceWorker(Actor):
         finally:
             if prepared is not None:
                 prepared.end()
+            if live is not None:
+                self._left(live)
 
-    async def _in_turn(
-        self, request: Generate | Embed, live: Live | None, prepared: PreparedRequest | None
-    ) -> AsyncGenerator[AdapterHeld | NoSlot | Item, None]:
-        """Compute it when it has a slot; one that was prepared brings its own."""
-        if prepared is None and not self._slots.take_now():
-            yield NoSlot()
-            with self._room.place(request.model), live.waiting() if live else nullcontext():
-                await self._slots.take(request.priority)
-        try:
-            async with aclosing(self._compute(request, live, prepared)) as items:
-                async for item in items:
-                    yield item
-        finally:
-            if prepared is None:
-                self._slots.give()
+    def _left(self, live: Live) -> None:
+        live.stream.leave()
+        if self._live[live.request.request_id] is live:  # Its id may have come again.
+            del self._live[live.request.request_id]
 
     async def _compute(
         self, request: Generate | Embed, live: Live | None, prepared: PreparedRequest | None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sllm_actor.domain import RequestId, Span, Timeline
 from sllm_actor.domain.tokens import unpack_uint32
-from sllm_actor.errors import InvalidRequest, RequestNotFound
+from sllm_actor.errors import InvalidRequest, RequestNotFound, SllmError
 from sllm_actor.messages.embedding import Embed, Embedded
 from sllm_actor.messages.generation import Finished, Generate, PromptLogprobs, RequestLocation, Tokens
 from sllm_actor.messages.instances import InstanceStarted
@@ -73,14 +76,31 @@ class RequestLog:
         self._clock = clock
         self._history = history
         self._running: dict[RequestId, RequestRecord] = {}
+        # How many of these each instance answers.
+        self._answering: Counter[str] = Counter()
         self._finished: OrderedDict[RequestId, Timeline] = OrderedDict()
 
-    def open(self, request: Generate | Embed) -> RequestRecord:
-        """Begin a record.
+    @contextmanager
+    def following(self, request: Generate | Embed) -> Iterator[RequestRecord]:
+        """Keep a record of a request that runs in this block, and of how that ends.
 
         Raises:
             InvalidRequest: a request of this id is running.
         """
+        record = self._open(request)
+        try:
+            yield record
+            record.outcome = "finished"
+        except SllmError as error:
+            record.outcome = error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            record.outcome = "cancelled"
+            raise
+        finally:
+            self._close(record)
+
+    def _open(self, request: Generate | Embed) -> RequestRecord:
         if request.request_id in self._running:
             raise InvalidRequest(f"a request with the id {request.request_id} is running already")
         record = RequestRecord(request)
@@ -89,12 +109,22 @@ class RequestLog:
 
     def route(self, record: RequestRecord, instance: InstanceStarted) -> None:
         """Note the instance that answers a request, and how many it answers already."""
-        record.beside = sum(one.instance is instance for one in self._running.values() if one is not record)
+        self._leave(record)
+        record.beside = self._answering[instance.instance_id]
+        self._answering[instance.instance_id] += 1
         record.instance = instance
 
-    def close(self, record: RequestRecord) -> None:
+    def _leave(self, record: RequestRecord) -> None:
+        if record.instance is not None:
+            instance_id = record.instance.instance_id
+            self._answering[instance_id] -= 1
+            if not self._answering[instance_id]:
+                del self._answering[instance_id]
+
+    def _close(self, record: RequestRecord) -> None:
         """Move a record to the finished ones; the oldest of those is forgotten."""
         request_id = record.request.request_id
+        self._leave(record)
         record.end_s = self._clock.monotonic_s()
         del self._running[request_id]
         self._finished.pop(request_id, None)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any
 
 from sllm_actor.actors.explained import explained, explained_undecided, explained_warm
 from sllm_actor.actors.going_on import Answered, Given, Tries, most_urgent, rest_of
@@ -103,86 +102,68 @@ class Router(Actor):
         self._queued = Queued(routes.idle)
         routes.on_free = self._queued.look
 
-    @handles(Generate)
-    async def generate(self, request: Generate) -> AsyncGenerator[Answered, None]:
-        async with aclosing(self._answer(request)) as items:
-            async for item in items:
-                yield item
+    # Each token of an answer goes through all generators of its request here, so these are few.
 
-    @handles(Embed)
-    async def embed(self, request: Embed) -> AsyncGenerator[Answered, None]:
-        async with aclosing(self._answer(request)) as items:
-            async for item in items:
-                yield item
+    @handles(Generate, stream=True)
+    def generate(self, request: Generate) -> AsyncGenerator[Answered, None]:
+        return self._answer(request)
+
+    @handles(Embed, stream=True)
+    def embed(self, request: Embed) -> AsyncGenerator[Answered, None]:
+        return self._answer(request)
 
     async def _answer(self, request: Generate | Embed) -> AsyncGenerator[Answered, None]:
-        record = self._log.open(request)
-        try:
-            async with aclosing(self._attempts(request, record)) as items:
-                async for item in items:
-                    yield item
-            record.outcome = "finished"
-        except SllmError as error:
-            record.outcome = error.code
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            record.outcome = "cancelled"
-            raise
-        finally:
-            self._log.close(record)
-
-    async def _attempts(self, request: Generate | Embed, record: RequestRecord) -> AsyncGenerator[Answered, None]:
         """Run the request. Where its instance goes, another one goes on behind what has been given.
 
         Each that has it has an epoch of its own: nothing counts but the tokens of the current one.
         """
-        failed: tuple[str, ...] = ()
-        given, tries = Given(), Tries()
-        moved: Migrated | None = None
-        called: InstanceStarted | None = None
-        tried: set[str] = set()
-        while True:
-            try:
-                instance = called or (_reached(moved) if moved else await self._instance(request, record, failed))
-            except NoCapacity:
-                # Who had a place waits on for another one, as long as whoever asked waits.
-                if not tries.preempted:
-                    raise
-                await self._clock.sleep(PAUSE_S)
-                continue
-            self._log.route(record, instance)
-            rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
-            moving, moved, called, had_slot = moved, None, None, False
-            tried.add(instance.instance_id)
-            try:
-                async with aclosing(self._items(instance, rest, record, moving, tried)) as items:
-                    async for item in items:
-                        had_slot = True
-                        if isinstance(item, Migrated):
-                            moved = item
-                        elif given.is_new(item, record.epoch):
-                            record.take(item, self._clock.monotonic_s())
-                            yield item
-                if moved is None:
-                    return
-                record.moved_s = self._clock.monotonic_s()
-            except CalledElsewhere as call:
-                called = call.instance
-            except SllmError as gone:
-                if not isinstance(gone, (*GONE, EngineDied)) and moving is None:
-                    raise
-                self._routes.remove(instance.model, instance.instance_id)
-                failed = (*failed, instance.instance_id)
-                tries.note(gone, had_slot=had_slot)
-                if isinstance(gone, Preempted):
-                    self._counts.preempted += 1
-                    request = most_urgent(request) if tries.spared else request
-                if record.begun:
-                    self._counts.recovered += 1
-                    log.warning(
-                        "%s goes on elsewhere behind %d tokens: %s", record.request.request_id, len(record.tokens), gone
-                    )
-            record.epoch += 1
+        with self._log.following(request) as record:
+            failed: tuple[str, ...] = ()
+            given, tries = Given(), Tries()
+            moved: Migrated | None = None
+            called: InstanceStarted | None = None
+            tried: set[str] = set()
+            while True:
+                try:
+                    instance = called or (_reached(moved) if moved else await self._instance(request, record, failed))
+                except NoCapacity:
+                    # Who had a place waits on for another one, as long as whoever asked waits.
+                    if not tries.preempted:
+                        raise
+                    await self._clock.sleep(PAUSE_S)
+                    continue
+                self._log.route(record, instance)
+                rest = rest_of(request, record.tokens, record.epoch, moved.migration_id if moved else "")
+                moving, moved, called, had_slot = moved, None, None, False
+                tried.add(instance.instance_id)
+                try:
+                    async with aclosing(self._items(instance, rest, record, moving, tried)) as items:
+                        async for item in items:
+                            had_slot = True
+                            if isinstance(item, Migrated):
+                                moved = item
+                            elif given.is_new(item, record.epoch):
+                                record.take(item, self._clock.monotonic_s())
+                                yield item
+                    if moved is None:
+                        return
+                    record.moved_s = self._clock.monotonic_s()
+                except CalledElsewhere as call:
+                    called = call.instance
+                except SllmError as gone:
+                    if not isinstance(gone, (*GONE, EngineDied)) and moving is None:
+                        raise
+                    self._routes.remove(instance.model, instance.instance_id)
+                    failed = (*failed, instance.instance_id)
+                    tries.note(gone, had_slot=had_slot)
+                    if isinstance(gone, Preempted):
+                        self._counts.preempted += 1
+                        request = most_urgent(request) if tries.spared else request
+                    if record.begun:
+                        self._counts.recovered += 1
+                        behind = len(record.tokens)
+                        log.warning("%s goes on elsewhere behind %d tokens: %s", request.request_id, behind, gone)
+                record.epoch += 1
 
     async def _items(
         self,
@@ -192,11 +173,20 @@ class Router(Actor):
         moving: Migrated | None,
         tried: set[str],
     ) -> AsyncGenerator[Answered | Migrated, None]:
-        """Ask an instance, and note what its items say of the time that it takes."""
+        """Ask an instance, and note what its items say of the time that it takes.
+
+        Raises:
+            CalledElsewhere: it has no slot for the request, and another one has.
+        """
         worker = self.context.system.ref(instance.worker, instance.address or None)
         with self._routes.using(instance):
             async with aclosing(worker.stream(rest)) as items:
-                async for item in self._in_turn(items, instance.model, tried, rest.priority):
+                async for item in items:
+                    while isinstance(item, NoSlot):
+                        try:
+                            item = await self._queued.next_of(items, instance.model, tried, rest.priority)
+                        except StopAsyncIteration:
+                            return
                     if isinstance(item, Prefilled):
                         if moving is None:
                             record.spans.append(item.span)
@@ -209,22 +199,6 @@ class Router(Actor):
                             record.spans.append(span)
                             moving = None
                         yield item
-
-    async def _in_turn(
-        self, items: AsyncGenerator[Any, None], model: ModelName, tried: set[str], priority: int
-    ) -> AsyncGenerator[Any, None]:
-        """Give what an instance says; while it has no slot for the request, another one may have.
-
-        Raises:
-            CalledElsewhere: it is to ask that one.
-        """
-        async for item in items:
-            while isinstance(item, NoSlot):
-                try:
-                    item = await self._queued.next_of(items, model, tried, priority)
-                except StopAsyncIteration:
-                    return
-            yield item
 
     async def _instance(
         self, request: Generate | Embed, record: RequestRecord, failed: tuple[str, ...]

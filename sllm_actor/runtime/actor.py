@@ -38,21 +38,24 @@ class Handler(NamedTuple):
 FUNCTION, PLAIN = Handler._fields.index("function"), Handler._fields.index("plain")
 
 
-def handles(message_type: type, *, concurrent: bool = False, priority: bool = False) -> Callable[[F], F]:
+def handles(
+    message_type: type, *, concurrent: bool = False, priority: bool = False, stream: bool = False
+) -> Callable[[F], F]:
     """Mark the method that handles `message_type`.
 
-    A coroutine answers an ask with what it returns, or with the typed error that it raises. An async
-    generator answers a stream. A plain function answers without any task being woken, where its actor does nothing
-    else: for questions that are answered from memory. A `concurrent` handler does not hold up the messages behind it. A
-    `priority` one is for control: its messages are served before ordinary ones, and have a bound of their own.
+    A coroutine answers an ask with what it returns, or with the typed error that it raises. An async generator answers
+    a `stream`, and so does a function that returns one and says so. Any other plain function answers without any task
+    being woken, where its actor does nothing else: for questions that are answered from memory. A `concurrent` handler
+    does not hold up the messages behind it. A `priority` one is for control: its messages are served before ordinary
+    ones, and have a bound of their own.
     """
 
     def mark(function: F) -> F:
-        stream = inspect.isasyncgenfunction(function)
-        aside = concurrent or stream
-        at_once = not stream and not inspect.iscoroutinefunction(function)
+        streams = stream or inspect.isasyncgenfunction(function)
+        aside = concurrent or streams
+        at_once = not streams and not inspect.iscoroutinefunction(function)
         assert not (at_once and concurrent), f"{function.__name__} is a plain function: it holds up nobody"
-        handler = Handler(function, aside, stream, priority, not (aside or priority or at_once), at_once)
+        handler = Handler(function, aside, streams, priority, not (aside or priority or at_once), at_once)
         function.__handles__ = (message_type, handler)  # type: ignore[attr-defined]
         return function
 
