@@ -50,6 +50,36 @@ asyncio.run(main())
 """
 
 
+# Objects of Python's, more than a few huge pages of them, and a process that may have none.
+GATHERED = """
+import ctypes, sys
+from sllm_actor.loader.libc import gather_heap
+
+def in_huge_pages():
+    return int(next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")).split()[1])
+
+if sys.argv[1] == "without":
+    assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0
+many = [str(number) for number in range(500_000)]
+before = in_huge_pages()
+print(gather_heap(), (in_huge_pages() - before) // 2048, many == [str(number) for number in range(500_000)])
+"""
+
+
+def gathered(how: str) -> tuple[int, int, str]:
+    told = subprocess.run([sys.executable, "-c", GATHERED, how], check=True, capture_output=True, text=True).stdout
+    pages, more, same = told.split()
+    return int(pages), int(more), same
+
+
+def test_what_python_keeps_is_gathered_in_huge_pages_and_the_same_where_the_kernel_makes_none() -> None:
+    pages, more, same = gathered("with")
+    assert same == "True"
+    if huge_page_refusal() == "":
+        assert pages >= more > 4
+    assert gathered("without")[::2] == (0, "True")
+
+
 def faults_of(work: Callable[[], object]) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     work()

@@ -19,6 +19,7 @@ import msgspec
 from sllm_actor.domain import RequestId, Sampling, Timeline
 from sllm_actor.domain.tokens import pack_uint32
 from sllm_actor.errors import DeadlineExceeded, SllmError
+from sllm_actor.loader.libc import gather_heap
 from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.generation import Generate, Tokens
 from sllm_actor.metadata import Put, StoreLimits
@@ -39,6 +40,9 @@ LIMIT_TURNS = 2**62
 # The cluster finds itself before it is asked: who leads has heard of every node.
 SETTLE_S = 1.5 * REPORT_EVERY_S
 WARM, JOINED = "running", "another's start"
+# Where many are asked, their cluster's memory is gathered at first, and again after so many.
+GATHER_EVERY = 50_000
+FEW = 5_000
 
 
 class Seen(NamedTuple):
@@ -206,8 +210,10 @@ class _Evaluation:
         )  # fmt: skip
 
     async def _ask_all(self) -> None:
-        clients = TaskScope("clients")
+        clients, gathers = TaskScope("clients"), len(self._arrivals) > FEW
         for number, arrival in enumerate(self._arrivals):
+            if gathers and number % GATHER_EVERY == 0:
+                gather_heap()
             await self._clock.sleep(max(0.0, self._begin_s + arrival.at_s - self._clock.monotonic_s()))
             node = self._dice.choice(self._nodes[: len(self._world.gateways)])
             clients.spawn(self._client(number, arrival, node), f"client-{number}", context=node.context.copy())

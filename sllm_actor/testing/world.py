@@ -250,7 +250,7 @@ class World:
             max_waiting_per_model=100_000,
             placement_policy=self.system.policy,
             bytes_first_s=self.system.bytes_first_s,
-            request_history=100_000,
+            request_history=1_000,
             roles=EVERYTHING if name in self.gateways else Role.WORKER.value,
             report_every_s=REPORT_EVERY_S * self._calm,
         )
