@@ -98,5 +98,5 @@ def test_whoever_lacks_instances_is_found_among_those_that_are_looked_at(
     view = ClusterView()
     for node, running, waiting in reports:
         view.hear(report_of(node, running, waiting), 0.0)
-    asked = [question.model for question in autoscaler.missing(view, starting, fetched)]
+    asked = [question.model for question in autoscaler.missing(view, view.awaited, starting, fetched)]
     assert asked == lacking(models, view, starting, fetched)

@@ -7,10 +7,12 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from node_parts import parts
 
 from sllm_actor.domain import ModelName, NodeId
-from sllm_actor.messages.placement import InstanceView, NodeReport
-from sllm_actor.policy.cluster_view import ClusterView, Grant, NodeView
+from sllm_actor.messages.placement import InstanceReport, InstanceView, NodeReport
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.policy.node_view import Grant
 
 NODES = [NodeId(name) for name in "abc"]
 IDS = [f"{model}-{number}" for model in "xyz" for number in (1, 2)]
@@ -44,18 +46,19 @@ instances = st.lists(
 placements = st.sampled_from(["first", "second"])
 steps = st.one_of(
     st.builds(report, nodes, instances, prints, prints, st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1e9, 2e9])),
+    st.builds(
+        InstanceReport,
+        node=nodes,
+        epoch=st.just(0),
+        told_s=st.just(2.0),
+        instance=st.builds(instance, ids, st.integers(0, 2), st.booleans(), st.booleans()),
+    ),
     st.tuples(st.just("forget"), nodes),
     st.tuples(st.just("give_up"), nodes, ids.map(lambda one: [one])),
     st.tuples(st.sampled_from(["keep", "hold", "let_go"]), nodes, ids),
     st.tuples(st.just("grant"), placements, st.builds(Grant, nodes, st.just(1), st.just(9.0))),
     st.tuples(st.just("release"), placements),
 )
-
-
-def parts(node: NodeView) -> dict[str, Any]:
-    """Give all that is worked out of a node's report, and of what is marked there."""
-    names = [*NodeView.__slots__, "idle", "idle_room", "leaving_room"]
-    return {name: getattr(node, name) for name in names if not name.startswith("_")}
 
 
 def anew(view: ClusterView) -> ClusterView:
@@ -79,6 +82,14 @@ def test_whatever_was_told_before_a_view_is_that_of_the_newest_reports(history: 
     for step in history:
         if isinstance(step, NodeReport):
             view.hear(step, 0.0)
+        elif isinstance(step, InstanceReport):
+            before = view.nodes.get(step.node)
+            known = before is not None and step.instance.instance_id in {
+                one.instance_id for one in before.report.instances
+            }
+            if known and before is not None:
+                parts(before)  # What was counted before is counted anew.
+            assert view.hear_of_instance(step) is known
         else:
             what, *arguments = step
             if what == "grant":

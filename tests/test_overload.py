@@ -166,7 +166,7 @@ def test_a_waiting_room_is_bounded_for_a_model_and_in_all() -> None:
     assert room.waiting() == {}
 
 
-def test_it_is_told_how_many_wait_for_a_start_of_every_doubling_and_of_the_end() -> None:
+def test_it_tells_how_many_wait_for_a_start_beside_the_first_at_every_doubling_and_at_the_end() -> None:
     a, b = ModelName("a"), ModelName("b")
     room, told = WaitingRoom(SystemClock(), max_in_all=9, max_per_model=9), list[dict[ModelName, int]]()
     room.on_awaited = lambda: told.append(room.awaited())
@@ -174,11 +174,12 @@ def test_it_is_told_how_many_wait_for_a_start_of_every_doubling_and_of_the_end()
         for _ in range(5):
             others.enter_context(room.start(a))
         with room.start(b):
-            pass
-        assert told == [{a: 1}, {a: 2}, {a: 4}, {a: 5, b: 1}, {a: 5}]
-    assert told[5:] == [{}]
-    with room.start(a):
-        assert told[6:] == [{a: 1}]
+            assert told == [{a: 1}, {a: 3}]
+            assert room.awaited() == {a: 4}
+        assert told == [{a: 1}, {a: 3}]
+    assert told[2:] == [{}]
+    with room.start(a), room.start(a):
+        assert told[3:] == [{a: 1}]
 
 
 async def test_slots_are_never_lost_or_given_twice_whoever_is_cancelled() -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 from sllm_actor.policy.bandwidth import SMALLEST_BYTES, WEIGHT, corrected
-from sllm_actor.policy.cluster_view import ClusterView, Grant
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import FIRST_LEAVE_S, Estimator
+from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import Action
 from sllm_actor.policy.placement import ABLE, QUIET, Decision, Evict, MakeRoom, Start, Wait
 from sllm_actor.policy.placement import decide as decide_in

@@ -9,15 +9,17 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from node_parts import parts
 from test_placement import NOBODY, decide, grants, instance, node, nodes, question, started_on, view_of
 
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.placement import NodeReport
 from sllm_actor.policy import moving
-from sllm_actor.policy.cluster_view import ClusterView, Grant, NodeView
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import FIRST_LEAVE_S, HOST, SOURCE, SSD, Estimator
 from sllm_actor.policy.explaining import explain
+from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import Action, Offer, offer_of, soonest
 from sllm_actor.policy.placement import ABLE, QUIET, Evict, MakeRoom, Start, Wait
 from sllm_actor.policy.policies import POLICIES, SHOWN, Choice, Situation
@@ -110,9 +112,7 @@ def test_a_view_that_was_kept_up_to_date_is_one_that_was_made_anew(
     anew = view_of(newest.values())
     assert kept.nodes.keys() == anew.nodes.keys()
     for name, there in kept.nodes.items():
-        slots = [*NodeView.__slots__, "ssd_bytes_per_s", "remote_bytes_per_s"]
-        slots.remove("_ways")
-        assert [getattr(there, slot) for slot in slots] == [getattr(anew.nodes[name], slot) for slot in slots]
+        assert parts(there) == parts(anew.nodes[name])
     assert kept.names == anew.names
     assert kept.by_remote_queue == anew.by_remote_queue
     assert kept.best_remote_bytes_per_s == anew.best_remote_bytes_per_s

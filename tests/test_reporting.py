@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 from hearing import Hearing
 
+from sllm_actor.actors.instance import Instance
 from sllm_actor.actors.manager_limits import Limits
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.prepared import MigrationLimits
@@ -14,8 +16,11 @@ from sllm_actor.actors.reporting import ENDED_KEPT, ENDED_TOLD_S, Reporting
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import NodeId
+from sllm_actor.messages.instances import InstanceActivity
 from sllm_actor.messages.placement import NodeReport
+from sllm_actor.policy.answer_times import LearnedTimes
 from sllm_actor.runtime import ActorSystem
+from sllm_actor.testing.simulated_node import model_of
 from sllm_actor.testing.simulated_tiers import SimulatedTiers
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 
@@ -26,10 +31,12 @@ class Node:
     def __init__(self) -> None:
         self.clock = VirtualLoop.running().clock
         self.system = ActorSystem(clock=self.clock)
-        self._hearing = Hearing()
+        self.hearing = Hearing()
+        self.epoch: int | None = 0
+        self.place = Place(NodeId("n"), epoch=lambda: self.epoch)
 
     async def start(self) -> None:
-        scheduler = await self.system.spawn(self._hearing, "scheduler")
+        scheduler = await self.system.spawn(self.hearing, "scheduler")
         tiers = cast(Any, SimulatedTiers({}, (), self.clock, pool_bytes=0, ssd_bytes_per_s=1e9, remote_bytes_per_s=1e9))
         registry = Registry(cast(Any, None), cast(Any, None), tiers, self.clock)
         limits = Limits(
@@ -38,13 +45,33 @@ class Node:
         )  # fmt: skip
         way = SchedulerWay(self.clock, 0.0, scheduler)
         room = WaitingRoom(self.clock, max_in_all=1, max_per_model=1)
-        self.reporting = Reporting(Place(NodeId("n")), way, registry, tiers, self.clock, limits, room)
+        self.reporting = Reporting(self.place, way, registry, tiers, self.clock, limits, room)
 
     async def told(self) -> NodeReport:
         """Have it report, and give what the Scheduler has heard."""
         self.reporting.tell()
         await self.clock.sleep(0.001)
-        return self._hearing.reports[-1]
+        return self.hearing.reports[-1]
+
+
+def test_of_an_instance_alone_what_it_works_on_is_told_as_long_as_the_node_is_a_member() -> None:
+    async def main() -> None:
+        node = Node()
+        await node.start()
+        model, none = model_of("m", 100, 60.0), cast(Any, SimpleNamespace(host_bytes=lambda _: 0))
+        one = Instance("m-1", model, none, none, cast(Any, SimpleNamespace(name="w")), LearnedTimes(), 0.0)
+        await node.clock.sleep(2.0)
+        one.hear(InstanceActivity(instance_id="m-1", active=2, prompt_tokens=7, running_s=1.0), 2.0)
+        node.reporting.tell_of(one)
+        node.epoch = None
+        node.reporting.tell_of(one)
+        await node.clock.sleep(0.001)
+        (told,) = node.hearing.of_instances
+        assert (told.node, told.epoch, told.instance) == ("n", 0, one.view((), told.told_s))
+        assert node.hearing.reports == []
+        await node.system.close()
+
+    run_virtual(main)
 
 
 def test_starts_that_ended_are_told_again_for_a_while_and_then_no_more() -> None:

@@ -13,7 +13,8 @@ from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import QueueFull
 from sllm_actor.messages.placement import NodeReport
-from sllm_actor.policy.cluster_view import ClusterView, NodeView
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.policy.node_view import NodeView
 from sllm_actor.policy.retrying import LEAST_S, MOST_S, UNKNOWN_S, Pace, placement_s, rest_s
 from sllm_actor.units import GIB
 

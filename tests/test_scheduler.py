@@ -19,6 +19,7 @@ from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import (
     HurryPlacement,
+    InstanceReport,
     InstanceView,
     ListNodes,
     MembersChanged,
@@ -344,6 +345,26 @@ async def test_the_instance_that_has_been_idle_the_longest_is_given_up(system: A
     assert manager.asked == ["early-1"]
 
 
+async def test_what_is_told_of_one_instance_alone_makes_it_busy_or_idle(system: ActorSystem) -> None:
+    manager = Manager(report(slots=2, instances=[view("first", active=1), view("second")]))
+    await system.spawn(manager, "manager")
+    scheduler(system).tell(manager.report)
+
+    def tell(told: InstanceView) -> None:
+        scheduler(system).tell(InstanceReport(node=NodeId("node-1"), epoch=0, told_s=0.0, instance=told))
+
+    tell(view("second", active=1))
+    tell(view("unheard of"))
+    with pytest.raises(NoCapacity):
+        await ask(system, question(timeout_s=0.01))
+    assert manager.asked == []
+    waiting = asyncio.ensure_future(ask(system, question()))
+    await asyncio.sleep(0)
+    tell(view("first", idle_since_s=7.0))
+    assert (await waiting).node == "node-1"
+    assert manager.asked == ["first-1"]
+
+
 async def test_an_instance_that_became_busy_meanwhile_is_left_and_the_request_waits(system: ActorSystem) -> None:
     manager = Manager(report(slots=1, instances=[view("idle")]), willing=False)
     await system.spawn(manager, "manager")
@@ -421,7 +442,8 @@ def generate(request_id: str) -> Generate:
 def test_the_log_forgets_the_oldest_finished_requests_first(clock: HandClock) -> None:
     log = RequestLog(clock, history=2)
     for name in ("a", "b", "c"):
-        log.close(log.open(generate(name)))
+        with log.following(generate(name)):
+            pass
     assert [timeline.request_id for timeline in log.timelines()] == ["c", "b"]
     with pytest.raises(RequestNotFound):
         log.timeline(RequestId("a"))
@@ -429,17 +451,16 @@ def test_the_log_forgets_the_oldest_finished_requests_first(clock: HandClock) ->
 
 def test_the_log_refuses_an_id_that_is_running_and_takes_it_again_afterwards(clock: HandClock) -> None:
     log = RequestLog(clock, history=2)
-    record = log.open(generate("a"))
-    with pytest.raises(InvalidRequest):
-        log.open(generate("a"))
-    log.close(record)
-    log.close(log.open(generate("a")))
+    with log.following(generate("a")), pytest.raises(InvalidRequest), log.following(generate("a")):
+        pass
+    with log.following(generate("a")):
+        pass
     assert len(log.timelines()) == 1
 
 
 def test_a_record_takes_tokens_in_order_and_knows_its_first(clock: HandClock) -> None:
     log = RequestLog(clock, history=2)
-    record = log.open(generate("a"))
+    record = log._open(generate("a"))
     record.take(Tokens(request_id=RequestId("a"), index=0, token_ids=(7, 8)), 101.0)
     record.take(Tokens(request_id=RequestId("a"), index=2, token_ids=(9,)), 102.0)
     with pytest.raises(AssertionError):

@@ -23,6 +23,24 @@ def waiting(model: ModelName, number: int) -> Waiting:
     return Waiting(question, 0.0, QUIET)
 
 
+async def test_those_who_wait_are_those_that_nodes_tell_of_with_who_has_asked_and_who_was_answered() -> None:
+    starts, (a, b, c) = WaitingStarts(), MODELS
+    first, second, third = waiting(a, 1), waiting(a, 2), waiting(b, 3)
+    for one in (first, second, third):
+        starts.add(one)
+    assert starts.asking({}) == {a: 2, b: 1}
+    assert starts.asking({a: 3, c: 1}) == {a: 5, b: 1, c: 1}
+    starts.settle(second, True)  # For the start that one more has asked for.
+    starts.settle(second, True)
+    assert starts.asking({c: 1}) == {a: 3, b: 1, c: 1}
+    starts.leave(second)
+    starts.leave(third)
+    starts.leave(third)
+    assert starts.asking({}) == {a: 1}
+    starts.leave(first)
+    assert starts.asking({}) == {}
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_those_that_are_to_be_asked_are_found_whatever_has_come_and_gone(seed: int) -> None:
     dice, starts = random.Random(seed), WaitingStarts()

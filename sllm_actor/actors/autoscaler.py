@@ -10,17 +10,14 @@ from contextlib import aclosing
 from sllm_actor.domain import Model, ModelName, RequestId
 from sllm_actor.errors import SllmError
 from sllm_actor.messages.instances import InstanceStarted, StartInstance
-from sllm_actor.messages.placement import NodeReport, Placement, PlaceModel
+from sllm_actor.messages.placement import Placement, PlaceModel
 from sllm_actor.policy.autoscaling import Running, Short, by_need, surplus, wanted
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.runtime import ActorSystem, Clock
 
 log = logging.getLogger(__name__)
 
-# How often it looks, and how often at most where many wait for a start; how long a model whose start has failed is left
-# alone.
-LOOK_EVERY_S = 0.5
-LOOK_LEAST_S = 0.05
+# How long a model whose start has failed is left alone.
 REST_S = 15.0
 
 
@@ -38,42 +35,44 @@ class Autoscaler:
         self._rests: dict[ModelName, float] = {}
         self._numbers = itertools.count(1)
 
-    def _may_lack(self, view: ClusterView) -> list[Model]:
+    def _may_lack(self, view: ClusterView, awaited: Mapping[ModelName, int]) -> list[Model]:
         """List the models that may lack an instance: those that always run, and those with too many requests for one.
 
         Of a thousand that run few have so many, and the others are not looked at.
         """
-        busy = self._busy(view, {**view.active, **view.awaited})
+        busy = self._busy(view, awaited, {**view.active, **awaited})
         found = {model.name: model for model in (*self._kept(), *busy) if not model.base}
         return [found[name] for name in sorted(found)]
 
-    def _busy(self, view: ClusterView, names: Iterable[ModelName]) -> Iterator[Model]:
+    def _busy(self, view: ClusterView, awaited: Mapping[ModelName, int], names: Iterable[ModelName]) -> Iterator[Model]:
         for name in names:
             model = self._known(name)
-            asking = view.active.get(name, 0) + view.awaited.get(name, 0)
+            asking = view.active.get(name, 0) + awaited.get(name, 0)
             if model is not None and wanted(model.scaling, asking, self._instance_takes) > 1:
                 yield model
 
-    def is_called(self, view: ClusterView, report: NodeReport) -> bool:
-        """Tell whether more wait for a start, as a node reports, than one instance takes: not to be left for later."""
-        return any(True for _ in self._busy(view, report.awaited))
+    def is_called(self, view: ClusterView, awaited: Mapping[ModelName, int], models: Iterable[ModelName]) -> bool:
+        """Tell whether more wait for a start of one of these than one instance takes: not to be left for later."""
+        return any(True for _ in self._busy(view, awaited, models))
 
     def missing(
-        self, view: ClusterView, starting: Mapping[ModelName, int], fetched: Set[ModelName]
-    ) -> Iterator[PlaceModel]:
-        """Give a question for each instance that should run beside those that do, or are being started.
+        self, view: ClusterView, awaited: Mapping[ModelName, int], starting: Mapping[ModelName, int],
+        fetched: Set[ModelName],
+    ) -> Iterator[PlaceModel]:  # fmt: skip
+        """Give a question for each instance that should run beside those that do, or are being started, where so many
+        wait for a start of each model that is `awaited`.
 
         The next one is always for the model whose instances have the most to do. Those whose bytes are `fetched` for a
         start are counted as if none were coming: whoever asked for it waits, too.
         """
         now_s = self._clock.monotonic_s()
         self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
-        models = [model for model in self._may_lack(view) if model.name not in self._rests]
+        models = [model for model in self._may_lack(view, awaited) if model.name not in self._rests]
         running = {model.name: self._running(view, model, now_s) for model in models}
         short: dict[ModelName, Short] = {}
         for model in models:
             there = len(running[model.name]) + starting.get(model.name, 0)
-            asking = _active(running[model.name]) + view.awaited.get(model.name, 0)
+            asking = _active(running[model.name]) + awaited.get(model.name, 0)
             want, least = wanted(model.scaling, asking, self._instance_takes), model.scaling.min_instances
             # Where a first one is missing, those who wait for it see to that.
             if not there and not least and (want == 1 or model.name not in fetched):

@@ -29,7 +29,8 @@ from sllm_actor.policy.bytes_first import (
     soonest_to_fetch,
     waits_for_bytes,
 )
-from sllm_actor.policy.cluster_view import ClusterView, Grant
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import is_restricted
 from sllm_actor.policy.placement import Decision, Evict, Start
 from sllm_actor.runtime import ActorContext, Clock

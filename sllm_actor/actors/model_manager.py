@@ -333,12 +333,12 @@ class ModelManager(Actor):
             started.lease.release()
 
     @handles(InstanceActivity)
-    async def activity(self, message: InstanceActivity) -> None:
+    def activity(self, message: InstanceActivity) -> None:
         instance = self._instances.get(message.instance_id)
         if instance is None:
             return
         instance.hear(message, self._clock.monotonic_s())
-        self._report()
+        self._reporting.tell_of(instance)
 
     @handles(InstanceExpired, concurrent=True)
     async def expired(self, message: InstanceExpired) -> None:

@@ -14,7 +14,7 @@ from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import SllmError
 from sllm_actor.loader.tiers import Tiers
-from sllm_actor.messages.placement import NodeReport, StartingView
+from sllm_actor.messages.placement import InstanceReport, NodeReport, StartingView
 from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import ActorRef, Clock
 
@@ -49,6 +49,8 @@ class Reporting:
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
+        # What was pinned by the last report.
+        self._pinned: frozenset[str] = frozenset()
         # The placements of the last starts that ended: when, and whether in failure.
         self._ended: dict[str, tuple[float, bool]] = {}
         self._ssd = ObservedWay(tiers.loader.paths().ssd)
@@ -81,7 +83,7 @@ class Reporting:
     def begin(self, manager: str, instances: Mapping[str, Instance], starting: Mapping[str, ModelName]) -> None:
         """Tell of these from now on: whenever `tell` is called, and, where this node is alone, its own Scheduler."""
         self._manager, self._instances, self._starting = manager, instances, starting
-        self._tiers.when_stored(self._stored)
+        self._tiers.when_stored(self.tell)
         self._registry.on_found = self.tell
         self._room.on_awaited = self.tell
         if self._place.alone:
@@ -125,15 +127,18 @@ class Reporting:
                 await self._clock.sleep(look_every_s)
             self.tell()
 
-    def _stored(self) -> None:
-        self._registry.on_disk.look_again()
-        self.tell()
-
     def tell(self) -> None:
         """Tell all of it, unless this node is no member: then nothing may be placed here."""
         report = self._report()
         if report is not None:
             self._way.tell(report)
+
+    def tell_of(self, instance: Instance) -> None:
+        """Tell what one instance works on now, where all else is as it was told last."""
+        epoch, now_s = self._place.epoch, self._clock.monotonic_s()
+        if epoch is not None:
+            view = instance.view(self._pinned, now_s)
+            self._way.tell(InstanceReport(node=self._place.node, epoch=epoch, told_s=now_s, instance=view))
 
     def _report(self) -> NodeReport | None:
         """Say all that there is to tell; None while this node is no member."""
@@ -142,7 +147,7 @@ class Reporting:
             return None
         # Where nothing is ever started, nothing is held for it either.
         held = self._tiers.loader.fingerprints() if self._max_instances else []
-        pinned = {fingerprint for fingerprint, is_pinned in held if is_pinned}
+        pinned = self._pinned = frozenset([fingerprint for fingerprint, is_pinned in held if is_pinned])
         now_s = self._clock.monotonic_s()
         ended = self._ended_lately(now_s)
         return NodeReport(

@@ -15,7 +15,8 @@ from sllm_actor.actors.making_room import MakingRoom, Room
 from sllm_actor.errors import NoCapacity, SllmError
 from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel, RunsAlready
-from sllm_actor.policy.cluster_view import ClusterView, Grant
+from sllm_actor.policy.cluster_view import ClusterView
+from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import Action, Move
 from sllm_actor.policy.placement import QUIET, Decision, MakeRoom, Start
 from sllm_actor.policy.taking_turns import TakingTurns

@@ -1,9 +1,11 @@
-"""Places the further instances that an Autoscaler misses: on devices where their bytes are, or come at once."""
+"""Places the further instances that an Autoscaler misses, and has those leave that are too many."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
@@ -12,40 +14,79 @@ from sllm_actor.actors.autoscaler import Autoscaler
 from sllm_actor.actors.fetching import Fetching
 from sllm_actor.actors.granted_starts import GrantedStarts
 from sllm_actor.actors.rooms import Waiting
+from sllm_actor.actors.waiting_starts import WaitingStarts
 from sllm_actor.domain import ModelName, NodeId
-from sllm_actor.messages.placement import Placement, PlaceModel
+from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel
 from sllm_actor.policy.bytes_first import places
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.placement import QUIET, Decision, Evict, Start
-from sllm_actor.runtime import ActorContext
+from sllm_actor.runtime import ActorContext, Clock
+
+# How often it looks, and how often at most where many wait for a start.
+LOOK_EVERY_S = 0.5
+LOOK_LEAST_S = 0.05
 
 
 class ScalingUp:
-    """Belongs to one Scheduler, which decides, grants and gives up."""
+    """Belongs to one Scheduler, which decides, grants, gives up and evicts, and says when it `may_look`."""
 
     def __init__(
         self,
         context: ActorContext,
         view: ClusterView,
+        clock: Clock,
+        autoscaler: Autoscaler,
+        waiting: WaitingStarts,
         granted: GrantedStarts,
         fetching: Fetching,
         *,
         decide: Callable[[Waiting, float], Decision],
         grant: Callable[[Waiting, Start, float], Placement],
         give_up: Callable[[Waiting, Evict], None],
+        evict: Callable[[NodeReport, InstanceView], None],
+        may_look: Callable[[float], bool],
     ) -> None:
         self._context = context
         self._view = view
+        self._clock = clock
+        self._autoscaler = autoscaler
+        self._waiting = waiting
         self._granted = granted
         self._fetching = fetching
         self._decide = decide
         self._grant = grant
         self._give_up = give_up
+        self._evict = evict
+        self._may_look = may_look
+        # Set where more requests wait for a start than one instance takes.
+        self._more_wait = asyncio.Event()
 
-    def look(self, autoscaler: Autoscaler, now_s: float) -> None:
+    def asked(self, models: Iterable[ModelName]) -> None:
+        """Hear that more may wait for a start of these."""
+        if self._autoscaler.is_called(self._view, self._waiting.asking(self._view.awaited), models):
+            self._more_wait.set()
+
+    async def keep_looking(self) -> None:
+        """Look again and again, and sooner where more wait."""
+        while True:
+            await self._clock.sleep(LOOK_LEAST_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S - LOOK_LEAST_S):
+                    await self._more_wait.wait()
+            self._more_wait.clear()
+            now_s = self._clock.monotonic_s()
+            if self._may_look(now_s):
+                self._look(now_s)
+            for one in self._autoscaler.surplus(self._view):
+                report = self._view.nodes[one.node].report
+                self._view.give_up(one.node, [one.instance.instance_id])
+                self._evict(report, one.instance)
+
+    def _look(self, now_s: float) -> None:
         """Start what is missing, or have its bytes fetched; what is on its way already is looked at anew each time."""
+        autoscaler, awaited = self._autoscaler, self._waiting.asking(self._view.awaited)
         full, coming = set[ModelName](), Counter[tuple[ModelName, NodeId]]()
-        for question in autoscaler.missing(self._view, self._granted.counts(), self._fetching.models()):
+        for question in autoscaler.missing(self._view, awaited, self._granted.counts(), self._fetching.models()):
             if question.model in full:
                 continue
             wish, decision = self._decided(question, now_s)

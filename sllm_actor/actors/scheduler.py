@@ -6,9 +6,8 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Collection, Mapping, Set
-from contextlib import suppress
 
-from sllm_actor.actors.autoscaler import LOOK_EVERY_S, LOOK_LEAST_S, Autoscaler
+from sllm_actor.actors.autoscaler import Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, granted
 from sllm_actor.actors.estimate_book import EstimateBook
 from sllm_actor.actors.fetching import Fetching, with_bytes
@@ -26,6 +25,7 @@ from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PE
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.placement import (
     HurryPlacement,
+    InstanceReport,
     InstanceView,
     ListNodes,
     MembersChanged,
@@ -35,9 +35,10 @@ from sllm_actor.messages.placement import (
     RunsAlready,
     StartingView,
 )
-from sllm_actor.policy.cluster_view import ClusterView, Grant
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.explaining import refused, why_in_vain
+from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import allows, is_restricted
 from sllm_actor.policy.placement import (
     ABLE,
@@ -101,8 +102,7 @@ class Scheduler(Actor):
         self._newest_epoch = max(self._members.values(), default=0)
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
-        # Set where more requests wait for a start than one instance takes.
-        self._more_wait = asyncio.Event()
+        self._scaling: ScalingUp | None = None
         self._book = book
         self._making = MakingRoom(
             self._view, self._estimator, clock, counts, evict_timeout_s=limits.evict_timeout_s,
@@ -118,13 +118,14 @@ class Scheduler(Actor):
             self.context, self._view, self._clock, self._waiting, self._decisions, self._counts, self._serve,
             bytes_first_s=self._limits.bytes_first_s, epoch=self._epoch, life=self._life,
         )  # fmt: skip
-        self._scaling = ScalingUp(
-            self.context, self._view, self._granted, self._fetching,
-            decide=self._decide, grant=self._grant, give_up=self._give_up,
-        )  # fmt: skip
         self._holding = Holding(self.context, self._view, self._clock, self._turns, self._serve)
         if self._autoscaler is not None:
-            self.context.tasks.spawn(self._keep_scaling(self._autoscaler), "scale")
+            self._scaling = ScalingUp(
+                self.context, self._view, self._clock, self._autoscaler, self._waiting, self._granted, self._fetching,
+                decide=self._decide, grant=self._grant, give_up=self._give_up, evict=self._evict,
+                may_look=self._may_scale,
+            )  # fmt: skip
+            self.context.tasks.spawn(self._scaling.keep_looking(), "scale")
         if self._book is not None:
             self.context.tasks.spawn(self._book.keep(self._estimator), "estimates")
         if self._awaited:
@@ -140,28 +141,16 @@ class Scheduler(Actor):
         self._awaited.clear()
         self._serve()
 
-    async def _keep_scaling(self, autoscaler: Autoscaler) -> None:
-        while True:
-            await self._clock.sleep(LOOK_LEAST_S)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY_S - LOOK_LEAST_S):
-                    await self._more_wait.wait()
-            self._more_wait.clear()
-            # Requests that wait for a place go first, and what is not known is not to be started again.
-            now_s = self._clock.monotonic_s()
-            with_room = self._waiting.models_with_room()
-            if not self._awaited and all(
-                one.room is not None or self._fetching.nodes(one.question.model) or self._coming(one, now_s, with_room)
-                for one in self._waiting
-            ):
-                self._scaling.look(autoscaler, now_s)
-            for one in autoscaler.surplus(self._view):
-                report = self._view.nodes[one.node].report
-                self._view.give_up(one.node, [one.instance.instance_id])
-                self.context.tasks.spawn(self._evict(report, one.instance), f"evict-{one.instance.instance_id}")
+    def _may_scale(self, now_s: float) -> bool:
+        """Let requests that wait for a place go first; and what is not known is not to be started again."""
+        with_room = self._waiting.models_with_room()
+        return not self._awaited and all(
+            one.room is not None or self._fetching.nodes(one.question.model) or self._coming(one, now_s, with_room)
+            for one in self._waiting
+        )
 
     @handles(NodeReport)
-    async def hear(self, report: NodeReport) -> None:
+    def hear(self, report: NodeReport) -> None:
         if self._has_left(report):
             return
         now_s = self._clock.monotonic_s()
@@ -171,8 +160,8 @@ class Scheduler(Actor):
         self._view.hear(report, now_s)
         self._waiting.hear(before.report if before is not None else None, report)
         self._holding.hear(report, now_s)
-        if self._autoscaler is not None and self._autoscaler.is_called(self._view, report):
-            self._more_wait.set()
+        if report.awaited and self._scaling is not None:
+            self._scaling.asked(report.awaited)
         for placement_id in report.ended_placements:
             if placement_id not in self._view.grants and placement_id not in self._granted:
                 continue  # It was told before.
@@ -184,7 +173,13 @@ class Scheduler(Actor):
             self._fetching.end_on(report.node)
         self._serve()
 
-    def _has_left(self, report: NodeReport) -> bool:
+    @handles(InstanceReport)
+    def hear_of_instance(self, report: InstanceReport) -> None:
+        if not self._has_left(report) and self._view.hear_of_instance(report):
+            self._holding.hear_of_instance(report.node, report.instance, self._clock.monotonic_s())
+            self._serve()
+
+    def _has_left(self, report: NodeReport | InstanceReport) -> bool:
         """Tell whether a report is from before its node left: who comes later has a higher epoch than all so far."""
         known = self._members.get(report.node)
         return 0 < report.epoch <= self._newest_epoch if known is None else report.epoch < known
@@ -245,6 +240,8 @@ class Scheduler(Actor):
         waiting = Waiting(question, now_s, QUIET if is_restricted(question) else ABLE)
         self._waiting.add(waiting)
         self._serve()
+        if self._scaling is not None and not waiting.answer.done():
+            self._scaling.asked((question.model,))
         if self._limits.placement_policy == "locality_wait" and not waiting.answer.done() and waiting.recheck is None:
             waiting.recheck = self.context.tasks.spawn(self._serve_later(self._limits.locality_wait_s), "recheck")
         try:
@@ -389,8 +386,11 @@ class Scheduler(Actor):
         waiting.given_up += tuple(victim.instance_id for victim in decision.victims)
         for victim in decision.victims:
             self._turns.gave_up(decision.report.node, victim.model, self._clock.monotonic_s())
-            self.context.tasks.spawn(self._evict(decision.report, victim), f"evict-{victim.instance_id}")
+            self._evict(decision.report, victim)
 
-    async def _evict(self, report: NodeReport, victim: InstanceView) -> None:
+    def _evict(self, report: NodeReport, victim: InstanceView) -> None:
+        self.context.tasks.spawn(self._evicted(report, victim), f"evict-{victim.instance_id}")
+
+    async def _evicted(self, report: NodeReport, victim: InstanceView) -> None:
         if not await self._making.evict(self.context.system, report, victim):
             self._serve()

@@ -28,7 +28,8 @@ class WaitingRoom:
         # Of those that wait, the ones whose model starts, and how many there were when `on_awaited` was last told.
         self._awaited: Counter[ModelName] = Counter()
         self._told: dict[ModelName, int] = {}
-        # Told of the first that waits for a start, of every doubling, and when nobody waits any more.
+        # Told of the second that waits for a start, of every doubling, and when none of those wait any more. The first
+        # asks for the start itself.
         self.on_awaited: Callable[[], None] = lambda: None
 
     def waiting(self) -> Mapping[ModelName, int]:
@@ -36,14 +37,14 @@ class WaitingRoom:
         return dict(self._waiting)
 
     def awaited(self) -> dict[ModelName, int]:
-        """Tell how many wait for a start of each model that anyone waits for."""
-        return dict(self._awaited)
+        """Tell how many wait for a start of each model that `on_awaited` told of, beside the one that asked for it."""
+        return {model: self._awaited[model] - 1 for model in self._told}
 
     @contextmanager
     def start(self, model: ModelName) -> Iterator[None]:
         """Wait in this block for a start of a model."""
         self._awaited[model] += 1
-        if self._awaited[model] >= 2 * self._told.get(model, 0):
+        if self._awaited[model] >= 2 * self._told.get(model, 1):
             self._told[model] = self._awaited[model]
             self.on_awaited()
         try:
@@ -51,8 +52,9 @@ class WaitingRoom:
         finally:
             self._awaited[model] -= 1
             if not self._awaited[model]:
-                del self._awaited[model], self._told[model]
-                self.on_awaited()
+                del self._awaited[model]
+                if self._told.pop(model, 0):
+                    self.on_awaited()
 
     @contextmanager
     def place(self, model: ModelName) -> Iterator[None]:

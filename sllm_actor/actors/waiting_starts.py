@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, cast
 
 import msgspec
@@ -24,7 +24,8 @@ class WaitingStarts:
     def __init__(self) -> None:
         self._waiting: list[Waiting] = []
         self._doubtful: list[Waiting] = []
-        # How many of each model are settled.
+        # How many there are of each model, and how many of those are settled.
+        self._of_model: Counter[ModelName] = Counter()
         self._settled: Counter[ModelName] = Counter()
 
     def __len__(self) -> int:
@@ -37,6 +38,7 @@ class WaitingStarts:
         """Let one wait."""
         self._waiting.append(waiting)
         self._doubtful.append(waiting)
+        self._of_model[waiting.question.model] += 1
 
     def leave(self, waiting: Waiting) -> None:
         """Forget one, answered or not."""
@@ -79,6 +81,12 @@ class WaitingStarts:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
 
+    def asking(self, beside: Mapping[ModelName, int]) -> Counter[ModelName]:
+        """Tell how many requests wait for a start of each model: as many as nodes tell of `beside` those who have asked
+        for it, and those themselves, of whom one may have been answered and its start has begun.
+        """
+        return self._of_model + Counter(self._settled.keys()) + Counter(beside)
+
     def with_room(self) -> list[Waiting]:
         """List those that room is being made for."""
         return [waiting for waiting in self._waiting if waiting.room is not None]
@@ -110,3 +118,7 @@ class WaitingStarts:
     def _remove(self, waiting: Waiting) -> None:
         self._waiting.remove(waiting)
         self.settle(waiting, False)
+        model = waiting.question.model
+        self._of_model[model] -= 1
+        if not self._of_model[model]:
+            del self._of_model[model]

@@ -37,6 +37,7 @@ from sllm_actor.messages.migration import (
 from sllm_actor.messages.operations import CordonNode, DrainNode, NoticeNode, NoticeTaken
 from sllm_actor.messages.placement import (
     HurryPlacement,
+    InstanceReport,
     ListNodes,
     NodeReport,
     Placement,
@@ -46,7 +47,8 @@ from sllm_actor.messages.placement import (
 
 BETWEEN_NODES: tuple[type, ...] = (
     Generate, Embed, PromptLogprobs, Prefilled, AdapterHeld, NoSlot, Tokens, Embedded, Finished,
-    PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, ListNodes, ExplainPlacement, Explanation,
+    PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, InstanceReport, ListNodes,
+    ExplainPlacement, Explanation,
     StartInstance, FetchModel, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
     CordonNode, DrainNode, NoticeNode, NoticeTaken,
     LocateRequest, RequestLocation, MigrateOut, HandedOver, Prepare, Prepared, ExtendPrepared, Migrated,

@@ -123,7 +123,7 @@ class StartingView:
 
 @message("placement.report")
 class NodeReport:
-    """What a ModelManager tells the Scheduler once it is up and after every change.
+    """What a ModelManager tells the Scheduler once it is up and after every change that `InstanceReport` does not tell.
 
     `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
     fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
@@ -134,7 +134,7 @@ class NodeReport:
     for what comes from elsewhere. Other nodes find this one at `address`; it is a member of the cluster in `epoch`, and
     while it is `cordoned` nothing is started there. `told_s` is when this was told, by the node's own clock.
     Of all processes on its machine so many `core_threads` run or wait for a core, of late. Of the requests that came to
-    it so many wait for a start of each model that is `awaited`.
+    it so many wait for a start of each model that is `awaited`, beside the one that the Scheduler was asked for.
     """
 
     node: NodeId
@@ -158,6 +158,18 @@ class NodeReport:
     told_s: float = 0.0
     core_threads: float = 0.0
     awaited: dict[ModelName, int] = msgspec.field(default_factory=dict)
+
+
+@message("placement.instance_report")
+class InstanceReport:
+    """Told to the Scheduler where only what an instance works on has changed since its node's last `NodeReport`, or the
+    last of these. `told_s` is by the node's own clock. Of an instance that no report had nothing is learned.
+    """
+
+    node: NodeId
+    epoch: int
+    told_s: float
+    instance: InstanceView
 
 
 @message("placement.report_now")

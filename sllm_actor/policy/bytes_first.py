@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sllm_actor.messages.placement import PlaceModel
-from sllm_actor.policy.cluster_view import ClusterView, NodeView
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import SOURCE
+from sllm_actor.policy.node_view import NodeView
 from sllm_actor.policy.offers import way_up
 from sllm_actor.policy.placement import Decision, Evict, MakeRoom, Start
 

@@ -9,152 +9,14 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from math import inf
-from typing import NamedTuple
+from typing import Any, cast
+
+import msgspec
 
 from sllm_actor.domain import ModelName, NodeId
-from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
+from sllm_actor.messages.placement import InstanceReport, InstanceView, NodeReport
 from sllm_actor.policy.bandwidth import Bandwidths
-from sllm_actor.policy.estimator import beside
-
-
-class Grant(NamedTuple):
-    """A placement whose instance does not show in its node's report yet: its slots and memory are taken."""
-
-    node: NodeId
-    host_bytes: int
-    expires_s: float
-    slots: int = 1
-
-
-class Room(NamedTuple):
-    """Slots and host memory."""
-
-    slots: int
-    host_bytes: int
-
-    def plus(self, other: Room) -> Room:
-        """Add both."""
-        return Room(self.slots + other.slots, self.host_bytes + other.host_bytes)
-
-
-class Ways(NamedTuple):
-    """What all nodes have seen of their disks, and of what they fetch."""
-
-    ssd: Bandwidths
-    remote: Bandwidths
-
-
-class NodeView:
-    """One node: its newest report, and what of it is free, could be given up, or is busy."""
-
-    __slots__ = (
-        "_going", "_idle", "_ways", "active", "at_work", "beside", "busy", "expected", "free", "on_host", "on_ssd",
-        "pinned_bytes", "report", "staying",
-    )  # fmt: skip
-
-    def __init__(
-        self, report: NodeReport, ways: Ways, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str],
-        expected: Mapping[str, int], before: NodeView | None = None,
-    ) -> None:  # fmt: skip
-        self.report = report
-        self._ways = ways
-        self.expected = expected
-        self.on_host: frozenset[str]
-        self.on_ssd: frozenset[str]
-        self.on_host, self.on_ssd = _checkpoints(report, expected, before)
-        # How many requests run of each model that has instances.
-        self.active: dict[ModelName, int] = {}
-        for one in report.instances:
-            self.active[one.model] = self.active.get(one.model, 0) + one.active
-        self.pinned_bytes = sum(report.pinned_host_bytes.values())
-        self.account(grants, leaving, held)
-
-    def account(self, grants: Iterable[Grant], leaving: Collection[str], held: Collection[str] = ()) -> None:
-        """Count anew what is free beside the instances and the grants."""
-        report, starting = self.report, 0
-        free_slots, free_bytes = report.slots, report.host_pool_bytes - self.pinned_bytes
-        for grant in grants:
-            # What is fetched before it has a slot computes nothing.
-            starting += bool(grant.slots)
-            free_slots -= grant.slots
-            free_bytes -= grant.host_bytes
-        going, staying = list[InstanceView](), list[InstanceView]()
-        for one in report.instances:
-            free_slots -= one.slots
-            free_bytes -= one.host_bytes
-            (going if one.leaving or one.instance_id in leaving else staying).append(one)
-        self.free = Room(free_slots, free_bytes)
-        self._going = going
-        self.staying = tuple(staying)
-        self.busy = tuple([one for one in staying if one.active])
-        # Engines that compute or come up: who starts beside them shares the node's cores.
-        self.at_work = len(self.busy) + starting
-        self.beside = beside(self.at_work, report.core_threads)
-        self._idle = [one for one in staying if not one.active and not one.kept and one.instance_id not in held]
-
-    # What follows is asked for at a few nodes for each start, and not with each report.
-
-    @property
-    def leaving_room(self) -> Room:
-        """What instances leave that go."""
-        return _room_of(self._going)
-
-    @property
-    def idle(self) -> tuple[InstanceView, ...]:
-        """The instances that may be given up, the longest idle first."""
-        return tuple(sorted(self._idle, key=lambda one: (one.idle_since_s, one.instance_id)))
-
-    @property
-    def idle_room(self) -> Room:
-        """What these would leave."""
-        return _room_of(self._idle)
-
-    @property
-    def ssd_bytes_per_s(self) -> float:
-        """How fast its disk has been seen to be, or else the disks of others."""
-        return self.report.ssd_bytes_per_s or self._ways.ssd.usual
-
-    @property
-    def remote_bytes_per_s(self) -> float:
-        """How fast it has been seen to fetch, or else others."""
-        return self.report.remote_bytes_per_s or self._ways.remote.usual
-
-    def holds(self, fingerprint: str) -> bool:
-        """Tell whether the node has a checkpoint in host memory or on its disk."""
-        return fingerprint in self.on_host or fingerprint in self.on_ssd
-
-    def unpinned_bytes(self, fingerprint: str) -> int:
-        """Count the host memory that the pins of other checkpoints leave."""
-        own_bytes = self.report.pinned_host_bytes.get(fingerprint, 0)
-        return self.report.host_pool_bytes - self.pinned_bytes + own_bytes
-
-    def missing(self, question: PlaceModel) -> Room:
-        """Tell what is not free yet of what a model needs; nothing is missing where neither is above 0."""
-        own_bytes = self.report.pinned_host_bytes.get(question.fingerprint, 0)
-        own_bytes += self.expected.get(question.fingerprint, 0)
-        return Room(question.slots - self.free.slots, question.host_bytes - self.free.host_bytes - own_bytes)
-
-
-def _checkpoints(
-    report: NodeReport, expected: Mapping[str, int], before: NodeView | None
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Give what a node has in host memory, or soon, and on the disk: the same sets as before where that is the same."""
-    host, ssd = report.host_fingerprints, report.ssd_fingerprints
-    if before is None:
-        return frozenset((*host, *expected)), frozenset(ssd)
-    same_host = host == before.report.host_fingerprints and expected == before.expected
-    return (
-        before.on_host if same_host else frozenset((*host, *expected)),
-        before.on_ssd if ssd == before.report.ssd_fingerprints else frozenset(ssd),
-    )
-
-
-def _room_of(instances: Iterable[InstanceView]) -> Room:
-    slots = host_bytes = 0
-    for instance in instances:
-        slots += instance.slots
-        host_bytes += instance.host_bytes
-    return Room(slots, host_bytes)
+from sllm_actor.policy.node_view import Grant, NodeView, Ways
 
 
 class ClusterView:
@@ -189,6 +51,23 @@ class ClusterView:
             self.leaving[report.node] &= {instance.instance_id for instance in report.instances}
         self._heard_s[report.node] = now_s
         self._see(report)
+
+    def hear_of_instance(self, report: InstanceReport) -> bool:
+        """Take in what a node tells of one instance alone; tell whether that is one of its last report."""
+        node = self.nodes.get(report.node)
+        if node is None:
+            return False
+        instances, instance = node.report.instances, report.instance
+        at = next((at for at, one in enumerate(instances) if one.instance_id == instance.instance_id), None)
+        if at is None:
+            return False
+        # As it would have been when all of it was told.
+        running_s = instance.running_s - instance.active * (report.told_s - node.report.told_s)
+        now = _changed(instance, running_s=running_s) if instance.active else instance
+        told = _changed(node.report, instances=(*instances[:at], now, *instances[at + 1 :]))
+        node.hear_of_instance(told, at)
+        self._count_active(instance.model, instance.active - instances[at].active)
+        return True
 
     def _see(self, report: NodeReport) -> None:
         node, before = report.node, self.nodes.get(report.node)
@@ -258,9 +137,12 @@ class ClusterView:
             assert view is not None
             self._running_on.setdefault(model, {})[view.report.node] = None
         for model in [one for one in old.keys() | new.keys() if old.get(one) != new.get(one)]:
-            active = self._active.pop(model, 0) + new.get(model, 0) - old.get(model, 0)
-            if active:
-                self._active[model] = active
+            self._count_active(model, new.get(model, 0) - old.get(model, 0))
+
+    def _count_active(self, model: ModelName, more: int) -> None:
+        active = self._active.pop(model, 0) + more
+        if active:
+            self._active[model] = active
 
     def _index_awaited(self, before: NodeView | None, view: NodeView | None) -> None:
         old = before.report.awaited if before is not None else {}
@@ -272,7 +154,7 @@ class ClusterView:
 
     @property
     def awaited(self) -> Mapping[ModelName, int]:
-        """How many requests wait for a start of each model of which any do."""
+        """How many requests wait for a start of each model, beside those that the Scheduler was asked for."""
         return self._awaited
 
     @property
@@ -370,7 +252,7 @@ class ClusterView:
 
     def _account(self, node: NodeId) -> None:
         if node in self.nodes:
-            self.nodes[node].account(self._grants_of(node), *self._marked(node))
+            self.nodes[node].count_beside(self._grants_of(node), *self._marked(node))
 
     def _marked(self, node: NodeId) -> tuple[Collection[str], Collection[str]]:
         return self.leaving.get(node, ()), self.held.get(node, ())
@@ -390,6 +272,11 @@ class ClusterView:
     def best_remote_bytes_per_s(self) -> float:
         """No node fetches faster."""
         return self._ways.remote.best
+
+
+def _changed(message: object, **changes: Any) -> Any:
+    # It is a struct, which a type checker does not see of messages.
+    return msgspec.structs.replace(cast(Any, message), **changes)
 
 
 def _queued(view: NodeView | None) -> tuple[float, NodeId, float] | None:

@@ -12,8 +12,9 @@ from collections.abc import Collection
 from sllm_actor.domain import NodeId, RequestId
 from sllm_actor.messages.explanation import Term
 from sllm_actor.messages.placement import InstanceView, PlaceModel
-from sllm_actor.policy.cluster_view import ClusterView, NodeView
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import Estimator
+from sllm_actor.policy.node_view import NodeView
 from sllm_actor.policy.offers import (
     Action,
     Move,

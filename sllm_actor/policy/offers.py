@@ -7,15 +7,16 @@ queue alone is not longer already than the best whole starts.
 from __future__ import annotations
 
 import enum
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from math import nextafter
 from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.explanation import Term
 from sllm_actor.messages.placement import InstanceView, PlaceModel
-from sllm_actor.policy.cluster_view import ClusterView, NodeView
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import HOST, SOURCE, SSD, Estimator
+from sllm_actor.policy.node_view import NodeView
 
 INF = float("inf")
 
@@ -130,14 +131,14 @@ def first_action(node: NodeView, question: PlaceModel) -> Action | None:
 
     Nothing starts on a node that is cordoned, nor on one that lacks what can't be fetched.
     """
-    if node.report.cordoned or not allows(question, node.report.node):
+    if node.report.cordoned or (is_restricted(question) and not allows(question, node.report.node)):
         return None
     if question.holders_only and not node.holds(question.fingerprint):
         return None
     slots, host_bytes = node.missing(question)
     if slots <= 0 and host_bytes <= 0:
         return Action.START
-    leaving, idle = node.leaving_room, node.idle_room
+    _, leaving, idle, *_ = node.counted
     if slots <= leaving.slots and host_bytes <= leaving.host_bytes:
         return Action.AWAIT
     if slots <= leaving.slots + idle.slots and host_bytes <= leaving.host_bytes + idle.host_bytes:
@@ -187,7 +188,11 @@ def soonest(view: ClusterView, estimator: Estimator, question: PlaceModel, most:
 def _take(best: list[Offer], offer: Offer | None, most: int) -> None:
     if offer is None or (len(best) == most and offer[:2] > best[-1][:2]):
         return
-    insort(best, offer, key=lambda one: one[:2])
+    # Behind all that are not later, as few as they are.
+    at = len(best)
+    while at and best[at - 1][:2] > offer[:2]:
+        at -= 1
+    best.insert(at, offer)
     del best[most:]
 
 

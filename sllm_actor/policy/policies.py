@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from sllm_actor.messages.placement import PlaceModel
 from sllm_actor.policy import moving
-from sllm_actor.policy.cluster_view import ClusterView, NodeView
+from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import Estimator
+from sllm_actor.policy.node_view import NodeView
 from sllm_actor.policy.offers import INF, Action, Offer, offer_of, soonest
 
 # Candidates that an explanation shows.

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from sllm_actor.messages.placement import PlaceModel
-from sllm_actor.policy.cluster_view import NodeView
+from sllm_actor.policy.node_view import NodeView
 from sllm_actor.policy.offers import way_up
 
 LEAST_S = 1.0

@@ -56,13 +56,14 @@ class TakingTurns:
                 self._unasked[node][one.instance_id] = now_s + turn_s
                 yield one.instance_id, turn_s
 
-    def asked(self, report: NodeReport, now_s: float) -> list[str]:
-        """List the instances whose first request is there by this report, and whose turn is over."""
-        unasked = self._unasked.get(report.node)
-        if not unasked:
-            return []
-        come = [one.instance_id for one in report.instances if one.active and one.instance_id in unasked]
-        return [instance_id for instance_id in come if unasked.pop(instance_id) <= now_s]
+    def asked(self, node: NodeId, instance_id: str, now_s: float) -> bool:
+        """Note that a request of an instance is there; tell whether that is the first one, and its turn is over."""
+        over_s = self._unasked.get(node, {}).pop(instance_id, None)
+        return over_s is not None and over_s <= now_s
+
+    def has_unasked(self, node: NodeId) -> bool:
+        """Tell whether a node has new instances whose first request is not there yet."""
+        return bool(self._unasked.get(node))
 
     def is_unasked(self, node: NodeId, instance_id: str) -> bool:
         """Tell whether the first request of a new instance is not there yet."""
