@@ -100,8 +100,8 @@ def test_whatever_was_told_before_a_view_is_that_of_the_newest_reports(history: 
         name: parts(node) for name, node in fresh.nodes.items()
     }
     assert view.names == sorted(view.nodes)
-    assert view.by_remote_queue == sorted((one.remote_queue_s, one.node, one.remote_bytes_per_s) for one in reports)
-    assert view.best_remote_bytes_per_s == fresh.best_remote_bytes_per_s
+    assert view.by_remote_queue == sorted((one.remote_queue_s, one.node) for one in reports)
+    assert view.usual_remote_bytes_per_s == fresh.usual_remote_bytes_per_s
     for fingerprint in "pqr":
         assert set(view.holders(fingerprint)) == {
             one.node for one in reports if fingerprint in (*one.host_fingerprints, *one.ssd_fingerprints)

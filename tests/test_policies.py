@@ -20,9 +20,10 @@ from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import FIRST_LEAVE_S, HOST, SOURCE, SSD, Estimator
 from sllm_actor.policy.explaining import explain
 from sllm_actor.policy.node_view import Grant
-from sllm_actor.policy.offers import Action, Offer, offer_of, soonest
+from sllm_actor.policy.offers import Action, Offer, offer_of
 from sllm_actor.policy.placement import ABLE, QUIET, Evict, MakeRoom, Start, Wait
 from sllm_actor.policy.policies import POLICIES, SHOWN, Choice, Situation
+from sllm_actor.policy.soonest import soonest
 from sllm_actor.units import GIB
 
 ALL = frozenset(Action)
@@ -95,6 +96,59 @@ def test_the_indexes_find_what_a_scan_of_every_node_finds(
     assert soonest(view, estimator, asked, most) == scanned(view, estimator, asked)[:most]
 
 
+few_names = st.sampled_from([NodeId(f"node-{number}") for number in range(3)])
+few_reports = st.builds(
+    node,
+    few_names,
+    instances=st.lists(
+        st.builds(instance, st.integers(0, 3).map(str), active=st.integers(0, 1), host_bytes=st.integers(0, 4)),
+        max_size=2,
+        unique_by=lambda one: one.instance_id,
+    ),
+    slots=st.integers(1, 3),
+    in_host_memory=st.booleans(),
+    on_ssd=st.booleans(),
+    remote_bytes_per_s=st.sampled_from([0.0, 1e8, 1e9]),
+    remote_queue_s=st.sampled_from([0.0, 1.0]),
+)
+changes = st.one_of(
+    st.tuples(st.just("report"), few_reports),
+    st.tuples(st.just("forget"), few_names),
+    st.tuples(st.just("grant"), few_names, st.integers(0, 2)),
+    st.tuples(st.sampled_from(["hold", "let_go", "keep"]), few_names, st.integers(0, 3).map(str)),
+    st.tuples(st.just("leave"), few_names, st.floats(0, 5)),
+    st.tuples(st.just("start"), few_names, st.sampled_from([HOST, SSD, SOURCE]), st.sampled_from(["print", "other"])),
+)
+wishes = st.tuples(
+    st.sampled_from([0, 3]),
+    st.sampled_from([{}, {}, {"not_on": ("node-1",)}, {"only_on": "node-2"}, {"holders_only": True}]),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(changes, wishes), min_size=10, max_size=30), st.booleans())
+def test_whatever_is_learned_and_reported_between_two_questions_a_scan_would_find_the_same(
+    history: list[tuple[Any, Any]], knows_a_bandwidth: bool
+) -> None:
+    view = ClusterView(2e9, 1e9) if knows_a_bandwidth else ClusterView()
+    estimator = Estimator(max_nodes=2, max_checkpoints=1)
+    for number, ((what, *arguments), (host_bytes, more)) in enumerate(history):
+        if what == "report":
+            view.hear(arguments[0], 0.0)
+        elif what == "grant":
+            view.release(f"placement-{arguments[1]}")
+            view.grant(f"placement-{arguments[1]}", Grant(arguments[0], 1, 9.0))
+        elif what == "leave":
+            estimator.learn_leave(*arguments)
+        elif what == "start":
+            name, tier, fingerprint = arguments
+            estimator.learn_start(name, tier, fingerprint, 10**9, number / 7, number % 3)
+        else:
+            getattr(view, what)(*arguments)
+        asked = question(10**9, host_bytes, **more)
+        assert soonest(view, estimator, asked, 3) == scanned(view, estimator, asked)[:3]
+
+
 @given(st.lists(nodes, max_size=8), st.lists(grants, max_size=4), st.frozensets(st.sampled_from("abc"), max_size=2))
 def test_a_view_that_was_kept_up_to_date_is_one_that_was_made_anew(
     reports: list[NodeReport], open_grants: list[Grant], gone: frozenset[str]
@@ -115,7 +169,7 @@ def test_a_view_that_was_kept_up_to_date_is_one_that_was_made_anew(
         assert parts(there) == parts(anew.nodes[name])
     assert kept.names == anew.names
     assert kept.by_remote_queue == anew.by_remote_queue
-    assert kept.best_remote_bytes_per_s == anew.best_remote_bytes_per_s
+    assert kept.usual_remote_bytes_per_s == anew.usual_remote_bytes_per_s
     for fingerprint in ("print", "other", "none"):
         assert set(kept.holders(fingerprint)) == set(anew.holders(fingerprint))
 

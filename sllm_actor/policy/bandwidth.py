@@ -65,8 +65,3 @@ class Bandwidths:
     def usual(self) -> float:
         """What a node may expect that has seen nothing yet: the middle of what the others have."""
         return self._seen[len(self._seen) // 2] if self._seen else self._first_bytes_per_s
-
-    @property
-    def best(self) -> float:
-        """No node expects more."""
-        return self._seen[-1] if self._seen else self._first_bytes_per_s

@@ -77,7 +77,7 @@ def soonest_to_fetch(view: ClusterView, question: PlaceModel, bytes_first_s: flo
     """
     if question.holders_only or view.holders(question.fingerprint):
         return None
-    for queue_s, name, _ in view.by_remote_queue[:LOOKED_AT]:
+    for queue_s, name in view.by_remote_queue[:LOOKED_AT]:
         node = view.nodes[name]
         if not node.report.cordoned and question.slots <= node.report.slots and has_room(node, question):
             seconds = queue_s + way_up(node, question).move_s

@@ -9,7 +9,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from math import inf
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -17,6 +17,9 @@ from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.placement import InstanceReport, InstanceView, NodeReport
 from sllm_actor.policy.bandwidth import Bandwidths
 from sllm_actor.policy.node_view import Grant, NodeView, Ways
+
+if TYPE_CHECKING:
+    from sllm_actor.policy.soonest import Ranking
 
 
 class ClusterView:
@@ -41,8 +44,10 @@ class ClusterView:
         self._active: dict[ModelName, int] = {}
         self._awaited: Counter[ModelName] = Counter()
         self.names: list[NodeId] = []
-        # The nodes by their queue of fetches, each with how fast it fetches.
-        self.by_remote_queue: list[tuple[float, NodeId, float]] = []
+        # The nodes by their queue of fetches.
+        self.by_remote_queue: list[tuple[float, NodeId]] = []
+        # The nodes by their offers for models of a few kinds: `soonest` makes and keeps these.
+        self.rankings: dict[tuple[int, int, int], Ranking] = {}
         self._ways = Ways(Bandwidths(first_ssd_bytes_per_s), Bandwidths(first_remote_bytes_per_s))
 
     def hear(self, report: NodeReport, now_s: float) -> None:
@@ -66,6 +71,7 @@ class ClusterView:
         now = _changed(instance, running_s=running_s) if instance.active else instance
         told = _changed(node.report, instances=(*instances[:at], now, *instances[at + 1 :]))
         node.hear_of_instance(told, at)
+        self.doubt(report.node)
         self._count_active(instance.model, instance.active - instances[at].active)
         return True
 
@@ -91,6 +97,9 @@ class ClusterView:
 
     def _index(self, before: NodeView | None, view: NodeView | None) -> None:
         """Change in the indexes what a node's view has, and the one before had not, or the other way about."""
+        for one in (before, view):
+            if one is not None:
+                self.doubt(one.report.node)
         if before is None or view is None or before.on_host is not view.on_host or before.on_ssd is not view.on_ssd:
             self._index_holders(before, view)
         self._index_models(before, view)
@@ -253,6 +262,7 @@ class ClusterView:
     def _account(self, node: NodeId) -> None:
         if node in self.nodes:
             self.nodes[node].count_beside(self._grants_of(node), *self._marked(node))
+            self.doubt(node)
 
     def _marked(self, node: NodeId) -> tuple[Collection[str], Collection[str]]:
         return self.leaving.get(node, ()), self.held.get(node, ())
@@ -269,9 +279,14 @@ class ClusterView:
         return self._holders.get(fingerprint, {})
 
     @property
-    def best_remote_bytes_per_s(self) -> float:
-        """No node fetches faster."""
-        return self._ways.remote.best
+    def usual_remote_bytes_per_s(self) -> float:
+        """How fast a node is taken to fetch that has not done so yet."""
+        return self._ways.remote.usual
+
+    def doubt(self, node: NodeId) -> None:
+        """Have a node's offers looked at anew: what they were made of has changed."""
+        for ranking in self.rankings.values():
+            ranking.doubtful.add(node)
 
 
 def _changed(message: object, **changes: Any) -> Any:
@@ -279,8 +294,8 @@ def _changed(message: object, **changes: Any) -> Any:
     return msgspec.structs.replace(cast(Any, message), **changes)
 
 
-def _queued(view: NodeView | None) -> tuple[float, NodeId, float] | None:
-    return (view.report.remote_queue_s, view.report.node, view.report.remote_bytes_per_s) if view is not None else None
+def _queued(view: NodeView | None) -> tuple[float, NodeId] | None:
+    return (view.report.remote_queue_s, view.report.node) if view is not None else None
 
 
 def _bandwidths(view: NodeView | None) -> tuple[float, float]:

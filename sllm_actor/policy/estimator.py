@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
 
 from sllm_actor.domain import NodeId
 from sllm_actor.policy.learned import KEPT_CHECKPOINTS, LearnedNode, LearnedStarts
@@ -48,6 +49,12 @@ def _level(others: int) -> int:
     return min(others.bit_length(), LEVELS - 1)
 
 
+class Watcher(Protocol):
+    """Keeps what depends on what was learned."""
+
+    def doubt(self, node: NodeId) -> None: ...
+
+
 class _Node:
     """What was learned of one node."""
 
@@ -68,6 +75,10 @@ class Estimator:
         self._max_checkpoints = max_checkpoints
         self._nodes: OrderedDict[NodeId, _Node] = OrderedDict()
         self.changed: set[NodeId] = set()
+        # Told of each node of which something was learned or forgotten.
+        self.watcher: Watcher | None = None
+        # Of which nodes a start that fetched a checkpoint is known.
+        self._fetched: dict[str, dict[NodeId, None]] = {}
 
     def constant_s(
         self, node: NodeId, tier: str, fingerprint: str, size_bytes: int, move_s: float, others: int = 0
@@ -102,8 +113,10 @@ class Estimator:
         before = levels[level]
         starts = (*before.starts, constant_s)[-WINDOW:] if before else (constant_s,)
         known.seen[key] = (*levels[:level], _seen(starts), *levels[level + 1 :])
+        self._note(node, key)
         if len(known.seen) > self._max_checkpoints:
-            known.seen.popitem(last=False)
+            oldest, _ = known.seen.popitem(last=False)
+            self._forget(node, oldest)
         known.lines[tier] = learned(known.lines.get(tier, Line()), size_bytes, constant_s)
 
     def leave_s(self, node: NodeId) -> float:
@@ -122,9 +135,33 @@ class Estimator:
         self._nodes.move_to_end(node)
         self.changed.add(node)
         if len(self._nodes) > self._max_nodes:
-            gone, _ = self._nodes.popitem(last=False)
+            gone, forgotten = self._nodes.popitem(last=False)
             self.changed.add(gone)
+            for key in forgotten.seen:
+                self._forget(gone, key)
+            self._doubt(gone)
+        self._doubt(node)
         return known
+
+    def _doubt(self, node: NodeId) -> None:
+        if self.watcher is not None:
+            self.watcher.doubt(node)
+
+    def _note(self, node: NodeId, key: tuple[str, str]) -> None:
+        tier, fingerprint = key
+        if tier == SOURCE:
+            self._fetched.setdefault(fingerprint, {})[node] = None
+
+    def _forget(self, node: NodeId, key: tuple[str, str]) -> None:
+        tier, fingerprint = key
+        if tier == SOURCE:
+            del self._fetched[fingerprint][node]
+            if not self._fetched[fingerprint]:
+                del self._fetched[fingerprint]
+
+    def fetched_by(self, fingerprint: str) -> Collection[NodeId]:
+        """List the nodes of which a start is known that has fetched a checkpoint."""
+        return self._fetched.get(fingerprint, {})
 
     def of_node(self, node: NodeId) -> LearnedNode | None:
         """Give what is to be kept of a node: of its checkpoints the last that started; None where it is unknown."""
@@ -148,6 +185,8 @@ class Estimator:
             levels = [_seen(starts[-WINDOW:]) if starts else None for starts in seen[:LEVELS]]
             if any(levels):
                 known.seen[tier, fingerprint] = (*levels, *_NOTHING[len(levels) :])
+                self._note(node, (tier, fingerprint))
+        self._doubt(node)
 
 
 def _seen(starts: tuple[float, ...]) -> _Seen:

@@ -22,11 +22,11 @@ from sllm_actor.policy.offers import (
     allows,
     first_action,
     leave_term,
-    soonest,
     startup_s,
     way_up,
 )
 from sllm_actor.policy.room import Cost, Occupant, cheapest_to_leave
+from sllm_actor.policy.soonest import soonest
 
 # Each needs a look for its destination.
 MAX_MOVED = 8

@@ -1,20 +1,13 @@
-"""What each node could do for a model that is to start, and how long that would take. Pure.
-
-Of a thousand nodes few are looked at: those that hold the checkpoint, found by an index, and of the others those whose
-queue alone is not longer already than the best whole starts.
-"""
+"""What each node could do for a model that is to start, and how long that would take. Pure."""
 
 from __future__ import annotations
 
 import enum
-from bisect import bisect_left
-from math import nextafter
 from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.explanation import Term
 from sllm_actor.messages.placement import InstanceView, PlaceModel
-from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import HOST, SOURCE, SSD, Estimator
 from sllm_actor.policy.node_view import NodeView
 
@@ -93,11 +86,19 @@ def way_up(node: NodeView, question: PlaceModel) -> Way:
 
 def startup_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: Way) -> float:
     """Estimate a start on a node that has room."""
-    move_s = way.move_s
+    return way.move_s + rest_s(node, estimator, question, way, Action.START)
+
+
+def rest_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: Way, action: Action) -> float:
+    """Estimate all of a start but the moving of its bytes, which depends on nothing but those.
+
+    It is told in whole microseconds, so that two that differ do so still with the same on top of both.
+    """
     constant_s = estimator.constant_s(
-        node.report.node, way.tier, question.fingerprint, question.size_bytes, move_s, node.beside
+        node.report.node, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.beside
     )
-    return way.queue_s + move_s + constant_s
+    leave_s = 0.0 if action is Action.START else estimator.leave_s(node.report.node)
+    return round(way.queue_s + constant_s + leave_s, 6)
 
 
 def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> tuple[Term, ...]:
@@ -151,49 +152,9 @@ def offer_of(node: NodeView, estimator: Estimator, question: PlaceModel) -> Offe
     action = first_action(node, question)
     if action is None:
         return None
-    way, name = way_up(node, question), node.report.node
-    estimate_s = startup_s(node, estimator, question, way)
-    if action is not Action.START:
-        estimate_s += estimator.leave_s(name)
-    return Offer(estimate_s, name, action, way.tier)
-
-
-def soonest(view: ClusterView, estimator: Estimator, question: PlaceModel, most: int) -> list[Offer]:
-    """Give the `most` soonest offers of all nodes, soonest first."""
-    best: list[Offer] = []
-    holders, size_bytes = view.holders(question.fingerprint), question.size_bytes
-    for name in holders:
-        _take(best, offer_of(view.nodes[name], estimator, question), most)
-    fastest = view.best_remote_bytes_per_s
-    least_s = size_bytes / fastest if fastest > 0 else INF
-    worst_s = best[-1].estimate_s if len(best) == most else INF
-    queues, at = view.by_remote_queue, 0
-    while at < len(queues):
-        queue_s, name, bytes_per_s = queues[at]
-        at += 1
-        # What follows waits as long or longer, and no constant of a fetch is below 0.
-        if queue_s + least_s > worst_s:
-            break
-        # Of many that are as good at best, the first by name are wanted: none that follows with the same queue.
-        if len(best) == most and queue_s + least_s == worst_s and name > best[-1].node:
-            at = bisect_left(queues, (nextafter(queue_s, INF),), at)
-            continue
-        if (bytes_per_s > 0 and queue_s + size_bytes / bytes_per_s > worst_s) or name in holders:
-            continue
-        _take(best, offer_of(view.nodes[name], estimator, question), most)
-        worst_s = best[-1].estimate_s if len(best) == most else INF
-    return best
-
-
-def _take(best: list[Offer], offer: Offer | None, most: int) -> None:
-    if offer is None or (len(best) == most and offer[:2] > best[-1][:2]):
-        return
-    # Behind all that are not later, as few as they are.
-    at = len(best)
-    while at and best[at - 1][:2] > offer[:2]:
-        at -= 1
-    best.insert(at, offer)
-    del best[most:]
+    way = way_up(node, question)
+    estimate_s = way.move_s + rest_s(node, estimator, question, way, action)
+    return Offer(estimate_s, node.report.node, action, way.tier)
 
 
 def is_restricted(question: PlaceModel) -> bool:

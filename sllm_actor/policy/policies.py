@@ -15,7 +15,8 @@ from sllm_actor.policy import moving
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.node_view import NodeView
-from sllm_actor.policy.offers import INF, Action, Offer, offer_of, soonest
+from sllm_actor.policy.offers import INF, Action, Offer, offer_of
+from sllm_actor.policy.soonest import soonest
 
 # Candidates that an explanation shows.
 SHOWN = 6

@@ -41,7 +41,7 @@ LIMIT_TURNS = 2**62
 SETTLE_S = 1.5 * REPORT_EVERY_S
 WARM, JOINED = "running", "another's start"
 # Where many are asked, their cluster's memory is gathered at first, and again after so many.
-GATHER_EVERY = 50_000
+GATHER_EVERY = 100_000
 FEW = 5_000
 
 
