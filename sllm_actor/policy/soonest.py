@@ -22,7 +22,7 @@ from sllm_actor.policy.node_view import NodeView
 from sllm_actor.policy.offers import INF, Action, Offer, allows, first_action, offer_of, rest_s, way_up
 
 # Kinds of models whose order is kept.
-MAX_RANKINGS = 16
+MAX_RANKINGS = 64
 
 _Entry = tuple[float, NodeId, Action]
 
