@@ -62,13 +62,20 @@ def test_of_an_instance_alone_what_it_works_on_is_told_as_long_as_the_node_is_a_
         one = Instance("m-1", model, none, none, cast(Any, SimpleNamespace(name="w")), LearnedTimes(), 0.0)
         await node.clock.sleep(2.0)
         one.hear(InstanceActivity(instance_id="m-1", active=2, prompt_tokens=7, running_s=1.0), 2.0)
-        node.reporting.tell_of(one)
-        node.epoch = None
+        node.reporting.begin("manager", {"m-1": one}, {})
         node.reporting.tell_of(one)
         await node.clock.sleep(0.001)
         (told,) = node.hearing.of_instances
         assert (told.node, told.epoch, told.instance) == ("n", 0, one.view((), told.told_s))
-        assert node.hearing.reports == []
+        assert [report.instances for report in node.hearing.reports] == [(told.instance,)]
+        node.epoch = None
+        node.reporting.tell_of(one)
+        node.epoch = 7  # Whoever was forgotten with its membership is to be known anew.
+        node.reporting.tell_of(one)
+        node.reporting.tell_of(one)
+        await node.clock.sleep(0.001)
+        assert [report.epoch for report in node.hearing.reports] == [0, 7]
+        assert [report.epoch for report in node.hearing.of_instances] == [0, 7]
         await node.system.close()
 
     run_virtual(main)

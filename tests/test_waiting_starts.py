@@ -8,8 +8,8 @@ import pytest
 
 from sllm_actor.actors.rooms import Waiting
 from sllm_actor.actors.waiting_starts import WaitingStarts
-from sllm_actor.domain import ModelName, RequestId
-from sllm_actor.messages.placement import PlaceModel, RunsAlready
+from sllm_actor.domain import ModelName, NodeId, RequestId
+from sllm_actor.messages.placement import Placement, PlaceModel, RunsAlready
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.placement import QUIET
 
@@ -30,15 +30,24 @@ async def test_those_who_wait_are_those_that_nodes_tell_of_with_who_has_asked_an
         starts.add(one)
     assert starts.asking({}) == {a: 2, b: 1}
     assert starts.asking({a: 3, c: 1}) == {a: 5, b: 1, c: 1}
-    starts.settle(second, True)  # For the start that one more has asked for.
-    starts.settle(second, True)
-    assert starts.asking({c: 1}) == {a: 3, b: 1, c: 1}
+    starts.answer(third, granted("placement-1"))
+    assert starts.asking({b: 1}) == {a: 2, b: 2}
+    starts.answer(second, granted("placement-2"))
+    starts.ended("placement-1")
+    starts.ended("placement-1")
+    assert starts.asking({c: 1}) == {a: 2, c: 1}
+    starts.ended("placement-2")
     starts.leave(second)
-    starts.leave(third)
     starts.leave(third)
     assert starts.asking({}) == {a: 1}
     starts.leave(first)
     assert starts.asking({}) == {}
+
+
+def granted(placement_id: str) -> Placement:
+    return Placement(
+        placement_id=placement_id, node=NodeId("n"), manager="manager", estimate_s=0.0, lease_s=1.0, reason=""
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

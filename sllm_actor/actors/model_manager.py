@@ -103,9 +103,9 @@ class ModelManager(Actor):
     async def started(self) -> None:
         await self._registry.open()
         self._reporting.begin(self.context.self_ref.name, self._instances, self._starting)
+        self.context.tasks.spawn(self._reporting.keep_telling(), "report")
         if not self._place.alone:
             self.context.tasks.spawn(self._reporting.introduce(), "introduce")
-            self.context.tasks.spawn(self._reporting.keep_telling(), "report")
             self.context.tasks.spawn(self._follow_models(), "follow")
 
     # Registrations.

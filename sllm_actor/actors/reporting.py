@@ -49,7 +49,8 @@ class Reporting:
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
-        # What was pinned by the last report.
+        # To whom the last report was told, in which epoch; and what it had: its instances, and what was pinned.
+        self._told: tuple[ActorRef | None, int | None, frozenset[str]] = (None, None, frozenset())
         self._pinned: frozenset[str] = frozenset()
         # The placements of the last starts that ended: when, and whether in failure.
         self._ended: dict[str, tuple[float, bool]] = {}
@@ -134,17 +135,21 @@ class Reporting:
             self._way.tell(report)
 
     def tell_of(self, instance: Instance) -> None:
-        """Tell what one instance works on now, where all else is as it was told last."""
+        """Tell what one instance works on now, where the rest is as it was told last; else, all there is."""
         epoch, now_s = self._place.epoch, self._clock.monotonic_s()
-        if epoch is not None:
+        leader, told_in, known = self._told
+        if leader != self._way.ref or told_in != epoch or instance.instance_id not in known:
+            self.tell()
+        elif epoch is not None:
             view = instance.view(self._pinned, now_s)
             self._way.tell(InstanceReport(node=self._place.node, epoch=epoch, told_s=now_s, instance=view))
 
     def _report(self) -> NodeReport | None:
-        """Say all that there is to tell; None while this node is no member."""
+        """Say all that there is to tell, for whoever leads; None while this node is no member."""
         epoch = self._place.epoch
         if epoch is None:
             return None
+        self._told = self._way.ref, epoch, frozenset(self._instances)
         # Where nothing is ever started, nothing is held for it either.
         held = self._tiers.loader.fingerprints() if self._max_instances else []
         pinned = self._pinned = frozenset([fingerprint for fingerprint, is_pinned in held if is_pinned])

@@ -7,7 +7,7 @@ from sllm_actor.engine.streams import Item
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.engine import Prefilled
 from sllm_actor.messages.generation import Finished, Generate
-from sllm_actor.messages.instances import AdapterHeld, Answered, InstanceActivity, NoSlot
+from sllm_actor.messages.instances import AdapterHeld, Answered, InstanceActivity
 
 
 class _One:
@@ -32,7 +32,7 @@ class Running:
         """Note a request that has come, and may wait for its turn still."""
         self._requests[request.request_id] = _One(request, now_s)
 
-    def take(self, request_id: RequestId, item: AdapterHeld | NoSlot | Item, now_s: float) -> None:
+    def take(self, request_id: RequestId, item: AdapterHeld | Item, now_s: float) -> None:
         """Note an item of an answer."""
         one = self._requests[request_id]
         if isinstance(item, Prefilled):

@@ -213,6 +213,7 @@ class Scheduler(Actor):
 
     def _ended(self, placement_id: str, outcome: str, now_s: float) -> None:
         """Learn from what a start took, compared with what was expected."""
+        self._waiting.ended(placement_id)
         if (start := self._granted.end(placement_id)) is None:
             return
         observed_s = now_s - start.granted_s

@@ -24,8 +24,10 @@ class WaitingStarts:
     def __init__(self) -> None:
         self._waiting: list[Waiting] = []
         self._doubtful: list[Waiting] = []
-        # How many there are of each model, and how many of those are settled.
+        # How many there are of each model; the starts that were granted to one of them and have not ended; how many of
+        # those that wait are settled.
         self._of_model: Counter[ModelName] = Counter()
+        self._granted: dict[str, ModelName] = {}
         self._settled: Counter[ModelName] = Counter()
 
     def __len__(self) -> int:
@@ -50,6 +52,8 @@ class WaitingStarts:
     def answer(self, waiting: Waiting, answer: Placement | RunsAlready) -> None:
         """Answer one that waits."""
         self._remove(waiting)
+        if isinstance(answer, Placement):
+            self._granted[answer.placement_id] = waiting.question.model
         if not waiting.answer.done():
             waiting.answer.set_result(answer)
 
@@ -83,9 +87,13 @@ class WaitingStarts:
 
     def asking(self, beside: Mapping[ModelName, int]) -> Counter[ModelName]:
         """Tell how many requests wait for a start of each model: as many as nodes tell of `beside` those who have asked
-        for it, and those themselves, of whom one may have been answered and its start has begun.
+        for it, and those themselves, whether they wait for an answer or for the start that they were granted.
         """
-        return self._of_model + Counter(self._settled.keys()) + Counter(beside)
+        return self._of_model + Counter(self._granted.values()) + Counter(beside)
+
+    def ended(self, placement_id: str) -> None:
+        """Hear that a start has ended: nobody waits for it any more."""
+        self._granted.pop(placement_id, None)
 
     def with_room(self) -> list[Waiting]:
         """List those that room is being made for."""

@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Handler(NamedTuple):
-    """How one message type is handled. A stream handler is an async generator and always concurrent.
+    """How one message type is handled. A stream handler is an async generator, or gives one, and always concurrent.
 
     One that answers `at_once` is a plain function: it can't wait.
     """
@@ -52,8 +52,9 @@ def handles(
 
     def mark(function: F) -> F:
         streams = stream or inspect.isasyncgenfunction(function)
-        aside = concurrent or streams
-        at_once = not streams and not inspect.iscoroutinefunction(function)
+        aside, is_coroutine = concurrent or streams, inspect.iscoroutinefunction(function)
+        at_once = not (streams or is_coroutine)
+        assert not (streams and is_coroutine), f"{function.__name__} is a coroutine, no stream"
         assert not (at_once and concurrent), f"{function.__name__} is a plain function: it holds up nobody"
         handler = Handler(function, aside, streams, priority, not (aside or priority or at_once), at_once)
         function.__handles__ = (message_type, handler)  # type: ignore[attr-defined]
