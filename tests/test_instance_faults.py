@@ -88,8 +88,11 @@ class DyingEngine:
 class NoSsd:
     """An SSD tier that has nothing and is never asked to keep anything."""
 
-    quota_bytes = used_bytes = revision = 0
+    quota_bytes = used_bytes = 0
     given_up = ()
+
+    def whole(self) -> tuple[tuple[str, ...], int]:
+        return (), 0
 
     def holds(self, model_id: str) -> bool:
         return False
