@@ -28,7 +28,7 @@ class Holding:
         for instance_id, turn_s in self._turns.newcomers(report, now_s):
             self._view.hold(report.node, instance_id)
             self._context.tasks.spawn(self._hold(report.node, instance_id, turn_s), f"hold-{instance_id}")
-        for instance in report.instances if self._turns.has_unasked(report.node) else ():
+        for instance in report.instances:
             self.hear_of_instance(report.node, instance, now_s)
 
     def hear_of_instance(self, node: NodeId, instance: InstanceView, now_s: float) -> None:

@@ -6,14 +6,11 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
-
-import msgspec
 
 from sllm_actor.actors.decision_log import DecisionLog
 from sllm_actor.actors.making_room import MakingRoom, Room
 from sllm_actor.errors import NoCapacity, SllmError
-from sllm_actor.messages.explanation import Explanation
+from sllm_actor.messages.declare import changed
 from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel, RunsAlready
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.node_view import Grant
@@ -93,7 +90,7 @@ class Rooms:
         expires_s = now_s + self._making.longest_s
         self._view.grant(room.room_id, Grant(node, question.host_bytes, expires_s, question.slots))
         waiting.why = decision.explanation.reason
-        self._decisions.note(_changed(decision.explanation, outcome="making room"))
+        self._decisions.note(changed(decision.explanation, outcome="making room"))
         to = {move.instance.instance_id: self._destination(move, now_s) for move in offer.moves}
         self._context.tasks.spawn(self._until_made(waiting, room, decision, to), f"make-{room.room_id}")
 
@@ -102,7 +99,7 @@ class Rooms:
         if move.load is None:
             running = self._view.running(move.instance.model)
             return next((runs_already(*one) for one in running if one[0].node == move.to), None)
-        wish = Waiting(msgspec.structs.replace(cast(Any, move.load), only_on=move.to), now_s, QUIET)
+        wish = Waiting(changed(move.load, only_on=move.to), now_s, QUIET)
         decision = self._decide(wish, now_s)
         return self._grant(wish, decision, now_s) if isinstance(decision, Start) else None
 
@@ -149,7 +146,7 @@ class Rooms:
             self._used(waiting)
             return None
         if room.made:
-            question = msgspec.structs.replace(cast(Any, waiting.question), only_on=room.node)
+            question = changed(waiting.question, only_on=room.node)
             decision = self._decide(Waiting(question, waiting.asked_s, QUIET), now_s)
             if isinstance(decision, Start):
                 self._used(waiting)
@@ -171,14 +168,8 @@ def runs_already(report: NodeReport, instance: InstanceView) -> RunsAlready:
 
 def _in_room(start: Start, room: Room, waiting: Waiting, now_s: float) -> Start:
     """Give a start whose explanation is that of making room for it."""
-    explanation = _changed(
+    explanation = changed(
         room.explanation, predicted_s=start.estimate_s, waited_s=now_s - waiting.asked_s, moved=room.moved,
         given_up=waiting.given_up, made_room_s=now_s - room.begin_s, outcome="granted",
     )  # fmt: skip
     return start._replace(explanation=explanation)
-
-
-def _changed(explanation: Explanation, **changes: Any) -> Explanation:
-    # It is a struct, which a type checker does not see of messages.
-    changed: Explanation = msgspec.structs.replace(cast(Any, explanation), **changes)
-    return changed

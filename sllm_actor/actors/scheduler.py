@@ -240,12 +240,13 @@ class Scheduler(Actor):
             raise QueueFull(f"{len(self._waiting)} starts are waiting already", retry_after_s=self._pace.next_s(now_s))
         waiting = Waiting(question, now_s, QUIET if is_restricted(question) else ABLE)
         self._waiting.add(waiting)
-        self._serve()
-        if self._scaling is not None and not waiting.answer.done():
-            self._scaling.asked((question.model,))
-        if self._limits.placement_policy == "locality_wait" and not waiting.answer.done() and waiting.recheck is None:
-            waiting.recheck = self.context.tasks.spawn(self._serve_later(self._limits.locality_wait_s), "recheck")
         try:
+            self._serve()
+            if self._scaling is not None and not waiting.answer.done():
+                self._scaling.asked((question.model,))
+            is_patient = self._limits.placement_policy == "locality_wait"
+            if is_patient and not waiting.answer.done() and waiting.recheck is None:
+                waiting.recheck = self.context.tasks.spawn(self._serve_later(self._limits.locality_wait_s), "recheck")
             async with asyncio.timeout(question.timeout_s):
                 return await waiting.answer
         except TimeoutError:

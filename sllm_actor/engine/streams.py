@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from sllm_actor.domain import RequestId
@@ -22,9 +21,7 @@ class AnswerStream:
     """The items of one request: bounded by its max_tokens, or its texts. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._items: deque[Said | Migrated | SllmError] = deque()
-        # Its one reader, while there is nothing.
-        self._reader: asyncio.Future[None] | None = None
+        self._items: asyncio.Queue[Said | Migrated | SllmError] = asyncio.Queue()
         self._held: list[Said | SllmError] | None = None
         # Of the answer here, all that the reader has or will find, but for what is held back.
         self.token_ids: list[int] = []
@@ -42,7 +39,7 @@ class AnswerStream:
         if isinstance(item, Tokens):
             self.token_ids += item.token_ids
         self.ended = isinstance(item, Finished | SllmError)
-        self._give(item)
+        self._items.put_nowait(item)
         self._grown.set()
 
     async def grown(self) -> None:
@@ -50,17 +47,9 @@ class AnswerStream:
         self._grown.clear()
         await self._grown.wait()
 
-    def _give(self, item: Said | Migrated | SllmError) -> None:
-        self._items.append(item)
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
     async def get(self) -> Said | Migrated | SllmError:
         """Wait for the next item."""
-        while not self._items:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        return self._items.popleft()
+        return await self._items.get()
 
     def hold(self) -> None:
         """Hold back what comes from now on, until `release` or `end_with`."""
@@ -82,7 +71,7 @@ class AnswerStream:
         """Let the stream end so, and forget what was held back and comes still."""
         self._held = None
         self.ended = True
-        self._give(item)
+        self._items.put_nowait(item)
 
 
 class Parking:

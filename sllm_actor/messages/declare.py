@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import msgspec
 
@@ -30,3 +30,8 @@ def message(name: str) -> Callable[[type[T]], type[T]]:
         return types.new_class(cls.__name__, (msgspec.Struct,), options, lambda namespace: namespace.update(body))
 
     return declare
+
+
+def changed(message: T, **changes: Any) -> T:
+    """Give a message with other values in some of its fields. It is a struct, which a type checker does not see."""
+    return cast(T, msgspec.structs.replace(cast(Any, message), **changes))

@@ -92,4 +92,5 @@ def has_room(node: NodeView, question: PlaceModel) -> bool:
 
 def places(node: NodeView) -> int:
     """Count the instances that could start on a node once bytes are there, at least one."""
-    return max(1, node.free.slots + node.leaving_room.slots + node.idle_room.slots)
+    free, leaving, idle, *_ = node.counted
+    return max(1, free.slots + leaving.slots + idle.slots)

@@ -9,11 +9,10 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from math import inf
-from typing import TYPE_CHECKING, Any, cast
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from sllm_actor.domain import ModelName, NodeId
+from sllm_actor.messages.declare import changed
 from sllm_actor.messages.placement import InstanceReport, InstanceView, NodeReport
 from sllm_actor.policy.bandwidth import Bandwidths
 from sllm_actor.policy.node_view import Grant, NodeView, Ways
@@ -68,8 +67,8 @@ class ClusterView:
             return False
         # As it would have been when all of it was told.
         running_s = instance.running_s - instance.active * (report.told_s - node.report.told_s)
-        now = _changed(instance, running_s=running_s) if instance.active else instance
-        told = _changed(node.report, instances=(*instances[:at], now, *instances[at + 1 :]))
+        now = changed(instance, running_s=running_s) if instance.active else instance
+        told = changed(node.report, instances=(*instances[:at], now, *instances[at + 1 :]))
         node.hear_of_instance(told, at)
         self.doubt(report.node)
         self._count_active(instance.model, instance.active - instances[at].active)
@@ -93,13 +92,14 @@ class ClusterView:
         self.leaving.pop(node, None)
         self.held.pop(node, None)
         self._expected.pop(node, None)
+        # Few leave, and none of these keeps the name of one that has left.
+        self.rankings.clear()
         self._index(gone, None)
 
     def _index(self, before: NodeView | None, view: NodeView | None) -> None:
         """Change in the indexes what a node's view has, and the one before had not, or the other way about."""
-        for one in (before, view):
-            if one is not None:
-                self.doubt(one.report.node)
+        if view is not None:
+            self.doubt(view.report.node)
         if before is None or view is None or before.on_host is not view.on_host or before.on_ssd is not view.on_ssd:
             self._index_holders(before, view)
         self._index_models(before, view)
@@ -179,7 +179,7 @@ class ClusterView:
         """Give the instances of a model that take requests, the least busy of each node first."""
         for name in self._running_on.get(model, ()):
             node = self.nodes[name]
-            of_model = [one for one in node.staying if one.model == model]
+            of_model = [one for one in node.counted.staying if one.model == model]
             for instance in sorted(of_model, key=lambda one: (one.active, one.instance_id)):
                 yield node.report, instance
 
@@ -287,11 +287,6 @@ class ClusterView:
         """Have a node's offers looked at anew: what they were made of has changed."""
         for ranking in self.rankings.values():
             ranking.doubtful.add(node)
-
-
-def _changed(message: object, **changes: Any) -> Any:
-    # It is a struct, which a type checker does not see of messages.
-    return msgspec.structs.replace(cast(Any, message), **changes)
 
 
 def _queued(view: NodeView | None) -> tuple[float, NodeId] | None:

@@ -119,7 +119,7 @@ def migrate(
 
 def _movable(node: NodeView) -> list[InstanceView]:
     """List what generates there and may leave: what has to run at all times stays where it is."""
-    return [one for one in node.busy if not one.kept]
+    return [one for one in node.counted.busy if not one.kept]
 
 
 def _move_terms(move: Move) -> tuple[Term, ...]:
@@ -152,8 +152,8 @@ def preempt(
 
 
 def _cheapest(question: PlaceModel, node: NodeView, busy: list[Occupant]) -> tuple[Occupant, ...] | None:
-    idle = [Occupant(one, Cost(0.0, 1)) for one in node.idle]
-    missing, awaited = node.missing(question), node.leaving_room
+    idle = [Occupant(one, Cost(0.0, 1)) for one in node.counted.idle]
+    missing, awaited = node.missing(question), node.counted.leaving_room
     return cheapest_to_leave([*idle, *busy], missing.slots - awaited.slots, missing.host_bytes - awaited.host_bytes)
 
 
@@ -175,9 +175,9 @@ def _offer(
 def victims(node: NodeView, question: PlaceModel) -> tuple[InstanceView, ...]:
     """Choose the idle instances that leave for a model: as few and as long idle as can be."""
     assert first_action(node, question) is Action.EVICT
-    missing, awaited = node.missing(question), node.leaving_room
+    missing, awaited = node.missing(question), node.counted.leaving_room
     # Those that have been idle the longest are the least loss.
-    idle = [Occupant(one, Cost(0.0, 1 + rank)) for rank, one in enumerate(node.idle)]
+    idle = [Occupant(one, Cost(0.0, 1 + rank)) for rank, one in enumerate(node.counted.idle)]
     chosen = cheapest_to_leave(idle, missing.slots - awaited.slots, missing.host_bytes - awaited.host_bytes)
     assert chosen is not None, "there is room for it where all idle instances leave"
     return tuple(occupant.instance for occupant in chosen)

@@ -26,10 +26,6 @@ class Room(NamedTuple):
     slots: int
     host_bytes: int
 
-    def plus(self, other: Room) -> Room:
-        """Add both."""
-        return Room(self.slots + other.slots, self.host_bytes + other.host_bytes)
-
 
 class Ways(NamedTuple):
     """What all nodes have seen of their disks, and of what they fetch."""
@@ -39,14 +35,18 @@ class Ways(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What a node's report comes to beside the grants there and the marks of its instances."""
+    """What a node's report comes to beside the grants there and the marks of its instances.
+
+    What neither instances nor grants have is `free`; of the instances that stay the idle ones may be given up, the
+    longest idle first. `at_work` engines compute or come up, and a start would come up `beside` so many.
+    """
 
     free: Room
     leaving_room: Room
     idle_room: Room
     staying: tuple[InstanceView, ...]
     busy: tuple[InstanceView, ...]
-    idle: list[InstanceView]
+    idle: tuple[InstanceView, ...]
     at_work: int
     beside: int
 
@@ -105,7 +105,8 @@ class NodeView:
             free_bytes -= one.host_bytes
             (going if one.leaving or one.instance_id in self._leaving else staying).append(one)
         busy = tuple([one for one in staying if one.active])
-        idle = [one for one in staying if not one.active and not one.kept and one.instance_id not in self._held]
+        unused = [one for one in staying if not one.active and not one.kept and one.instance_id not in self._held]
+        idle = tuple(sorted(unused, key=lambda one: (one.idle_since_s, one.instance_id)))
         # Engines that compute or come up: who starts beside them shares the node's cores.
         at_work = len(busy) + starting
         counted = self._counted = Counted(
@@ -116,49 +117,8 @@ class NodeView:
 
     @property
     def counted(self) -> Counted:
-        """All of it together, for who needs several."""
+        """What all of it comes to."""
         return self._counted or self._count()
-
-    @property
-    def free(self) -> Room:
-        """What neither instances nor grants have."""
-        return (self._counted or self._count()).free
-
-    @property
-    def leaving_room(self) -> Room:
-        """What instances leave that go."""
-        return (self._counted or self._count()).leaving_room
-
-    @property
-    def idle_room(self) -> Room:
-        """What the idle ones would leave."""
-        return (self._counted or self._count()).idle_room
-
-    @property
-    def staying(self) -> tuple[InstanceView, ...]:
-        """The instances that do not leave."""
-        return (self._counted or self._count()).staying
-
-    @property
-    def busy(self) -> tuple[InstanceView, ...]:
-        """Those of them that generate."""
-        return (self._counted or self._count()).busy
-
-    @property
-    def idle(self) -> tuple[InstanceView, ...]:
-        """Those of them that may be given up, the longest idle first."""
-        idle = (self._counted or self._count()).idle
-        return tuple(sorted(idle, key=lambda one: (one.idle_since_s, one.instance_id)))
-
-    @property
-    def at_work(self) -> int:
-        """How many engines compute there or come up."""
-        return (self._counted or self._count()).at_work
-
-    @property
-    def beside(self) -> int:
-        """Beside how many a start would come up."""
-        return (self._counted or self._count()).beside
 
     @property
     def ssd_bytes_per_s(self) -> float:
@@ -181,7 +141,7 @@ class NodeView:
 
     def missing(self, question: PlaceModel) -> Room:
         """Tell what is not free yet of what a model needs; nothing is missing where neither is above 0."""
-        free, fingerprint = self.free, question.fingerprint
+        free, fingerprint = self.counted.free, question.fingerprint
         own_bytes = self.report.pinned_host_bytes.get(fingerprint, 0) + self.expected.get(fingerprint, 0)
         return Room(question.slots - free.slots, question.host_bytes - free.host_bytes - own_bytes)
 

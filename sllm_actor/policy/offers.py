@@ -95,7 +95,7 @@ def rest_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: Way,
     It is told in whole microseconds, so that two that differ do so still with the same on top of both.
     """
     constant_s = estimator.constant_s(
-        node.report.node, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.beside
+        node.report.node, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.counted.beside
     )
     leave_s = 0.0 if action is Action.START else estimator.leave_s(node.report.node)
     return round(way.queue_s + constant_s + leave_s, 6)
@@ -105,7 +105,7 @@ def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> t
     """Give the parts of that estimate, with what they were made of."""
     way, name = way_up(node, question), node.report.node
     constant_s = estimator.constant_s(
-        name, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.beside
+        name, way.tier, question.fingerprint, question.size_bytes, way.move_s, node.counted.beside
     )
     starts = estimator.starts(name, way.tier, question.fingerprint)
     bytes_in: dict[str, float] = {"size_bytes": way.size_bytes}
@@ -117,7 +117,7 @@ def start_terms(node: NodeView, estimator: Estimator, question: PlaceModel) -> t
         Term(
             name="engine",
             seconds=constant_s,
-            inputs={"starts_seen": starts, "at_work": node.at_work, "beside": node.beside},
+            inputs={"starts_seen": starts, "at_work": node.counted.at_work, "beside": node.counted.beside},
         ),
     )
 
@@ -132,7 +132,7 @@ def first_action(node: NodeView, question: PlaceModel) -> Action | None:
 
     Nothing starts on a node that is cordoned, nor on one that lacks what can't be fetched.
     """
-    if node.report.cordoned or (is_restricted(question) and not allows(question, node.report.node)):
+    if node.report.cordoned or not allows(question, node.report.node):
         return None
     if question.holders_only and not node.holds(question.fingerprint):
         return None

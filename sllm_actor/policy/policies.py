@@ -73,7 +73,7 @@ def _soonest_by_moving(situation: Situation, best_s: float) -> Offer | None:
     for start_s, node in moving.nearest(view, estimator, question, HOLDERS_LOOKED_AT):
         if start_s >= best_s:
             break
-        offer = moving.migrate(view, estimator, question, node, situation.now_s) if node.busy else None
+        offer = moving.migrate(view, estimator, question, node, situation.now_s) if node.counted.busy else None
         if offer is not None and offer.estimate_s < best_s:
             best, best_s = offer, offer.estimate_s
     return best

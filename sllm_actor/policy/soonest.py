@@ -10,11 +10,9 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
-
-import msgspec
 
 from sllm_actor.domain import NodeId
+from sllm_actor.messages.declare import changed
 from sllm_actor.messages.placement import PlaceModel
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import SOURCE, Estimator
@@ -77,9 +75,7 @@ class Ranking:
     def __init__(self, question: PlaceModel, nodes: Iterable[NodeId]) -> None:
         self.doubtful = set(nodes)
         # It has no fingerprint, which is none that a node could have.
-        self._question: PlaceModel = msgspec.structs.replace(
-            cast(Any, question), fingerprint="", holders_only=False, not_on=(), only_on=""
-        )
+        self._question = changed(question, fingerprint="", holders_only=False, not_on=(), only_on="")
         # Those that have seen how fast they fetch, by the whole of their offers; and those that have not by all of it
         # but the bytes, which take as long for each of them.
         self._seen: list[_Entry] = []

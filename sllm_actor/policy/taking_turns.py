@@ -61,10 +61,6 @@ class TakingTurns:
         over_s = self._unasked.get(node, {}).pop(instance_id, None)
         return over_s is not None and over_s <= now_s
 
-    def has_unasked(self, node: NodeId) -> bool:
-        """Tell whether a node has new instances whose first request is not there yet."""
-        return bool(self._unasked.get(node))
-
     def is_unasked(self, node: NodeId, instance_id: str) -> bool:
         """Tell whether the first request of a new instance is not there yet."""
         return instance_id in self._unasked.get(node, {})

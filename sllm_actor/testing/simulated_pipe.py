@@ -259,15 +259,6 @@ class Pipe:
         sink, protocol = self.sink, self.sink.protocol
         host = sink.host
         rate = host.read_bytes_per_s
-        if not self._torn and rate == inf:
-            # As most often, all at once.
-            buffer = memoryview(protocol.get_buffer(-1))
-            if len(data) <= len(buffer):
-                buffer[: len(data)] = data
-                self._trace.read(host.name, sink.number, memoryview(data))
-                protocol.buffer_updated(len(data))
-                self._acknowledge(len(data))
-                return
         limit = len(data) if rate == inf else min(len(data), max(1, int(rate * READ_QUANTUM_S)))
         taken = 0
         with memoryview(data) as view:
