@@ -12,7 +12,7 @@ from sllm_actor.actors.manager_limits import Limits
 from sllm_actor.actors.place import Place
 from sllm_actor.actors.prepared import MigrationLimits
 from sllm_actor.actors.registry import Registry
-from sllm_actor.actors.reporting import ENDED_KEPT, ENDED_TOLD_S, Reporting
+from sllm_actor.actors.reporting import ENDED_KEPT, ENDED_TOLD_S, TOGETHER_S, Reporting
 from sllm_actor.actors.scheduler_way import SchedulerWay
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import NodeId
@@ -54,28 +54,64 @@ class Node:
         return self.hearing.reports[-1]
 
 
+def instance_of(instance_id: str) -> Instance:
+    model, none = model_of("m", 100, 60.0), cast(Any, SimpleNamespace(host_bytes=lambda _: 0))
+    return Instance(instance_id, model, none, none, cast(Any, SimpleNamespace(name="w")), LearnedTimes(), 0.0)
+
+
 def test_of_an_instance_alone_what_it_works_on_is_told_as_long_as_the_node_is_a_member() -> None:
     async def main() -> None:
         node = Node()
         await node.start()
-        model, none = model_of("m", 100, 60.0), cast(Any, SimpleNamespace(host_bytes=lambda _: 0))
-        one = Instance("m-1", model, none, none, cast(Any, SimpleNamespace(name="w")), LearnedTimes(), 0.0)
+        one = instance_of("m-1")
         await node.clock.sleep(2.0)
         one.hear(InstanceActivity(instance_id="m-1", active=2, prompt_tokens=7, running_s=1.0), 2.0)
         node.reporting.begin("manager", {"m-1": one}, {})
         node.reporting.tell_of(one)
-        await node.clock.sleep(0.001)
+        node.reporting.tell_of(one)
+        await node.clock.sleep(2 * TOGETHER_S)
         (told,) = node.hearing.of_instances
         assert (told.node, told.epoch, told.instance) == ("n", 0, one.view((), told.told_s))
-        assert [report.instances for report in node.hearing.reports] == [(told.instance,)]
+        assert [[view.active for view in report.instances] for report in node.hearing.reports] == [[2]]
         node.epoch = None
         node.reporting.tell_of(one)
+        await node.clock.sleep(2 * TOGETHER_S)
         node.epoch = 7  # Whoever was forgotten with its membership is to be known anew.
-        node.reporting.tell_of(one)
-        node.reporting.tell_of(one)
-        await node.clock.sleep(0.001)
+        for _ in range(2):
+            node.reporting.tell_of(one)
+            await node.clock.sleep(2 * TOGETHER_S)
         assert [report.epoch for report in node.hearing.reports] == [0, 7]
         assert [report.epoch for report in node.hearing.of_instances] == [0, 7]
+        await node.system.close()
+
+    run_virtual(main)
+
+
+def test_what_changes_within_a_moment_is_told_once_and_not_behind_a_report_of_all() -> None:
+    async def main() -> None:
+        node = Node()
+        await node.start()
+        one, other = instance_of("m-1"), instance_of("m-2")
+        node.reporting.begin("manager", {"m-1": one, "m-2": other}, {})
+        await node.told()
+        for active in (1, 2, 3):
+            one.hear(InstanceActivity(instance_id="m-1", active=active), node.clock.monotonic_s())
+            node.reporting.tell_of(one)
+            node.reporting.tell_of(other)
+            await node.clock.sleep(TOGETHER_S / 4)
+        assert not node.hearing.of_instances
+        await node.clock.sleep(TOGETHER_S)
+        assert [(told.instance.instance_id, told.instance.active) for told in node.hearing.of_instances] == [
+            ("m-1", 3), ("m-2", 0),
+        ]  # fmt: skip
+        node.reporting.tell_of(one)
+        await node.told()
+        await node.clock.sleep(2 * TOGETHER_S)
+        assert len(node.hearing.of_instances) == 2
+        node.reporting.tell_of(one)
+        node.reporting.close()
+        await node.clock.sleep(2 * TOGETHER_S)
+        assert len(node.hearing.of_instances) == 2
         await node.system.close()
 
     run_virtual(main)

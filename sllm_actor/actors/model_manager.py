@@ -361,11 +361,10 @@ class ModelManager(Actor):
         return tuple(instance.status(self._place.node, now_s) for instance in self._instances.values())
 
     async def stopped(self) -> None:
+        self._reporting.close()
         for instance in list(self._instances.values()):
             await self._discard(instance.started)
             await instance.adapters.close()
-
-    # Reports.
 
     def _tell_gone(self, instance: Instance) -> None:
         self._place.withdrawn(instance.route(self._place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 
@@ -29,6 +30,8 @@ LOOK_EVERY_S = 0.25
 # Before a leader that has not heard of this node is told again, at first: a Scheduler begins soon after it is known.
 FIRST_AGAIN_S = 0.02
 TOLD_THREADS = 2.0
+# What changes within so short a while is told together: requests come in bursts, and their answers end in them.
+TOGETHER_S = 0.005
 
 
 class Reporting:
@@ -52,6 +55,10 @@ class Reporting:
         # To whom the last report was told, in which epoch; and what it had: its instances, and what was pinned.
         self._told: tuple[ActorRef | None, int | None, frozenset[str]] = (None, None, frozenset())
         self._pinned: frozenset[str] = frozenset()
+        # What is to be told soon: these instances, or all there is; and when.
+        self._changed: dict[str, Instance] = {}
+        self._all_changed = False
+        self._soon: asyncio.TimerHandle | None = None
         # The placements of the last starts that ended: when, and whether in failure.
         self._ended: dict[str, tuple[float, bool]] = {}
         self._ssd = ObservedWay(tiers.loader.paths().ssd)
@@ -86,7 +93,7 @@ class Reporting:
         self._manager, self._instances, self._starting = manager, instances, starting
         self._tiers.when_stored(self.tell)
         self._registry.on_found = self.tell
-        self._room.on_awaited = self.tell
+        self._room.on_awaited = self._tell_soon
         if self._place.alone:
             self._way.listen(self.tell)
             self.tell()
@@ -130,19 +137,40 @@ class Reporting:
 
     def tell(self) -> None:
         """Tell all of it, unless this node is no member: then nothing may be placed here."""
+        self._changed, self._all_changed = {}, False
         report = self._report()
         if report is not None:
             self._way.tell(report)
 
     def tell_of(self, instance: Instance) -> None:
-        """Tell what one instance works on now, where the rest is as it was told last; else, all there is."""
-        epoch, now_s = self._place.epoch, self._clock.monotonic_s()
+        """Tell soon what one instance works on then, where the rest is as it was told last; else, all there is."""
+        self._changed[instance.instance_id] = instance
+        self._arm()
+
+    def _tell_soon(self) -> None:
+        self._all_changed = True
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(TOGETHER_S, self._tell_changed)
+
+    def _tell_changed(self) -> None:
+        self._soon = None
+        epoch, now_s, changed = self._place.epoch, self._clock.monotonic_s(), self._changed
         leader, told_in, known = self._told
-        if leader != self._way.ref or told_in != epoch or instance.instance_id not in known:
+        if self._all_changed or (changed and (leader != self._way.ref or told_in != epoch or changed.keys() - known)):
             self.tell()
         elif epoch is not None:
-            view = instance.view(self._pinned, now_s)
-            self._way.tell(InstanceReport(node=self._place.node, epoch=epoch, told_s=now_s, instance=view))
+            for instance in changed.values():
+                view = instance.view(self._pinned, now_s)
+                self._way.tell(InstanceReport(node=self._place.node, epoch=epoch, told_s=now_s, instance=view))
+        self._changed = {}
+
+    def close(self) -> None:
+        """Tell nothing more of what has changed."""
+        if self._soon is not None:
+            self._soon.cancel()
 
     def _report(self) -> NodeReport | None:
         """Say all that there is to tell, for whoever leads; None while this node is no member."""
