@@ -40,7 +40,9 @@ class Autoscaler:
 
         Of a thousand that run few have so many, and the others are not looked at.
         """
-        busy = self._busy(view, awaited, {**view.active, **awaited})
+        # No instance takes less than one request.
+        several = [name for name, active in view.active.items() if active > 1]
+        busy = self._busy(view, awaited, {*several, *awaited})
         found = {model.name: model for model in (*self._kept(), *busy) if not model.base}
         return [found[name] for name in sorted(found)]
 
@@ -51,9 +53,9 @@ class Autoscaler:
             if model is not None and wanted(model.scaling, asking, self._instance_takes) > 1:
                 yield model
 
-    def is_called(self, view: ClusterView, awaited: Mapping[ModelName, int], models: Iterable[ModelName]) -> bool:
+    def is_called(self, view: ClusterView, awaited: Mapping[ModelName, int]) -> bool:
         """Tell whether more wait for a start of one of these than one instance takes: not to be left for later."""
-        return any(True for _ in self._busy(view, awaited, models))
+        return any(True for _ in self._busy(view, awaited, awaited))
 
     def missing(
         self, view: ClusterView, awaited: Mapping[ModelName, int], starting: Mapping[ModelName, int],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, cast
 
@@ -61,9 +61,10 @@ class ScalingUp:
         # Set where more requests wait for a start than one instance takes.
         self._more_wait = asyncio.Event()
 
-    def asked(self, models: Iterable[ModelName]) -> None:
+    def asked(self, models: Collection[ModelName]) -> None:
         """Hear that more may wait for a start of these."""
-        if self._autoscaler.is_called(self._view, self._waiting.asking(self._view.awaited), models):
+        awaited = self._waiting.asking(self._view.awaited, models)
+        if self._autoscaler.is_called(self._view, awaited):
             self._more_wait.set()
 
     async def keep_looking(self) -> None:

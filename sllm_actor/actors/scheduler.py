@@ -281,10 +281,12 @@ class Scheduler(Actor):
         """Grant by priority and then in the order of asking, until someone has to wait."""
         if self._awaited:
             return
-        self._waiting.refuse(self._view, self._members.keys(), self._gone)
         now_s = self._clock.monotonic_s()
         for placement_id in self._view.expired(now_s):
             self._ended(placement_id, "expired", now_s)
+        if not self._waiting:
+            return
+        self._waiting.refuse(self._view, self._members.keys(), self._gone)
         if self._rooms:
             self._start_in_rooms(now_s)
         with_room = self._waiting.models_with_room() if self._rooms else set()

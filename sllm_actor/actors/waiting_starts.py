@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, cast
 
 import msgspec
@@ -24,9 +24,9 @@ class WaitingStarts:
     def __init__(self) -> None:
         self._waiting: list[Waiting] = []
         self._doubtful: list[Waiting] = []
-        # How many there are of each model; the starts that were granted to one of them and have not ended; how many of
-        # those that wait are settled.
-        self._of_model: Counter[ModelName] = Counter()
+        # How many have asked for a start of each model, and wait or were granted one that has not ended; these starts;
+        # how many of those that wait are settled.
+        self._asking: Counter[ModelName] = Counter()
         self._granted: dict[str, ModelName] = {}
         self._settled: Counter[ModelName] = Counter()
 
@@ -40,7 +40,7 @@ class WaitingStarts:
         """Let one wait."""
         self._waiting.append(waiting)
         self._doubtful.append(waiting)
-        self._of_model[waiting.question.model] += 1
+        self._asking[waiting.question.model] += 1
 
     def leave(self, waiting: Waiting) -> None:
         """Forget one, answered or not."""
@@ -53,7 +53,8 @@ class WaitingStarts:
         """Answer one that waits."""
         self._remove(waiting)
         if isinstance(answer, Placement):
-            self._granted[answer.placement_id] = waiting.question.model
+            model = self._granted[answer.placement_id] = waiting.question.model
+            self._asking[model] += 1
         if not waiting.answer.done():
             waiting.answer.set_result(answer)
 
@@ -85,15 +86,25 @@ class WaitingStarts:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
 
-    def asking(self, beside: Mapping[ModelName, int]) -> Counter[ModelName]:
-        """Tell how many requests wait for a start of each model: as many as nodes tell of `beside` those who have asked
-        for it, and those themselves, whether they wait for an answer or for the start that they were granted.
+    def asking(
+        self, beside: Mapping[ModelName, int], models: Iterable[ModelName] | None = None
+    ) -> dict[ModelName, int]:
+        """Tell how many requests wait for a start of each model, or of these: as many as nodes tell of `beside` those
+        who have asked for it, and those themselves, whether they wait for an answer or for the start that they were
+        granted.
         """
-        return self._of_model + Counter(self._granted.values()) + Counter(beside)
+        asking, names = self._asking, {*self._asking, *beside} if models is None else models
+        return {name: asking.get(name, 0) + beside.get(name, 0) for name in names}
 
     def ended(self, placement_id: str) -> None:
         """Hear that a start has ended: nobody waits for it any more."""
-        self._granted.pop(placement_id, None)
+        if placement_id in self._granted:
+            self._count_less(self._granted.pop(placement_id))
+
+    def _count_less(self, model: ModelName) -> None:
+        self._asking[model] -= 1
+        if not self._asking[model]:
+            del self._asking[model]
 
     def with_room(self) -> list[Waiting]:
         """List those that room is being made for."""
@@ -126,7 +137,4 @@ class WaitingStarts:
     def _remove(self, waiting: Waiting) -> None:
         self._waiting.remove(waiting)
         self.settle(waiting, False)
-        model = waiting.question.model
-        self._of_model[model] -= 1
-        if not self._of_model[model]:
-            del self._of_model[model]
+        self._count_less(waiting.question.model)

@@ -62,9 +62,10 @@ class ClusterView:
         if node is None:
             return False
         instances, instance = node.report.instances, report.instance
-        at = next((at for at, one in enumerate(instances) if one.instance_id == instance.instance_id), None)
-        if at is None:
+        known = [one.instance_id for one in instances]
+        if instance.instance_id not in known:
             return False
+        at = known.index(instance.instance_id)
         # As it would have been when all of it was told.
         running_s = instance.running_s - instance.active * (report.told_s - node.report.told_s)
         now = changed(instance, running_s=running_s) if instance.active else instance
@@ -179,8 +180,7 @@ class ClusterView:
         """Give the instances of a model that take requests, the least busy of each node first."""
         for name in self._running_on.get(model, ()):
             node = self.nodes[name]
-            of_model = [one for one in node.counted.staying if one.model == model]
-            for instance in sorted(of_model, key=lambda one: (one.active, one.instance_id)):
+            for instance in sorted(node.staying(model), key=lambda one: (one.active, one.instance_id)):
                 yield node.report, instance
 
     def grant(self, placement_id: str, grant: Grant) -> None:

@@ -44,7 +44,6 @@ class Counted(NamedTuple):
     free: Room
     leaving_room: Room
     idle_room: Room
-    staying: tuple[InstanceView, ...]
     busy: tuple[InstanceView, ...]
     idle: tuple[InstanceView, ...]
     at_work: int
@@ -99,21 +98,31 @@ class NodeView:
             starting += bool(grant.slots)
             free_slots -= grant.slots
             free_bytes -= grant.host_bytes
-        going, staying = list[InstanceView](), list[InstanceView]()
+        going, busy, idle = list[InstanceView](), list[InstanceView](), list[InstanceView]()
         for one in report.instances:
             free_slots -= one.slots
             free_bytes -= one.host_bytes
-            (going if one.leaving or one.instance_id in self._leaving else staying).append(one)
-        busy = tuple([one for one in staying if one.active])
-        unused = [one for one in staying if not one.active and not one.kept and one.instance_id not in self._held]
-        idle = tuple(sorted(unused, key=lambda one: (one.idle_since_s, one.instance_id)))
+            if self._goes(one):
+                going.append(one)
+            elif one.active:
+                busy.append(one)
+            elif not one.kept and one.instance_id not in self._held:
+                idle.append(one)
+        idle.sort(key=lambda one: (one.idle_since_s, one.instance_id))
         # Engines that compute or come up: who starts beside them shares the node's cores.
         at_work = len(busy) + starting
         counted = self._counted = Counted(
-            Room(free_slots, free_bytes), _room_of(going), _room_of(idle), tuple(staying), busy, idle, at_work,
+            Room(free_slots, free_bytes), _room_of(going), _room_of(idle), tuple(busy), tuple(idle), at_work,
             beside(at_work, report.core_threads),
         )  # fmt: skip
         return counted
+
+    def _goes(self, instance: InstanceView) -> bool:
+        return instance.leaving or instance.instance_id in self._leaving
+
+    def staying(self, model: ModelName) -> list[InstanceView]:
+        """List the instances of a model that do not leave."""
+        return [one for one in self.report.instances if one.model == model and not self._goes(one)]
 
     @property
     def counted(self) -> Counted:
