@@ -16,7 +16,7 @@ from sllm_actor.actors.slots import Slots
 from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import RequestId
 from sllm_actor.engine.client import Engine
-from sllm_actor.engine.streams import Item
+from sllm_actor.engine.streams import AnswerStream, Item, Parking
 from sllm_actor.errors import Draining, Preempted, RequestNotFound
 from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.generation import Generate
@@ -139,12 +139,19 @@ class InferenceWorker(Actor):
         if self._live[live.request.request_id] is live:  # Its id may have come again.
             del self._live[live.request.request_id]
 
-    async def _compute(
+    def _compute(
         self, request: Generate | Embed, live: Live | None, prepared: PreparedRequest | None
     ) -> AsyncGenerator[AdapterHeld | Item, None]:
         if self._preempted:
             raise _preempted(self._instance_id)
         stream, parking = (live.stream if live else None), (prepared.parking if prepared else None)
+        if isinstance(request, Generate) and request.base:
+            return self._compute_adapted(request, stream, parking)
+        return self._engine.generate(request, stream, parking)
+
+    async def _compute_adapted(
+        self, request: Generate, stream: AnswerStream | None, parking: Parking | None
+    ) -> AsyncGenerator[AdapterHeld | Item, None]:
         async with self._known_to_engine(request) as (known, held):
             if held is not None:
                 yield held

@@ -26,8 +26,8 @@ class OnDisk:
         self._wanted = wanted
         self._tiers = tiers
         self._shared = shared
-        # The models whose folders are here, and those of each id that the SSD may have.
-        self._sorted: tuple[list[Model], dict[str, list[Model]]] | None = None
+        # The models whose folders are here, and those of each id that the SSD may have: one, and seldom others.
+        self._sorted: tuple[list[Model], dict[str, Model], dict[str, list[Model]]] | None = None
         # The models that were found, with their fingerprints, and at which revision of the SSD.
         self._found: tuple[int, tuple[Model, ...], tuple[str, ...]] | None = None
 
@@ -42,23 +42,25 @@ class OnDisk:
             return not self._shared or wanted is not None
         return isinstance(wanted, Card) and self._tiers.is_on_ssd(wanted)
 
-    def _by_id(self) -> tuple[list[Model], dict[str, list[Model]]]:
+    def _by_id(self) -> tuple[list[Model], dict[str, Model], dict[str, list[Model]]]:
         if self._sorted is None:
-            folders, by_id = list[Model](), dict[str, list[Model]]()
-            for model in self._models.values():
-                wanted = self._wanted.get(model.name)
+            folders, by_id, others = list[Model](), dict[str, Model](), dict[str, list[Model]]()
+            for name, model in self._models.items():
+                wanted = self._wanted.get(name)
                 if model.card and isinstance(wanted, Card):
-                    by_id.setdefault(wanted.model_id, []).append(model)
+                    if by_id.setdefault(wanted.model_id, model) is not model:
+                        others.setdefault(wanted.model_id, []).append(model)
                 elif self.has(model):
                     folders.append(model)
-            self._sorted = folders, by_id
+            self._sorted = folders, by_id, others
         return self._sorted
 
     def _all(self) -> tuple[tuple[Model, ...], tuple[str, ...]]:
         whole, revision = self._tiers.ssd.whole()
         if self._found is None or self._found[0] != revision:
-            folders, by_id = self._by_id()
-            models = (*folders, *[model for key in whole for model in by_id.get(key, ())])
+            folders, by_id, others = self._by_id()
+            found = [model for key in whole if key in by_id for model in (by_id[key], *others.get(key, ()))]
+            models = (*folders, *found)
             self._found = revision, models, tuple(dict.fromkeys(model.fingerprint for model in models))
         return self._found[1:]
 

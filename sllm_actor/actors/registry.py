@@ -106,10 +106,10 @@ class Registry:
             else:
                 path = str(self._tiers.card_folder(model.card)) if model.card else model.path
                 self._models[name] = model if path == model.path else msgspec.structs.replace(model, path=path)
-        for name, model in self._models.items():
-            base = based_on(self._models, model) if model.base else None
-            if base is not None and base.path != model.text_path:
-                self._models[name] = msgspec.structs.replace(model, text_path=base.path)
+        for adapter in [model for model in self._models.values() if model.base]:
+            base = based_on(self._models, adapter)
+            if base is not None and base.path != adapter.text_path:
+                self._models[adapter.name] = msgspec.structs.replace(adapter, text_path=base.path)
         self._look_again()
 
     async def followed(self) -> AsyncGenerator[tuple[ModelName, bool], None]:

@@ -179,7 +179,8 @@ class Router(Actor):
             CalledElsewhere: it has no slot for the request, and another one has.
         """
         worker = self.context.system.ref(instance.worker, instance.address or None)
-        with self._routes.using(instance):
+        self._routes.take(instance)
+        try:
             async with aclosing(worker.stream(rest)) as items:
                 async for item in items:
                     while isinstance(item, NoSlot):
@@ -199,6 +200,8 @@ class Router(Actor):
                             record.spans.append(span)
                             moving = None
                         yield item
+        finally:
+            self._routes.give(instance)
 
     async def _instance(
         self, request: Generate | Embed, record: RequestRecord, failed: tuple[str, ...]

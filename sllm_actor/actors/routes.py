@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 from sllm_actor.domain import ModelName
 from sllm_actor.messages.instances import InstanceStarted
@@ -52,17 +51,16 @@ class Routes:
         candidates = [Candidate(instance_id, self._outstanding[instance_id]) for instance_id in known]
         return known[choose(candidates, prompt)]
 
-    @contextmanager
-    def using(self, instance: InstanceStarted) -> Iterator[None]:
-        """Count a request that the instance answers in this block."""
+    def take(self, instance: InstanceStarted) -> None:
+        """Count a request that the instance answers from now on, until `give`."""
         self._outstanding[instance.instance_id] += 1
-        try:
-            yield
-        finally:
-            self._outstanding[instance.instance_id] -= 1
-            if not self._outstanding[instance.instance_id]:
-                del self._outstanding[instance.instance_id]
-                self.on_free(instance.model)
+
+    def give(self, instance: InstanceStarted) -> None:
+        """Count one less; the instance may have a slot free now."""
+        self._outstanding[instance.instance_id] -= 1
+        if not self._outstanding[instance.instance_id]:
+            del self._outstanding[instance.instance_id]
+            self.on_free(instance.model)
 
     def idle(self, model: ModelName) -> list[InstanceStarted]:
         """List the instances that no request of this gateway is at."""

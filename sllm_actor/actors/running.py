@@ -52,13 +52,17 @@ class Running:
 
     def activity(self, now_s: float, keep_alive_s: float, answered: Answered | None = None) -> InstanceActivity:
         """Describe the requests together."""
-        requests = self._requests.values()
+        prompt_tokens, running_s, priorities = 0, 0.0, list[int]()
+        for one in self._requests.values():
+            prompt_tokens += one.prompt_tokens
+            running_s += now_s - one.begin_s
+            priorities.append(one.priority)
         return InstanceActivity(
             instance_id=self._instance_id,
-            active=len(requests),
-            prompt_tokens=sum(one.prompt_tokens for one in requests),
-            running_s=sum(now_s - one.begin_s for one in requests),
-            priority=min((one.priority for one in requests), default=0),
+            active=len(priorities),
+            prompt_tokens=prompt_tokens,
+            running_s=running_s,
+            priority=min(priorities, default=0),
             answered=answered,
             keep_alive_s=keep_alive_s,
         )

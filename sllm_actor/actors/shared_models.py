@@ -82,7 +82,9 @@ class SharedModels:
             model = decode(fact)
             if model is not None:
                 found[name] = model
-                self._note(name, fact.changed)
+                changed[name] = fact.changed
+                if removed:
+                    removed.pop(name, None)
         for name in self._gone(view):
             found[name] = None
             del self._changed[name]

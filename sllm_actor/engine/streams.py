@@ -12,6 +12,7 @@ from sllm_actor.errors import SllmError
 from sllm_actor.messages.embedding import Embedded
 from sllm_actor.messages.engine import CancelGeneration, ExtendParked, Parked, Prefilled
 from sllm_actor.messages.generation import Finished, Migrated, PromptLogprobs, Tokens
+from sllm_actor.runtime.calls import Inflow
 
 Said = Prefilled | Parked | PromptLogprobs | Tokens | Embedded | Finished
 Item = Prefilled | PromptLogprobs | Tokens | Embedded | Finished | Migrated
@@ -21,7 +22,7 @@ class AnswerStream:
     """The items of one request: bounded by its max_tokens, or its texts. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._items: asyncio.Queue[Said | Migrated | SllmError] = asyncio.Queue()
+        self._inflow = Inflow()
         self._held: list[Said | SllmError] | None = None
         # Of the answer here, all that the reader has or will find, but for what is held back.
         self.token_ids: list[int] = []
@@ -39,7 +40,7 @@ class AnswerStream:
         if isinstance(item, Tokens):
             self.token_ids += item.token_ids
         self.ended = isinstance(item, Finished | SllmError)
-        self._items.put_nowait(item)
+        self._inflow.push(item)
         self._grown.set()
 
     async def grown(self) -> None:
@@ -49,7 +50,11 @@ class AnswerStream:
 
     async def get(self) -> Said | Migrated | SllmError:
         """Wait for the next item."""
-        return await self._items.get()
+        items = self._inflow.items
+        if not items:
+            await self._inflow.arrived(asyncio.get_running_loop().create_future)
+        item: Said | Migrated | SllmError = items.popleft()
+        return item
 
     def hold(self) -> None:
         """Hold back what comes from now on, until `release` or `end_with`."""
@@ -71,7 +76,7 @@ class AnswerStream:
         """Let the stream end so, and forget what was held back and comes still."""
         self._held = None
         self.ended = True
-        self._items.put_nowait(item)
+        self._inflow.push(item)
 
 
 class Parking:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +60,12 @@ class Aside:
         cell, actor = self._cell, self._cell.actor
         try:
             if handler.stream:
-                async with aclosing(handler.function(actor, message)) as items:
-                    put = reply.put  # type: ignore[union-attr]  # The reply of a stream is one.
+                items, put = handler.function(actor, message), reply.put  # type: ignore[union-attr]  # A stream's has it.
+                try:
                     async for item in items:
                         await put(item)
+                finally:
+                    await items.aclose()
                 result = None
             else:
                 result = await handler.function(actor, message)

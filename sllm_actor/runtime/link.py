@@ -307,7 +307,7 @@ class Link(asyncio.BufferedProtocol):
             self._flush_small()
         if self._letters and not self._paused:
             self._flush_letters()
-        if self.outgoing and not self._paused:
+        if self.outgoing.lanes and not self._paused:
             self._flush_chunks()
 
     def _flush_letters(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import lru_cache
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from sllm_actor.runtime.system import ActorSystem
 
 
+# Addresses that need not be read anew: each request names its worker's.
+KNOWN_ADDRESSES = 4096
+
+
 class NodeAddress(NamedTuple):
     """A node: its id, where it listens, and which incarnation of it; uid 0 means whichever is there.
 
@@ -33,6 +38,7 @@ class NodeAddress(NamedTuple):
     uid: int
 
     @classmethod
+    @lru_cache(maxsize=KNOWN_ADDRESSES)
     def parse(cls, text: str) -> NodeAddress:
         """Read `ID@ENDPOINT`.
 

@@ -7,6 +7,7 @@ run.
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import statistics
 from collections import Counter
@@ -190,6 +191,9 @@ class _Evaluation:
             starting.spawn(node.start(), node.name, context=node.context.copy())
         await asyncio.gather(*starting.tasks())
         await self._clock.sleep(SETTLE_S)
+        # What was made so far is old: the search for cycles at the end is to go through what comes from now on.
+        gc.freeze()
+        gc.unfreeze()
         self._begin_s = self._clock.monotonic_s()
         await self._ask_all()
         span_s = self._clock.monotonic_s() - self._begin_s
@@ -211,11 +215,12 @@ class _Evaluation:
 
     async def _ask_all(self) -> None:
         clients, gathers = TaskScope("clients"), len(self._arrivals) > FEW
+        gateways = self._nodes[: len(self._world.gateways)]
         for number, arrival in enumerate(self._arrivals):
             if gathers and number % GATHER_EVERY == 0:
                 gather_heap()
             await self._clock.sleep(max(0.0, self._begin_s + arrival.at_s - self._clock.monotonic_s()))
-            node = self._dice.choice(self._nodes[: len(self._world.gateways)])
+            node = self._dice.choice(gateways)
             clients.spawn(self._client(number, arrival, node), f"client-{number}", context=node.context.copy())
         if tasks := clients.tasks():
             await asyncio.wait(tasks)
@@ -231,19 +236,24 @@ class _Evaluation:
             sampling=Sampling(max_tokens=arrival.new_tokens, temperature=1.0, top_p=1.0, seed=number, ignore_eos=True),
             arrived_s=self._clock.monotonic_s(),
         )
+        task = asyncio.current_task()
+        assert task is not None, "a client is a task"
+        # As `asyncio.timeout`, of which a client is to take less time than what it asks.
+        patience = self._loop.call_later(self._world.description.timeout_s, task.cancel)
         try:
-            async with (
-                asyncio.timeout(self._world.description.timeout_s) as limit,
-                aclosing(node.router.stream(request)) as items,
-            ):
+            async with aclosing(node.router.stream(request)) as items:
                 async for item in items:
                     if isinstance(item, Tokens) and not first_s:
                         first_s = self._now_s()
-                        limit.reschedule(None)
+                        patience.cancel()
         except SllmError as failure:
             error = failure.code
-        except TimeoutError:
+        except asyncio.CancelledError:
+            if patience.cancelled() or patience.when() > self._loop.now_s:
+                raise
             error = DeadlineExceeded.code
+        finally:
+            patience.cancel()
         timeline: Timeline = node.actor("router")._log.timeline(request_id)
         tiers = [span.tier for span in timeline.spans if span.name == "load"]
         tier = (tiers[-1] if tiers else JOINED) if timeline.cold else WARM

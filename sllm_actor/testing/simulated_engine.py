@@ -127,6 +127,7 @@ class _Row:
     def __init__(self, request: Generate, path: str) -> None:
         sampling = request.sampling
         self.request = request
+        self.request_id = request.request_id
         self.answer, self.reason = answer_of(
             path, request.prompt, sampling.seed, sampling.max_tokens, sampling.ignore_eos
         )
@@ -143,7 +144,8 @@ class EngineProcess:
 
     def __init__(self, there: Context, pid: int, speed_of: Callable[[str], Speed], node: Node, cores: Cores) -> None:
         self.pid = pid
-        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._loop = VirtualLoop.running()
+        self.exited: asyncio.Future[int] = self._loop.create_future()
         self.answer: Callable[[Any], None] = lambda _: None
         self.path = ""
         self.slots = 0
@@ -183,7 +185,7 @@ class EngineProcess:
         """Hear a message, in order."""
         if self.ended:
             raise ActorDied("the process at the other end has left")
-        asyncio.get_running_loop().call_soon(self._hear, message, context=self._own)
+        self._loop.call_soon(self._hear, message, context=self._own)
 
     def _exit(self, status: int) -> None:
         if not self.exited.done():
@@ -191,13 +193,13 @@ class EngineProcess:
                 task.cancel()
             self.rows.clear()
             self._waiting.clear()
-            self.ended_s = VirtualLoop.running().now_s
+            self.ended_s = self._loop.now_s
             self.exited.set_result(status)
 
     def _say(self, message: Any) -> None:
         self._said.append(message)
         if len(self._said) == 1:
-            asyncio.get_running_loop().call_soon(self._deliver, context=self._there)
+            self._loop.call_soon(self._deliver, context=self._there)
 
     def _deliver(self) -> None:
         said, self._said = self._said, []
@@ -207,18 +209,18 @@ class EngineProcess:
     def _hear(self, message: Any) -> None:
         if self.ended:
             return
-        if isinstance(message, PrepareModel):
+        if isinstance(message, Generate):
+            self._begin(message)
+        elif isinstance(message, PrepareModel):
             self._expect(not self.path, "is prepared twice")
             self.path = message.path
             self._speed = self._speed_of(message.path)
         elif isinstance(message, MapWeights):
             self._expect(self.path != "" and not self.mapped_s, "maps weights out of turn")
-            self.mapped_s = VirtualLoop.running().now_s
+            self.mapped_s = self._loop.now_s
         elif isinstance(message, AttachWeights):
             self._expect(self.mapped_s > 0 and not self.slots, "attaches out of turn")
             self._scope.spawn(self._attach(message.limits), "attach")
-        elif isinstance(message, Generate):
-            self._begin(message)
         elif isinstance(message, CancelGeneration):
             self.parked.pop(message.request_id, None)
             row = self.rows.pop(message.request_id, None)
@@ -261,10 +263,10 @@ class EngineProcess:
             self._say(Parked(request_id=request_id, known_tokens=known_tokens))
 
     async def _attach(self, limits: EngineLimits) -> None:
-        copied_s = self.mapped_s + self._speed.copy_s - VirtualLoop.running().now_s
+        copied_s = self.mapped_s + self._speed.copy_s - self._loop.now_s
         await self._cores.work(self._speed.attach_s + max(0.0, copied_s))
         self.slots = limits.slots
-        self.attached_s = VirtualLoop.running().now_s
+        self.attached_s = self._loop.now_s
         self._say(EngineReady(spans=(), late_imports=()))
 
     def _begin(self, request: Generate) -> None:
@@ -313,7 +315,7 @@ class EngineProcess:
         """Compute the steps of one turn; give how many. It ends early for a request that there is a slot for."""
         steps, step_s = self._steps_of_turn(running), self._speed.step_s + self._speed.row_s * len(running)
         if steps > 1 and self._cores.enough and len(running) < self.slots and not self._waiting:
-            loop = VirtualLoop.running()
+            loop = self._loop
             begin_s, end_s = loop.now_s, loop.now_s + steps * step_s
             self._woken.clear()
             timer = loop.call_at(end_s, self._woken.set)
@@ -334,21 +336,21 @@ class EngineProcess:
         return steps
 
     def _runs(self, row: _Row) -> bool:
-        return self.rows.get(row.request.request_id) is row
+        return self.rows.get(row.request_id) is row
 
     async def _prefill(self, row: _Row) -> None:
-        begin_s = VirtualLoop.running().now_s
+        begin_s = self._loop.now_s
         prefill_s = self._speed.prefill_s_per_token * (row.prompt_tokens + row.position)
         self.busy_s += await self._cores.work(prefill_s)
         if self._runs(row):
-            span = Span(name="prefill", begin_s=begin_s, end_s=VirtualLoop.running().now_s)
-            self._say(Prefilled(request_id=row.request.request_id, span=span))
+            span = Span(name="prefill", begin_s=begin_s, end_s=self._loop.now_s)
+            self._say(Prefilled(request_id=row.request_id, span=span))
             if self._speed.tokens_a_turn > 1:
                 self._step(row, 1, enough=1)
 
     def _step(self, row: _Row, tokens: int, enough: int = 0) -> None:
         """Count tokens of an answer, and tell those that were not told where they are enough, or it has ended."""
-        request_id = row.request.request_id
+        request_id = row.request_id
         row.position = min(row.position + tokens, len(row.answer))
         has_ended = row.position >= len(row.answer)
         untold = row.answer[row.told : row.position]

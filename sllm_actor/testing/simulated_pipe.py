@@ -141,7 +141,7 @@ class Pipe:
         self._last_arrival_s = max(arrival_s, self._last_arrival_s)
         self._segments.append(Segment(sent_s, self._last_arrival_s, writes))
         if self._timer is None:
-            self._arm(self._last_arrival_s)
+            self._timer = self._loop.call_at(self._last_arrival_s, self._run, context=self.sink.context)
 
     def send_end(self) -> None:
         """Tell the reader, after all bytes, that no more will come."""
@@ -259,6 +259,8 @@ class Pipe:
         sink, protocol = self.sink, self.sink.protocol
         host = sink.host
         rate = host.read_bytes_per_s
+        if rate == inf and not self._torn and self._gives_whole(data):
+            return
         limit = len(data) if rate == inf else min(len(data), max(1, int(rate * READ_QUANTUM_S)))
         taken = 0
         with memoryview(data) as view:
@@ -277,6 +279,18 @@ class Pipe:
         if rate < inf:
             host.read_free_s = self._loop.now_s + taken / rate
         self._acknowledge(taken)
+
+    def _gives_whole(self, data: bytes) -> bool:
+        """Let the reader take all of it at once; false where it has no room for that."""
+        sink, size = self.sink, len(data)
+        buffer = memoryview(sink.protocol.get_buffer(-1))
+        if len(buffer) < size:
+            return False
+        buffer[:size] = data
+        sink.protocol.buffer_updated(size)
+        self._trace.read(sink.host.name, sink.number, memoryview(data))
+        self._acknowledge(size)
+        return True
 
     def _piece(self, size: int) -> int:
         if not self._torn:

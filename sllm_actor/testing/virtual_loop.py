@@ -152,39 +152,39 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return timer  # type: ignore[return-value]  # It has the face of one.
 
     def _run_once(self) -> None:
-        """Do what the base class does in a turn, in its order, without what only files, threads and people need.
+        """Take turns until it is to stop, each as the base class's, without what only files, threads and people need.
 
         Instead of waiting for a file it moves the time.
         """
-        self.turns += 1
-        if self.turns > self.last_turn or self.failures:
-            self._look_at_bounds()
-        ready, scheduled, cancelled = self._ready, self._scheduled, self._timer_cancelled_count
-        if cancelled > MANY_CANCELLED and 2 * cancelled > len(scheduled):
-            self._sweep_timers()
-        if not ready and not self._stopping:
-            self._jump()
-        if self._hinders:
-            self._take_aside()
-            ready = self._ready
-        now_s = self.now_s
-        while scheduled and scheduled[0][0] <= now_s:
-            timer = heapq.heappop(scheduled)[2]
-            timer.is_scheduled = False
-            if timer.is_cancelled:
-                self._timer_cancelled_count -= 1
-            else:
-                ready.append(timer)
-        # What these make ready has its turn in the next one.
-        for _ in range(len(ready)):
-            call = ready.popleft()
-            if not call.is_cancelled:
-                try:
-                    call.context.run(call.callback, *call.args)
-                except (SystemExit, KeyboardInterrupt):
-                    raise
-                except BaseException as error:
-                    self._note_failure(call, error)
+        scheduled, pop = self._scheduled, heapq.heappop
+        while True:
+            self.turns += 1
+            if self.turns > self.last_turn or self.failures:
+                self._look_at_bounds()
+            if not self._ready and not self._stopping:
+                self._jump()
+            if self._hinders:
+                self._take_aside()
+            ready, now_s = self._ready, self.now_s
+            while scheduled and scheduled[0][0] <= now_s:
+                timer = pop(scheduled)[2]
+                timer.is_scheduled = False
+                if timer.is_cancelled:
+                    self._timer_cancelled_count -= 1
+                else:
+                    ready.append(timer)
+            # What these make ready has its turn in the next one.
+            for _ in range(len(ready)):
+                call = ready.popleft()
+                if not call.is_cancelled:
+                    try:
+                        call.context.run(call.callback, *call.args)
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        self._note_failure(call, error)
+            if self._stopping:
+                return
 
     def _count_cancelled(self) -> None:
         self._timer_cancelled_count += 1
@@ -214,7 +214,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _jump(self) -> None:
         """Move the time to the next timer."""
-        scheduled = self._scheduled
+        scheduled, cancelled = self._scheduled, self._timer_cancelled_count
+        if cancelled > MANY_CANCELLED and 2 * cancelled > len(scheduled):
+            self._sweep_timers()
         while scheduled and scheduled[0][2].is_cancelled:
             heapq.heappop(scheduled)[2].is_scheduled = False
             self._timer_cancelled_count -= 1

@@ -23,10 +23,16 @@ class Parts(NamedTuple):
 
 def parts_of(timeline: Timeline, begin_s: float, first_token_s: float) -> Parts:
     """Split the wait of a request between two moments; who joined another's start has the rest of that in its wait."""
-    prompts = [span.begin_s for span in timeline.spans if span.name == "prefill"]
-    until_s = min([*prompts, first_token_s])
-    place_s = _within([span for span in timeline.spans if span.name == "placement"], begin_s, until_s)
-    load_s = _within([span for span in timeline.spans if span.name in ("load", "engine")], begin_s, until_s)
+    until_s, place, load = first_token_s, list[Span](), list[Span]()
+    for span in timeline.spans:
+        if span.name == "prefill":
+            until_s = min(until_s, span.begin_s)
+        elif span.name == "placement":
+            place.append(span)
+        elif span.name in ("load", "engine"):
+            load.append(span)
+    place_s = _within(place, begin_s, until_s) if place else 0.0
+    load_s = _within(load, begin_s, until_s) if load else 0.0
     return Parts(place_s, load_s, until_s - begin_s - place_s - load_s, first_token_s - until_s)
 
 

@@ -50,10 +50,11 @@ DrawLength = Callable[[random.Random], Length]
 def log_normal(prompt_median: float, prompt_sigma: float, new_median: float, new_sigma: float) -> DrawLength:
     """Give lengths whose logarithms are normal, by their medians and the deviations of their logarithms."""
 
+    prompt_log, new_log = log(prompt_median), log(new_median)
+
     def draw(dice: random.Random) -> Length:
-        prompt = dice.lognormvariate(log(prompt_median), prompt_sigma)
-        new = dice.lognormvariate(log(new_median), new_sigma)
-        return bounded(round(prompt), round(new))
+        prompt = dice.lognormvariate(prompt_log, prompt_sigma)
+        return bounded(round(prompt), round(dice.lognormvariate(new_log, new_sigma)))
 
     return draw
 
@@ -223,4 +224,4 @@ def rate_scaled(arrivals: Sequence[Arrival], per_s: float) -> list[Arrival]:
     if not arrivals or arrivals[-1].at_s <= 0:
         return list(arrivals)
     factor = len(arrivals) / arrivals[-1].at_s / per_s
-    return [arrival._replace(at_s=arrival.at_s * factor) for arrival in arrivals]
+    return [Arrival(at_s * factor, *what) for at_s, *what in arrivals]

@@ -161,7 +161,7 @@ class World:
         self.cards = {model.card: SimulatedCard(model.card, model.size_bytes) for model in self.models}
 
         # Each registration is read once, and not by each node.
-        self._registered = {model.name: model for model in self.models}
+        self._registered = {MODELS + model.name: model for model in self.models}
 
     @property
     def gateways(self) -> list[str]:
@@ -228,7 +228,7 @@ class World:
             ssd_quota_bytes=machine.ssd_bytes if system.ssd else 0.0,
             keeps_host=system.host,
             speed_of=self._speeds.__getitem__,
-            decode=lambda fact: self._registered[ModelName(fact.key.removeprefix(MODELS))],
+            decode=lambda fact: self._registered[fact.key],
         )
 
     def _config_of(self, name: str) -> Config:
