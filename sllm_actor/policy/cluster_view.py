@@ -15,6 +15,7 @@ from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.declare import changed
 from sllm_actor.messages.placement import InstanceReport, InstanceView, NodeReport
 from sllm_actor.policy.bandwidth import Bandwidths
+from sllm_actor.policy.changes import Changes
 from sllm_actor.policy.node_view import Grant, NodeView, Ways
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class ClusterView:
         self.names: list[NodeId] = []
         # The nodes by their queue of fetches.
         self.by_remote_queue: list[tuple[float, NodeId]] = []
+        # Of which nodes something has changed that their offers are made of.
+        self.changes = Changes()
         # The nodes by their offers for models of a few kinds: `soonest` makes and keeps these.
         self.rankings: dict[tuple[int, int, int], Ranking] = {}
         self._ways = Ways(Bandwidths(first_ssd_bytes_per_s), Bandwidths(first_remote_bytes_per_s))
@@ -71,7 +74,7 @@ class ClusterView:
         now = changed(instance, running_s=running_s) if instance.active else instance
         told = changed(node.report, instances=(*instances[:at], now, *instances[at + 1 :]))
         node.hear_of_instance(told, at)
-        self.doubt(report.node)
+        self.changes.note(report.node)
         self._count_active(instance.model, instance.active - instances[at].active)
         return True
 
@@ -100,7 +103,7 @@ class ClusterView:
     def _index(self, before: NodeView | None, view: NodeView | None) -> None:
         """Change in the indexes what a node's view has, and the one before had not, or the other way about."""
         if view is not None:
-            self.doubt(view.report.node)
+            self.changes.note(view.report.node)
         if before is None or view is None or before.on_host is not view.on_host or before.on_ssd is not view.on_ssd:
             self._index_holders(before, view)
         self._index_models(before, view)
@@ -262,7 +265,7 @@ class ClusterView:
     def _account(self, node: NodeId) -> None:
         if node in self.nodes:
             self.nodes[node].count_beside(self._grants_of(node), *self._marked(node))
-            self.doubt(node)
+            self.changes.note(node)
 
     def _marked(self, node: NodeId) -> tuple[Collection[str], Collection[str]]:
         return self.leaving.get(node, ()), self.held.get(node, ())
@@ -282,11 +285,6 @@ class ClusterView:
     def usual_remote_bytes_per_s(self) -> float:
         """How fast a node is taken to fetch that has not done so yet."""
         return self._ways.remote.usual
-
-    def doubt(self, node: NodeId) -> None:
-        """Have a node's offers looked at anew: what they were made of has changed."""
-        for ranking in self.rankings.values():
-            ranking.doubtful.add(node)
 
 
 def _queued(view: NodeView | None) -> tuple[float, NodeId] | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import statistics
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
+from sllm_actor.policy.changes import Changes
 from sllm_actor.policy.learned import KEPT_CHECKPOINTS, LearnedNode, LearnedStarts
 from sllm_actor.policy.line_fit import Line, learned
 
@@ -49,12 +50,6 @@ def _level(others: int) -> int:
     return min(others.bit_length(), LEVELS - 1)
 
 
-class Watcher(Protocol):
-    """Keeps what depends on what was learned."""
-
-    def doubt(self, node: NodeId) -> None: ...
-
-
 class _Node:
     """What was learned of one node."""
 
@@ -67,7 +62,8 @@ class _Node:
 class Estimator:
     """Owns what was learned; the same starts in the same order teach it the same.
 
-    `changed` are the nodes of which something was learned since somebody has last emptied it.
+    `changed` are the nodes of which something was learned since somebody has last emptied it; `changes` are for all who
+    keep what depends on what was learned, and forgotten.
     """
 
     def __init__(self, max_nodes: int = MAX_NODES, max_checkpoints: int = MAX_CHECKPOINTS) -> None:
@@ -75,8 +71,7 @@ class Estimator:
         self._max_checkpoints = max_checkpoints
         self._nodes: OrderedDict[NodeId, _Node] = OrderedDict()
         self.changed: set[NodeId] = set()
-        # Told of each node of which something was learned or forgotten.
-        self.watcher: Watcher | None = None
+        self.changes = Changes()
         # Of which nodes a start that fetched a checkpoint is known.
         self._fetched: dict[str, dict[NodeId, None]] = {}
 
@@ -139,13 +134,9 @@ class Estimator:
             self.changed.add(gone)
             for key in forgotten.seen:
                 self._forget(gone, key)
-            self._doubt(gone)
-        self._doubt(node)
+            self.changes.note(gone)
+        self.changes.note(node)
         return known
-
-    def _doubt(self, node: NodeId) -> None:
-        if self.watcher is not None:
-            self.watcher.doubt(node)
 
     def _note(self, node: NodeId, key: tuple[str, str]) -> None:
         tier, fingerprint = key
@@ -186,7 +177,7 @@ class Estimator:
             if any(levels):
                 known.seen[tier, fingerprint] = (*levels, *_NOTHING[len(levels) :])
                 self._note(node, (tier, fingerprint))
-        self._doubt(node)
+        self.changes.note(node)
 
 
 def _seen(starts: tuple[float, ...]) -> _Seen:
