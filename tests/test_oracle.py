@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sllm_actor.testing.oracle import (
@@ -50,6 +50,7 @@ def _begins_s(order: Sequence[tuple[float, float]], slots: int) -> Iterator[floa
 
 
 @given(work=WORK, slots=st.integers(1, 5))
+@example(work=[(1.5, 5e-324)], slots=1)
 def test_those_who_take_work_as_it_comes_never_begin_sooner_than_the_bound_says(
     work: list[tuple[float, float]], slots: int
 ) -> None:

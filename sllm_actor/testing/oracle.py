@@ -143,4 +143,5 @@ def _middles_s(work: Sequence[tuple[float, float]], slots: int) -> Iterator[floa
             heapq.heapreplace(left, (length_s, at, rest_s - spent_s, moments))
         else:
             heapq.heappop(left)
-            yield moments / length_s if length_s else now_s
+            # Of what is all but nothing, the quotient is rounded to anywhere.
+            yield min(moments / length_s, now_s) if length_s else now_s
