@@ -236,24 +236,19 @@ class _Evaluation:
             sampling=Sampling(max_tokens=arrival.new_tokens, temperature=1.0, top_p=1.0, seed=number, ignore_eos=True),
             arrived_s=self._clock.monotonic_s(),
         )
-        task = asyncio.current_task()
-        assert task is not None, "a client is a task"
-        # As `asyncio.timeout`, of which a client is to take less time than what it asks.
-        patience = self._loop.call_later(self._world.description.timeout_s, task.cancel)
         try:
-            async with aclosing(node.router.stream(request)) as items:
+            async with (
+                asyncio.timeout(self._world.description.timeout_s) as limit,
+                aclosing(node.router.stream(request)) as items,
+            ):
                 async for item in items:
                     if isinstance(item, Tokens) and not first_s:
                         first_s = self._now_s()
-                        patience.cancel()
+                        limit.reschedule(None)
         except SllmError as failure:
             error = failure.code
-        except asyncio.CancelledError:
-            if patience.cancelled() or patience.when() > self._loop.now_s:
-                raise
+        except TimeoutError:
             error = DeadlineExceeded.code
-        finally:
-            patience.cancel()
         timeline: Timeline = node.actor("router")._log.timeline(request_id)
         tiers = [span.tier for span in timeline.spans if span.name == "load"]
         tier = (tiers[-1] if tiers else JOINED) if timeline.cold else WARM
