@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 from test_heartbeats import model
 
-from sllm_actor.actors.shared_models import SharedModels
+from sllm_actor.actors.shared_models import MODELS, SharedModels
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import Conflict
-from sllm_actor.metadata import SqliteStore
+from sllm_actor.metadata import Put, SqliteStore
 
 M = ModelName("m")
 
@@ -82,3 +83,21 @@ def test_what_another_node_has_removed_is_told_once_and_forgotten(tmp_path: Path
         await store.close()
 
     asyncio.run(scenario())
+
+
+def test_what_is_no_registration_of_the_model_that_its_key_names_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        store = await SqliteStore.open(tmp_path / "m.db")
+        models = SharedModels(store, followed=False)
+        for key, value in (("other", msgspec.msgpack.encode(model("m"))), ("newer", b"\xc1")):
+            await store.commit([], [Put(MODELS + key, value)])
+        await models.put(model("m"))
+        fresh = SharedModels(store, followed=False)
+        assert set(fresh.newer(await fresh.load())) == {M}
+        await store.close()
+
+    asyncio.run(scenario())
+    assert "models/other is no registration of that model, but of m" in caplog.text
+    assert "models/newer is no registration that this version knows" in caplog.text

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -23,12 +22,16 @@ Decode = Callable[[Fact], Model | None]
 
 
 def decode_model(fact: Fact) -> Model | None:
-    """Read a registration; None for one of another version."""
+    """Read a registration; None for one of another version, or of another name than its key has."""
     try:
-        return msgspec.msgpack.decode(fact.value, type=Model)
+        model = msgspec.msgpack.decode(fact.value, type=Model)
     except msgspec.MsgspecError as wrong:
         log.warning("%s is no registration that this version knows: %s", fact.key, wrong)
         return None
+    if MODELS + model.name != fact.key:
+        log.warning("%s is no registration of that model, but of %s", fact.key, model.name)
+        return None
+    return model
 
 
 class SharedModels:
@@ -41,14 +44,15 @@ class SharedModels:
         self._store = store
         self._followed = followed
         self._decode = decode
-        self._changed: dict[ModelName, int] = {}
+        # By their keys in the store, as are the next ones.
+        self._changed: dict[str, int] = {}
         self._loaded: View | None = None
         # The revision of the last view.
         self._seen = 0
         # Put by this node, and in no view yet.
-        self._put: set[ModelName] = set()
+        self._put: set[str] = set()
         # Removed by this node: what a view of before still has must not come back.
-        self._removed: dict[ModelName, int] = {}
+        self._removed: dict[str, int] = {}
 
     async def load(self) -> View:
         """Read all of them."""
@@ -69,45 +73,36 @@ class SharedModels:
         facts, decode, changed, removed = view.facts, self._decode, self._changed, self._removed
         # What the last view had already was looked at then; a store that was set back is looked through anew.
         seen = self._seen if self._seen <= view.revision else 0
-        keys: Collection[Any] = view.changed
-        for key in keys:
+        for key in view.changed:
             fact = facts.get(key)
-            if fact is None or fact.changed <= seen:
+            if fact is None or fact.changed <= seen or fact.changed <= changed.get(key, 0):
                 continue
-            name = key.removeprefix(MODELS)
-            if fact.changed <= changed.get(name, 0):
-                continue
-            if removed and fact.changed <= removed.get(name, 0):
+            if removed and fact.changed <= removed.get(key, 0):
                 continue
             model = decode(fact)
             if model is not None:
-                found[name] = model
-                changed[name] = fact.changed
+                found[model.name] = model
+                changed[key] = fact.changed
                 if removed:
-                    removed.pop(name, None)
-        for name in self._gone(view):
-            found[name] = None
-            del self._changed[name]
-        self._put = {name for name in self._put if self._changed.get(name, 0) > view.revision}
+                    removed.pop(key, None)
+        for key in self._gone(view):
+            found[ModelName(key.removeprefix(MODELS))] = None
+            del changed[key]
+        self._put = {key for key in self._put if changed.get(key, 0) > view.revision}
         self._seen = view.revision
         # Views come in the order of their revisions: from here on none has what was removed before.
-        self._removed = {name: revision for name, revision in self._removed.items() if revision > view.revision}
+        self._removed = {key: revision for key, revision in removed.items() if revision > view.revision}
         return found
 
-    def _gone(self, view: View) -> list[ModelName]:
-        """List the known names that a view has no more.
+    def _gone(self, view: View) -> list[str]:
+        """List the known ones that a view has no more.
 
         What this node has put itself may have been removed by others before it knew that it was put.
         """
         known, facts = self._changed, view.facts
         if not view.listed:
-            changed = (cast(ModelName, key.removeprefix(MODELS)) for key in view.changed)
-            known = {name: known[name] for name in dict.fromkeys((*changed, *self._put)) if name in known}
-        return [name for name, revision in known.items() if revision <= view.revision and MODELS + name not in facts]
-
-    def _note(self, name: ModelName, revision: int) -> None:
-        self._changed[name] = revision
-        self._removed.pop(name, None)
+            known = {key: known[key] for key in dict.fromkeys((*view.changed, *self._put)) if key in known}
+        return [key for key, revision in known.items() if key not in facts and revision <= view.revision]
 
     async def put(self, model: Model) -> None:
         """Store a registration.
@@ -128,19 +123,20 @@ class SharedModels:
 
     async def _commit(self, name: ModelName, operations: list[Operation]) -> None:
         key = MODELS + name
-        condition: Condition = Unchanged(key, self._changed[name]) if name in self._changed else Absent(key)
+        condition: Condition = Unchanged(key, self._changed[key]) if key in self._changed else Absent(key)
         outcome: Outcome = await self._store.commit([condition], operations)
         if not outcome.done:
             raise Conflict(f"{name} has been changed by another node just now", param="name")
         if isinstance(operations[0], Put):
-            self._note(name, outcome.revision)
+            self._changed[key] = outcome.revision
+            self._removed.pop(key, None)
             if self._followed:
-                self._put.add(name)
+                self._put.add(key)
         else:
-            self._changed.pop(name, None)
-            self._put.discard(name)
+            self._changed.pop(key, None)
+            self._put.discard(key)
             if self._followed:
-                self._removed[name] = outcome.revision
+                self._removed[key] = outcome.revision
 
 
 def based_on(models: Mapping[ModelName, Model], model: Model) -> Model | None:
