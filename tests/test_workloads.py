@@ -39,15 +39,20 @@ from sllm_actor.testing.workloads import (
 )
 
 
-def drawn(seed: int, seconds: float = 20_000.0) -> list[Arrival]:
+def drawn(seed: int, seconds: float = 20_000.0, most: int | None = None) -> list[Arrival]:
     return gamma_arrivals(
-        random.Random(seed), seconds=seconds, per_s=2.0, parts=zipf(4), lengths=LENGTHS["gsm8k"], cv=8.0
+        random.Random(seed), seconds=seconds, per_s=2.0, parts=zipf(4), lengths=LENGTHS["gsm8k"], cv=8.0, most=most
     )
 
 
 def test_a_seed_fixes_all_requests_and_they_come_in_order() -> None:
-    assert drawn(1) == drawn(1) == sorted(drawn(1))
+    assert drawn(1) == drawn(1) == sorted(drawn(1), key=lambda one: (one.at_s, one.model))
     assert drawn(1) != drawn(2)
+
+
+def test_of_all_requests_the_first_can_be_taken() -> None:
+    assert drawn(1, most=100) == drawn(1)[:100]
+    assert drawn(1, most=10**9) == drawn(1)
 
 
 def test_gaps_of_one_model_vary_as_much_as_was_asked_for() -> None:

@@ -51,8 +51,9 @@ class Workload(NamedTuple):
             found = [one._replace(model=model) for one, model in zip(found, drawn, strict=True)]
         else:
             found = workloads.gamma_arrivals(
-                dice, seconds=DRAWN * self.seconds, per_s=self.rate_per_s, parts=parts, lengths=self._draw(), cv=self.cv
-            )[: max(1, round(self.rate_per_s * self.seconds))]
+                dice, seconds=DRAWN * self.seconds, per_s=self.rate_per_s, parts=parts, lengths=self._draw(),
+                cv=self.cv, most=max(1, round(self.rate_per_s * self.seconds)),
+            )  # fmt: skip
         return [one for one in workloads.rate_scaled(found, self.rate_per_s) if one.at_s <= self.seconds]
 
     def _binned(self, dice: random.Random, models: int, bin_s: int) -> list[Arrival]:

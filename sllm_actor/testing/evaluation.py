@@ -25,7 +25,7 @@ from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.generation import Generate, Tokens
 from sllm_actor.metadata import Put, StoreLimits
 from sllm_actor.runtime.tasks import TaskScope
-from sllm_actor.testing.oracle import first_come_mean_wait_s, least_mean_wait_s
+from sllm_actor.testing.oracle import mean_waits_s
 from sllm_actor.testing.process_loop import ProcessLoop
 from sllm_actor.testing.simulated_network import SimulatedNetwork
 from sllm_actor.testing.simulated_node import SimulatedNode, registered
@@ -264,7 +264,7 @@ class _Evaluation:
     def _run(self, span_s: float) -> Run:
         engines = [process for node in self._nodes for process in node.processes if process.attached_s]
         now_s = self._clock.monotonic_s()
-        each = self._world.devices_each
+        each, waits = self._world.devices_each, mean_waits_s(self._world, self._arrivals)
         return Run(
             seen=tuple(sorted(self._seen)),
             span_s=span_s,
@@ -272,8 +272,8 @@ class _Evaluation:
             held_s=sum((process.ended_s or now_s) - process.mapped_s for process in engines) * each,
             busy_s=sum(process.busy_s for process in engines) * each,
             starts=len(engines),
-            least_wait_s=least_mean_wait_s(self._world, self._arrivals),
-            first_come_wait_s=first_come_mean_wait_s(self._world, self._arrivals),
+            least_wait_s=waits.least_s,
+            first_come_wait_s=waits.first_come_s,
             start_times=start_times(self._decisions(), self._world),
             migrations=sum(node.parts.migrations.observe()["outcomes"]["moved"] for node in self._nodes),
         )

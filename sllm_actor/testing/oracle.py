@@ -1,8 +1,7 @@
 """What no system in a world can better: a bound from below on the mean time from a request to its first token.
 
-Who knows all that comes, and decides in no time, has the same devices and disks all the same: `least_mean_wait_s` says
-why each part of the bound holds. What of that is foresight of how long answers will be, `first_come_mean_wait_s` shows.
-Pure.
+Who knows all that comes, and decides in no time, has the same devices and disks all the same: `mean_waits_s` says why
+each part of the bound holds, and what of that is foresight of how long answers will be. Pure.
 """
 
 from __future__ import annotations
@@ -23,12 +22,24 @@ class Job(NamedTuple):
     decode_s: float
 
 
-def least_mean_wait_s(world: World, arrivals: Sequence[Arrival]) -> float:
-    """Give a time that the mean wait for a first token can't be below, whoever serves; 0 where nothing is asked.
+class MeanWaits(NamedTuple):
+    """Two mean times from a request to its first token, in seconds: no less is possible, and as they come."""
+
+    least_s: float
+    first_come_s: float
+
+
+def mean_waits_s(world: World, arrivals: Sequence[Arrival]) -> MeanWaits:
+    """Give what requests would wait on average at least, whoever serves, and if they began as they come; 0 without any.
+
+    Of both bounds:
 
     1. No model runs before it is first asked for. Its first start reads its bytes from an SSD at full bandwidth, or
        from its source where no SSD has it, and fills a device; no request for it begins before that start has ended.
     2. A prompt is computed at the speed of a device that does nothing else, and a token comes a step after another.
+
+    Of the least:
+
     3. An answer that has begun takes a slot until its end, wherever it moves. All slots together are at most as good as
        one that is so many times as fast and may change between requests at any moment. An answer of length p that is
        spread over [begin, begin + p] has the middle of its work p / 2 behind its begin, and no order of work has a
@@ -37,36 +48,25 @@ def least_mean_wait_s(world: World, arrivals: Sequence[Arrival]) -> float:
 
     Both hold for any part of the requests, too, since the others only stand in the way: of each time in which that
     fast slot has no pause the larger bound is taken.
+
+    Of those who begin as they come: each model is, from its first start on, on every device for nothing, and whatever
+    slot is free first takes whoever comes first. It is no bound: who knows which answers are short, or guesses it, can
+    begin these sooner, and so can chance. Who knows nothing of them has no reason to be better on average.
     """
     jobs = _jobs(world, arrivals)
     if not jobs:
-        return 0.0
-    begins_s = least_begins_s([(job.release_s, job.prefill_s + job.decode_s) for job in jobs], _slots(world))
-    return _mean_wait_s(begins_s, jobs, arrivals)
-
-
-def first_come_mean_wait_s(world: World, arrivals: Sequence[Arrival]) -> float:
-    """Give the mean wait for a first token if requests were begun in the order in which they come; 0 without any.
-
-    But for the first start of each model, as in `least_mean_wait_s`, each model is on every device for nothing, and
-    whatever slot is free first takes whoever comes first. It is no bound: who knows which answers are short, or guesses
-    it, can begin these sooner, and so can chance. Who knows nothing of them has no reason to be better on average.
-    """
-    jobs = _jobs(world, arrivals)
-    if not jobs:
-        return 0.0
-    begins_s = first_come_begins_s([(job.release_s, job.prefill_s + job.decode_s) for job in jobs], _slots(world))
-    return _mean_wait_s(begins_s, jobs, arrivals)
+        return MeanWaits(0.0, 0.0)
+    work, slots = [(job.release_s, job.prefill_s + job.decode_s) for job in jobs], _slots(world)
+    # From arrivals to first tokens, but for the begins between them.
+    apart_s = sum(job.prefill_s for job in jobs) - sum(arrival.at_s for arrival in arrivals)
+    return MeanWaits(
+        (least_begins_s(work, slots) + apart_s) / len(jobs),
+        (first_come_begins_s(work, slots) + apart_s) / len(jobs),
+    )
 
 
 def _slots(world: World) -> int:
     return len(world.names) * world.instances * world.description.concurrency
-
-
-def _mean_wait_s(begins_s: float, jobs: Sequence[Job], arrivals: Sequence[Arrival]) -> float:
-    """Give the mean wait of requests that begin at moments of this sum."""
-    arrived_s = sum(arrival.at_s for arrival in arrivals)
-    return (begins_s + sum(job.prefill_s for job in jobs) - arrived_s) / len(jobs)
 
 
 def _jobs(world: World, arrivals: Sequence[Arrival]) -> list[Job]:
@@ -100,11 +100,14 @@ def least_begins_s(work: Sequence[tuple[float, float]], slots: int) -> float:
 
 def first_come_begins_s(work: Sequence[tuple[float, float]], slots: int) -> float:
     """Give the sum of the moments at which work begins, each on whatever slot is free first, by release alone."""
-    free_s, whole_s = [0.0] * slots, 0.0
+    ends_s: list[float] = []
+    whole_s = 0.0
     for release_s, length_s in sorted(work, key=lambda one: one[0]):
-        begin_s = max(free_s[0], release_s)
+        while ends_s and ends_s[0] <= release_s:
+            heapq.heappop(ends_s)
+        begin_s = release_s if len(ends_s) < slots else heapq.heappop(ends_s)
         whole_s += begin_s
-        heapq.heapreplace(free_s, begin_s + length_s)
+        heapq.heappush(ends_s, begin_s + length_s)
     return whole_s
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from math import exp, log
+from math import exp, fsum, log
 from typing import NamedTuple
 
 from sllm_actor.errors import InvalidInput
@@ -86,7 +86,7 @@ def zipf(models: int, exponent: float = 1.0) -> list[float]:
 
 def as_parts(weights: Sequence[float]) -> list[float]:
     """Give weights as parts of their sum."""
-    whole = sum(weights)
+    whole = fsum(weights)
     return [weight / whole for weight in weights]
 
 
@@ -102,10 +102,14 @@ def spread(counts: Sequence[float], models: int) -> list[float]:
 
 
 def gamma_arrivals(
-    dice: random.Random, *, seconds: float, per_s: float, parts: Sequence[float], lengths: DrawLength, cv: float = CV
-) -> list[Arrival]:
-    """Draw all requests of so many seconds, in order: `per_s` of them on average, and of each model its part."""
-    shape, found = 1 / cv**2, list[Arrival]()
+    dice: random.Random, *, seconds: float, per_s: float, parts: Sequence[float], lengths: DrawLength, cv: float = CV,
+    most: int | None = None,
+) -> list[Arrival]:  # fmt: skip
+    """Draw the requests of so many seconds, in order: `per_s` of them on average, and of each model its part.
+
+    At `most` so many of them, the first. Their lengths are drawn when it is known which they are.
+    """
+    shape, found = 1 / cv**2, list[tuple[float, int]]()
     for model, part in enumerate(parts):
         if part <= 0:
             continue
@@ -113,9 +117,10 @@ def gamma_arrivals(
         # From somewhere within a usual gap, so that not all of them begin at once.
         at_s = dice.uniform(0, mean_s)
         while at_s < seconds:
-            found.append(Arrival(at_s, model, *lengths(dice)))
+            found.append((at_s, model))
             at_s += dice.gammavariate(shape, mean_s / shape)
-    return sorted(found)
+    found.sort()
+    return [Arrival(at_s, model, *lengths(dice)) for at_s, model in found[:most]]
 
 
 def binned(functions: Iterable[Sequence[float]], models: int, minutes: int) -> list[list[float]]:
@@ -125,7 +130,7 @@ def binned(functions: Iterable[Sequence[float]], models: int, minutes: int) -> l
     """
     found: list[list[float]] = [[] for _ in range(models)]
     for number, by_minute in enumerate(filter(any, functions)):
-        joined = [sum(by_minute[begin : begin + minutes]) for begin in range(0, len(by_minute), minutes)]
+        joined = [fsum(by_minute[begin : begin + minutes]) for begin in range(0, len(by_minute), minutes)]
         before = found[number % models] or [0.0] * len(joined)
         found[number % models] = [one + other for one, other in zip(before, joined, strict=True)]
     return found
@@ -175,10 +180,10 @@ def scale_for(counts: Sequence[Sequence[float]], *, bin_s: float, seconds: float
 
     def expected(log_scale: float) -> float:
         rate = exp(log_scale) / bin_s
-        return sum(many * expected_arrivals(rate * count, length_s, cv) for (count, length_s), many in alike.items())
+        return fsum(many * expected_arrivals(rate * count, length_s, cv) for (count, length_s), many in alike.items())
 
     # No process has on average more than one arrival less than its time has mean gaps.
-    gaps = sum(many * count * length_s for (count, length_s), many in alike.items()) / bin_s
+    gaps = fsum(many * count * length_s for (count, length_s), many in alike.items()) / bin_s
     high = log((wanted + alike.total()) / gaps)
     low = log(bin_s * cv**2 / min(count for count, _ in alike)) - LONGEST_GAP_LOG
     if expected(low) > wanted:
