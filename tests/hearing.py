@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from sllm_actor.messages.placement import InstanceReport, NodeReport
+from sllm_actor.messages.placement import NodeChange, NodeReport
 from sllm_actor.runtime import Actor, handles
 
 
 class Hearing(Actor):
-    """Keeps the reports, the newest last, and those of single instances."""
+    """Keeps the reports, and what was told between them, the newest last."""
 
     def __init__(self) -> None:
         self.reports: list[NodeReport] = []
-        self.of_instances: list[InstanceReport] = []
+        self.changes: list[NodeChange] = []
 
     @handles(NodeReport)
     async def hear(self, message: NodeReport) -> None:
         self.reports.append(message)
 
-    @handles(InstanceReport)
-    async def hear_of_instance(self, message: InstanceReport) -> None:
-        self.of_instances.append(message)
+    @handles(NodeChange)
+    async def hear_of_change(self, message: NodeChange) -> None:
+        self.changes.append(message)

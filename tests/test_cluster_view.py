@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from node_parts import parts
 
 from sllm_actor.domain import ModelName, NodeId
-from sllm_actor.messages.placement import InstanceReport, InstanceView, NodeReport
+from sllm_actor.messages.placement import InstanceView, NodeChange, NodeReport
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.node_view import Grant
 
@@ -26,13 +26,14 @@ def instance(instance_id: str, active: int, leaving: bool, kept: bool) -> Instan
 
 
 def report(
-    node: NodeId, instances: list[InstanceView], on_host: list[str], on_ssd: list[str], queue_s: float, bandwidth: float
-) -> NodeReport:
+    node: NodeId, instances: list[InstanceView], on_host: list[str], on_ssd: list[str], queue_s: float,
+    bandwidth: float, awaited: dict[ModelName, int],
+) -> NodeReport:  # fmt: skip
     return NodeReport(
         node=node, manager="manager", slots=4, host_pool_bytes=10, instances=tuple(instances),
         pinned_host_bytes={"p": 1}, ended_placements=(), starting=(), host_fingerprints=tuple(on_host),
         ssd_fingerprints=tuple(on_ssd), ssd_bytes_per_s=bandwidth, disk_queues_s={},
-        remote_bytes_per_s=bandwidth, remote_queue_s=queue_s,
+        remote_bytes_per_s=bandwidth, remote_queue_s=queue_s, awaited=awaited,
     )  # fmt: skip
 
 
@@ -43,15 +44,19 @@ instances = st.lists(
     st.builds(instance, ids, st.integers(0, 2), st.booleans(), st.booleans()),
     max_size=4, unique_by=lambda one: one.instance_id,
 )  # fmt: skip
+awaited = st.dictionaries(st.sampled_from([ModelName("x"), ModelName("w")]), st.integers(1, 3))
 placements = st.sampled_from(["first", "second"])
 steps = st.one_of(
-    st.builds(report, nodes, instances, prints, prints, st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1e9, 2e9])),
     st.builds(
-        InstanceReport,
+        report, nodes, instances, prints, prints, st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1e9, 2e9]), awaited
+    ),
+    st.builds(
+        NodeChange,
         node=nodes,
         epoch=st.just(0),
         told_s=st.just(2.0),
-        instance=st.builds(instance, ids, st.integers(0, 2), st.booleans(), st.booleans()),
+        instances=instances.map(tuple),
+        awaited=st.none() | awaited,
     ),
     st.tuples(st.just("forget"), nodes),
     st.tuples(st.just("give_up"), nodes, ids.map(lambda one: [one])),
@@ -82,14 +87,13 @@ def test_whatever_was_told_before_a_view_is_that_of_the_newest_reports(history: 
     for step in history:
         if isinstance(step, NodeReport):
             view.hear(step, 0.0)
-        elif isinstance(step, InstanceReport):
+        elif isinstance(step, NodeChange):
             before = view.nodes.get(step.node)
-            known = before is not None and step.instance.instance_id in {
-                one.instance_id for one in before.report.instances
-            }
-            if known and before is not None:
+            if before is not None:
                 parts(before)  # What was counted before is counted anew.
-            assert view.hear_of_instance(step) is known
+            known = {one.instance_id for one in before.report.instances} if before is not None else set()
+            has_news = step.awaited is not None or not known.isdisjoint(one.instance_id for one in step.instances)
+            assert view.hear_of_change(step) is (before is not None and has_news)
         else:
             what, *arguments = step
             if what == "grant":
@@ -112,5 +116,7 @@ def test_whatever_was_told_before_a_view_is_that_of_the_newest_reports(history: 
     for one in all_instances:
         active[one.model] += one.active
     assert view.active == +active
+    all_awaited = sum((Counter(report.awaited) for report in reports), Counter[ModelName]())
+    assert dict(view.awaited) == dict(all_awaited)
     for model in view.models():
         assert sorted(view.running(model), key=repr) == sorted(fresh.running(model), key=repr)

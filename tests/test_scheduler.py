@@ -19,10 +19,10 @@ from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.placement import (
     HurryPlacement,
-    InstanceReport,
     InstanceView,
     ListNodes,
     MembersChanged,
+    NodeChange,
     NodeReport,
     Placement,
     PlaceModel,
@@ -351,7 +351,7 @@ async def test_what_is_told_of_one_instance_alone_makes_it_busy_or_idle(system: 
     scheduler(system).tell(manager.report)
 
     def tell(told: InstanceView) -> None:
-        scheduler(system).tell(InstanceReport(node=NodeId("node-1"), epoch=0, told_s=0.0, instance=told))
+        scheduler(system).tell(NodeChange(node=NodeId("node-1"), epoch=0, told_s=0.0, instances=(told,)))
 
     tell(view("second", active=1))
     tell(view("unheard of"))

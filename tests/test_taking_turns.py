@@ -118,3 +118,12 @@ def test_what_a_node_reports_first_is_not_new_to_who_begins_to_lead() -> None:
     assert turns.is_unasked(NodeId("node-1"), "b-1") and not turns.is_unasked(NodeId("node-1"), "a-1")
     turns.forget(NodeId("node-1"))
     assert not turns.is_unasked(NodeId("node-1"), "b-1")
+
+
+def test_a_first_request_that_has_come_and_gone_between_two_reports_is_one() -> None:
+    turns, node = TakingTurns(HOLD_S), NodeId("node-1")
+    assert not list(turns.newcomers(report(instances=[]), 0.0))
+    assert list(turns.newcomers(report(instances=[view("b", idle_since_s=1.0)]), 1.0)) == [("b-1", 0.0)]
+    assert not turns.asked(node, view("b", idle_since_s=1.0), 2.0) and turns.is_unasked(node, "b-1")
+    assert turns.asked(node, view("b", idle_since_s=2.5), 3.0) and not turns.is_unasked(node, "b-1")
+    assert not turns.asked(node, view("b", active=1), 4.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.placement import InstanceView, NodeReport
@@ -28,13 +28,13 @@ class Holding:
         for instance_id, turn_s in self._turns.newcomers(report, now_s):
             self._view.hold(report.node, instance_id)
             self._context.tasks.spawn(self._hold(report.node, instance_id, turn_s), f"hold-{instance_id}")
-        for instance in report.instances:
-            self.hear_of_instance(report.node, instance, now_s)
+        self.hear_of(report.node, report.instances, now_s)
 
-    def hear_of_instance(self, node: NodeId, instance: InstanceView, now_s: float) -> None:
-        """Let it go where its first request is there and its turn is over."""
-        if instance.active and self._turns.asked(node, instance.instance_id, now_s):
-            self._view.let_go(node, instance.instance_id)
+    def hear_of(self, node: NodeId, instances: Iterable[InstanceView], now_s: float) -> None:
+        """Let those go whose first request is there, or was, and whose turn is over."""
+        for instance in instances:
+            if self._turns.asked(node, instance, now_s):
+                self._view.let_go(node, instance.instance_id)
 
     async def _hold(self, node: NodeId, instance_id: str, turn_s: float) -> None:
         await self._clock.sleep(turn_s)

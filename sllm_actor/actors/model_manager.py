@@ -276,13 +276,10 @@ class ModelManager(Actor):
 
     @handles(StopInstances, concurrent=True)
     async def stop_instances(self, message: StopInstances) -> int:
-        chosen = [
-            instance
-            for instance in self._instances.values()
-            if instance.model.name == message.model
-            and message.instance_id in ("", instance.instance_id)
-            and not (message.only_idle and instance.active)
-        ]
+        named = [one for one in self._instances.values() if message.instance_id in ("", one.instance_id)]
+        chosen = [one for one in named if one.model.name == message.model and not (message.only_idle and one.active)]
+        if message.only_idle and not chosen:
+            self._report()  # Before the answer: whoever takes it for idle would ask again at once.
         retiring = (self._retire(instance, was_idle=message.only_idle, preempt=message.preempt) for instance in chosen)
         await asyncio.gather(*retiring)
         await asyncio.gather(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from math import inf
 
 from sllm_actor.actors.instance import Instance
 from sllm_actor.actors.manager_limits import Limits
@@ -15,7 +16,7 @@ from sllm_actor.actors.waiting_room import WaitingRoom
 from sllm_actor.domain import ModelName
 from sllm_actor.errors import SllmError
 from sllm_actor.loader.tiers import Tiers
-from sllm_actor.messages.placement import InstanceReport, NodeReport, StartingView
+from sllm_actor.messages.placement import NodeChange, NodeReport, StartingView
 from sllm_actor.policy.bandwidth import ObservedWay
 from sllm_actor.runtime import ActorRef, Clock
 
@@ -30,8 +31,10 @@ LOOK_EVERY_S = 0.25
 # Before a leader that has not heard of this node is told again, at first: a Scheduler begins soon after it is known.
 FIRST_AGAIN_S = 0.02
 TOLD_THREADS = 2.0
-# What changes within so short a while is told together: requests come in bursts, and their answers end in them.
+# What changes within so short a while is told together: requests come in bursts, and their answers end in them. For an
+# idle instance a start may be waiting; how busy the others are can wait longer.
 TOGETHER_S = 0.005
+BUSY_S = 0.1
 
 
 class Reporting:
@@ -55,10 +58,13 @@ class Reporting:
         # To whom the last report was told, in which epoch; and what it had: its instances, and what was pinned.
         self._told: tuple[ActorRef | None, int | None, frozenset[str]] = (None, None, frozenset())
         self._pinned: frozenset[str] = frozenset()
-        # What is to be told soon: these instances, or all there is; and when.
+        # When that was, and how many threads wanted the cores then.
+        self._told_s, self._told_threads = -inf, 0.0
+        # What is to be told soon: these instances, and whether others wait for starts; and when.
         self._changed: dict[str, Instance] = {}
-        self._all_changed = False
+        self._awaited_changed = False
         self._soon: asyncio.TimerHandle | None = None
+        self._soon_s = inf
         # The placements of the last starts that ended: when, and whether in failure.
         self._ended: dict[str, tuple[float, bool]] = {}
         self._ssd = ObservedWay(tiers.loader.paths().ssd)
@@ -93,7 +99,7 @@ class Reporting:
         self._manager, self._instances, self._starting = manager, instances, starting
         self._tiers.when_stored(self.tell)
         self._registry.on_found = self.tell
-        self._room.on_awaited = self._tell_soon
+        self._room.on_awaited = self._tell_awaited
         if self._place.alone:
             self._way.listen(self.tell)
             self.tell()
@@ -127,17 +133,16 @@ class Reporting:
     async def keep_telling(self) -> None:
         """Tell it again and again, since what is told may be lost on its way to another node."""
         while True:
-            told_s, threads = self._clock.monotonic_s(), self._place.threads
-            look_every_s = self._every_s if self._place.core_threads is None else min(LOOK_EVERY_S, self._every_s)
-            while (
-                self._clock.monotonic_s() < told_s + self._every_s and abs(self._place.threads - threads) < TOLD_THREADS
-            ):
-                await self._clock.sleep(look_every_s)
-            self.tell()
+            left_s = self._told_s + self._every_s - self._clock.monotonic_s()
+            if left_s <= 0.0 or abs(self._place.threads - self._told_threads) >= TOLD_THREADS:
+                self.tell()
+            else:
+                looks_at_cores = self._place.core_threads is not None
+                await self._clock.sleep(min(LOOK_EVERY_S, left_s) if looks_at_cores else left_s)
 
     def tell(self) -> None:
         """Tell all of it, unless this node is no member: then nothing may be placed here."""
-        self._changed, self._all_changed = {}, False
+        self._changed, self._awaited_changed = {}, False
         report = self._report()
         if report is not None:
             self._way.tell(report)
@@ -145,27 +150,33 @@ class Reporting:
     def tell_of(self, instance: Instance) -> None:
         """Tell soon what one instance works on then, where the rest is as it was told last; else, all there is."""
         self._changed[instance.instance_id] = instance
-        self._arm()
+        self._arm(BUSY_S if instance.active else TOGETHER_S)
 
-    def _tell_soon(self) -> None:
-        self._all_changed = True
-        self._arm()
+    def _tell_awaited(self) -> None:
+        self._awaited_changed = True
+        self._arm(TOGETHER_S)
 
-    def _arm(self) -> None:
-        if self._soon is None:
-            self._soon = asyncio.get_running_loop().call_later(TOGETHER_S, self._tell_changed)
+    def _arm(self, in_s: float) -> None:
+        at_s = self._clock.monotonic_s() + in_s
+        if at_s < self._soon_s:
+            if self._soon is not None:
+                self._soon.cancel()
+            self._soon_s, self._soon = at_s, asyncio.get_running_loop().call_later(in_s, self._tell_changed)
 
     def _tell_changed(self) -> None:
-        self._soon = None
-        epoch, now_s, changed = self._place.epoch, self._clock.monotonic_s(), self._changed
+        self._soon_s, self._soon = inf, None
+        changed, awaited_changed = self._changed, self._awaited_changed
+        self._changed, self._awaited_changed = {}, False
+        epoch, now_s = self._place.epoch, self._clock.monotonic_s()
         leader, told_in, known = self._told
-        if self._all_changed or (changed and (leader != self._way.ref or told_in != epoch or changed.keys() - known)):
+        if epoch is None or not (changed or awaited_changed):
+            return
+        if leader != self._way.ref or told_in != epoch or changed.keys() - known:
             self.tell()
-        elif epoch is not None:
-            for instance in changed.values():
-                view = instance.view(self._pinned, now_s)
-                self._way.tell(InstanceReport(node=self._place.node, epoch=epoch, told_s=now_s, instance=view))
-        self._changed = {}
+            return
+        views = tuple([instance.view(self._pinned, now_s) for instance in changed.values()])
+        awaited = self._room.awaited() if awaited_changed else None
+        self._way.tell(NodeChange(node=self._place.node, epoch=epoch, told_s=now_s, instances=views, awaited=awaited))
 
     def close(self) -> None:
         """Tell nothing more of what has changed."""
@@ -174,14 +185,14 @@ class Reporting:
 
     def _report(self) -> NodeReport | None:
         """Say all that there is to tell, for whoever leads; None while this node is no member."""
-        epoch = self._place.epoch
+        now_s, epoch, threads = self._clock.monotonic_s(), self._place.epoch, self._place.threads
+        self._told_s, self._told_threads = now_s, threads
         if epoch is None:
             return None
         self._told = self._way.ref, epoch, frozenset(self._instances)
         # Where nothing is ever started, nothing is held for it either.
         held = self._tiers.loader.fingerprints() if self._max_instances else []
         pinned = self._pinned = frozenset([fingerprint for fingerprint, is_pinned in held if is_pinned])
-        now_s = self._clock.monotonic_s()
         ended = self._ended_lately(now_s)
         return NodeReport(
             node=self._place.node,
@@ -207,7 +218,7 @@ class Reporting:
             epoch=epoch,
             cordoned=self._place.cordoned,
             told_s=now_s,
-            core_threads=self._place.threads,
+            core_threads=threads,
             awaited=self._room.awaited(),
         )
 

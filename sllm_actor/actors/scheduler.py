@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 
 from sllm_actor.actors.autoscaler import Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, granted
@@ -25,10 +25,10 @@ from sllm_actor.loader.tiers import FIRST_REMOTE_BYTES_PER_S, FIRST_SSD_BYTES_PE
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.placement import (
     HurryPlacement,
-    InstanceReport,
     InstanceView,
     ListNodes,
     MembersChanged,
+    NodeChange,
     NodeReport,
     Placement,
     PlaceModel,
@@ -102,7 +102,7 @@ class Scheduler(Actor):
         self._newest_epoch = max(self._members.values(), default=0)
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
-        self._scaling: ScalingUp | None = None
+        self._scale_for: Callable[[Collection[ModelName]], None] = lambda _: None
         self._book = book
         self._making = MakingRoom(
             self._view, self._estimator, clock, counts, evict_timeout_s=limits.evict_timeout_s,
@@ -120,12 +120,13 @@ class Scheduler(Actor):
         )  # fmt: skip
         self._holding = Holding(self.context, self._view, self._clock, self._turns, self._serve)
         if self._autoscaler is not None:
-            self._scaling = ScalingUp(
+            scaling = ScalingUp(
                 self.context, self._view, self._clock, self._autoscaler, self._waiting, self._granted, self._fetching,
                 decide=self._decide, grant=self._grant, give_up=self._give_up, evict=self._evict,
                 may_look=self._may_scale,
             )  # fmt: skip
-            self.context.tasks.spawn(self._scaling.keep_looking(), "scale")
+            self._scale_for = scaling.asked
+            self.context.tasks.spawn(scaling.keep_looking(), "scale")
         if self._book is not None:
             self.context.tasks.spawn(self._book.keep(self._estimator), "estimates")
         if self._awaited:
@@ -160,8 +161,7 @@ class Scheduler(Actor):
         self._view.hear(report, now_s)
         self._waiting.hear(before.report if before is not None else None, report)
         self._holding.hear(report, now_s)
-        if report.awaited and self._scaling is not None:
-            self._scaling.asked(report.awaited)
+        self._scale_for(report.awaited)
         for placement_id in report.ended_placements:
             if placement_id not in self._view.grants and placement_id not in self._granted:
                 continue  # It was told before.
@@ -173,13 +173,14 @@ class Scheduler(Actor):
             self._fetching.end_on(report.node)
         self._serve()
 
-    @handles(InstanceReport)
-    def hear_of_instance(self, report: InstanceReport) -> None:
-        if not self._has_left(report) and self._view.hear_of_instance(report):
-            self._holding.hear_of_instance(report.node, report.instance, self._clock.monotonic_s())
+    @handles(NodeChange)
+    def hear_of_change(self, change: NodeChange) -> None:
+        if not self._has_left(change) and self._view.hear_of_change(change):
+            self._holding.hear_of(change.node, change.instances, self._clock.monotonic_s())
+            self._scale_for(change.awaited or ())
             self._serve()
 
-    def _has_left(self, report: NodeReport | InstanceReport) -> bool:
+    def _has_left(self, report: NodeReport | NodeChange) -> bool:
         """Tell whether a report is from before its node left: who comes later has a higher epoch than all so far."""
         known = self._members.get(report.node)
         return 0 < report.epoch <= self._newest_epoch if known is None else report.epoch < known
@@ -242,15 +243,16 @@ class Scheduler(Actor):
         self._waiting.add(waiting)
         try:
             self._serve()
-            if self._scaling is not None and not waiting.answer.done():
-                self._scaling.asked((question.model,))
-            is_patient = self._limits.placement_policy == "locality_wait"
-            if is_patient and not waiting.answer.done() and waiting.recheck is None:
-                waiting.recheck = self.context.tasks.spawn(self._serve_later(self._limits.locality_wait_s), "recheck")
+            if not waiting.answer.done():
+                self._scale_for((question.model,))
+                if self._limits.placement_policy == "locality_wait" and waiting.recheck is None:
+                    again = self._serve_later(self._limits.locality_wait_s)
+                    waiting.recheck = self.context.tasks.spawn(again, "recheck")
             async with asyncio.timeout(question.timeout_s):
                 return await waiting.answer
         except TimeoutError:
-            self._note_refusal(waiting)
+            waited_s, why = self._clock.monotonic_s() - waiting.asked_s, waiting.why or "others waited before it"
+            self._decisions.note(refused(waiting.question, self._limits.placement_policy, why, waited_s))
             raise NoCapacity(
                 f"no node could start {question.model} within {question.timeout_s:g} s: "
                 f"{why_in_vain(question, self._view)}",
@@ -269,13 +271,9 @@ class Scheduler(Actor):
         self._serve()
 
     async def _serve_later(self, wait_s: float) -> None:
-        """Look again when a wait for the best node has lasted long enough, whether that node reports or not."""
+        """Look again after a while, whatever is reported until then."""
         await self._clock.sleep(wait_s)
         self._serve()
-
-    def _note_refusal(self, waiting: Waiting) -> None:
-        waited_s, why = self._clock.monotonic_s() - waiting.asked_s, waiting.why or "others waited before it"
-        self._decisions.note(refused(waiting.question, self._limits.placement_policy, why, waited_s))
 
     def _serve(self) -> None:
         """Grant by priority and then in the order of asking, until someone has to wait."""

@@ -37,8 +37,8 @@ from sllm_actor.messages.migration import (
 from sllm_actor.messages.operations import CordonNode, DrainNode, NoticeNode, NoticeTaken
 from sllm_actor.messages.placement import (
     HurryPlacement,
-    InstanceReport,
     ListNodes,
+    NodeChange,
     NodeReport,
     Placement,
     PlaceModel,
@@ -47,7 +47,7 @@ from sllm_actor.messages.placement import (
 
 BETWEEN_NODES: tuple[type, ...] = (
     Generate, Embed, PromptLogprobs, Prefilled, AdapterHeld, NoSlot, Tokens, Embedded, Finished,
-    PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, InstanceReport, ListNodes,
+    PlaceModel, Placement, RunsAlready, HurryPlacement, NodeReport, NodeChange, ListNodes,
     ExplainPlacement, Explanation,
     StartInstance, FetchModel, StartProgress, InstanceStarted, StopInstances, ListInstances, InstanceStatus,
     CordonNode, DrainNode, NoticeNode, NoticeTaken,

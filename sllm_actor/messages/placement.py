@@ -123,7 +123,7 @@ class StartingView:
 
 @message("placement.report")
 class NodeReport:
-    """What a ModelManager tells the Scheduler once it is up and after every change that `InstanceReport` does not tell.
+    """What a ModelManager tells the Scheduler once it is up and after every change that `NodeChange` does not tell.
 
     `slots` and `host_pool_bytes` bound what may run at once; checkpoints that are pinned in host memory, by
     fingerprint, take their part of it whether they run or not, and their instances no more. `ended_placements` are
@@ -160,16 +160,18 @@ class NodeReport:
     awaited: dict[ModelName, int] = msgspec.field(default_factory=dict)
 
 
-@message("placement.instance_report")
-class InstanceReport:
-    """Told to the Scheduler where only what an instance works on has changed since its node's last `NodeReport`, or the
-    last of these. `told_s` is by the node's own clock. Of an instance that no report had nothing is learned.
+@message("placement.node_change")
+class NodeChange:
+    """Told to the Scheduler where only what `instances` work on, or who waits for a start, has changed since its node's
+    last `NodeReport`, or the last of these. `told_s` is by the node's own clock. Of an instance that no report had
+    nothing is learned; without `awaited` as many wait as before.
     """
 
     node: NodeId
     epoch: int
     told_s: float
-    instance: InstanceView
+    instances: tuple[InstanceView, ...] = ()
+    awaited: dict[ModelName, int] | None = None
 
 
 @message("placement.report_now")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.declare import changed
-from sllm_actor.messages.placement import InstanceReport, InstanceView, NodeReport
+from sllm_actor.messages.placement import InstanceView, NodeChange, NodeReport
 from sllm_actor.policy.bandwidth import Bandwidths
 from sllm_actor.policy.changes import Changes
 from sllm_actor.policy.node_view import Grant, NodeView, Ways
@@ -59,24 +59,27 @@ class ClusterView:
         self._heard_s[report.node] = now_s
         self._see(report)
 
-    def hear_of_instance(self, report: InstanceReport) -> bool:
-        """Take in what a node tells of one instance alone; tell whether that is one of its last report."""
-        node = self.nodes.get(report.node)
+    def hear_of_change(self, change: NodeChange) -> bool:
+        """Take in what has changed since a node's last report; tell whether any of that is known of."""
+        node = self.nodes.get(change.node)
         if node is None:
             return False
-        instances, instance = node.report.instances, report.instance
-        known = [one.instance_id for one in instances]
-        if instance.instance_id not in known:
-            return False
-        at = known.index(instance.instance_id)
-        # As it would have been when all of it was told.
-        running_s = instance.running_s - instance.active * (report.told_s - node.report.told_s)
-        now = changed(instance, running_s=running_s) if instance.active else instance
-        told = changed(node.report, instances=(*instances[:at], now, *instances[at + 1 :]))
-        node.hear_of_instance(told, at)
-        self.changes.note(report.node)
-        self._count_active(instance.model, instance.active - instances[at].active)
-        return True
+        before = node.report
+        known = [one.instance_id for one in before.instances]
+        told = [one for one in change.instances if one.instance_id in known]
+        instances = list(before.instances)
+        for one in told:
+            at = known.index(one.instance_id)
+            # As it would have been when all of it was told.
+            running_s = one.running_s - one.active * (change.told_s - before.told_s)
+            self._count_active(one.model, one.active - instances[at].active)
+            instances[at] = changed(one, running_s=running_s) if one.active else one
+        awaited = before.awaited if change.awaited is None else change.awaited
+        node.hear_of_change(changed(before, instances=tuple(instances), awaited=awaited))
+        self._index_awaited(before.awaited, awaited)
+        if told:
+            self.changes.note(change.node)
+        return bool(told) or change.awaited is not None
 
     def _see(self, report: NodeReport) -> None:
         node, before = report.node, self.nodes.get(report.node)
@@ -107,7 +110,7 @@ class ClusterView:
         if before is None or view is None or before.on_host is not view.on_host or before.on_ssd is not view.on_ssd:
             self._index_holders(before, view)
         self._index_models(before, view)
-        self._index_awaited(before, view)
+        self._index_awaited(_awaited(before), _awaited(view))
         if before is None and view is not None:
             insort(self.names, view.report.node)
         if view is None and before is not None:
@@ -157,9 +160,7 @@ class ClusterView:
         if active:
             self._active[model] = active
 
-    def _index_awaited(self, before: NodeView | None, view: NodeView | None) -> None:
-        old = before.report.awaited if before is not None else {}
-        new = view.report.awaited if view is not None else {}
+    def _index_awaited(self, old: dict[ModelName, int], new: dict[ModelName, int]) -> None:
         if old != new:
             self._awaited.subtract(old)
             self._awaited.update(new)
@@ -289,6 +290,10 @@ class ClusterView:
 
 def _queued(view: NodeView | None) -> tuple[float, NodeId] | None:
     return (view.report.remote_queue_s, view.report.node) if view is not None else None
+
+
+def _awaited(view: NodeView | None) -> dict[ModelName, int]:
+    return view.report.awaited if view is not None else {}
 
 
 def _bandwidths(view: NodeView | None) -> tuple[float, float]:

@@ -72,9 +72,7 @@ class NodeView:
         self.on_ssd: frozenset[str]
         self.on_host, self.on_ssd = _checkpoints(report, expected, before)
         # How many requests run of each model that has instances.
-        self.active: dict[ModelName, int] = {}
-        for one in report.instances:
-            self.active[one.model] = self.active.get(one.model, 0) + one.active
+        self.active = _active(report)
         self.pinned_bytes = sum(report.pinned_host_bytes.values())
         self.count_beside(grants, leaving, held)
 
@@ -83,11 +81,9 @@ class NodeView:
         self._grants, self._leaving, self._held = grants, leaving, held
         self._counted: Counted | None = None
 
-    def hear_of_instance(self, report: NodeReport, at: int) -> None:
-        """Take in a report that differs from the last one in what an instance works on, the one `at` this place."""
-        before, now = self.report.instances[at], report.instances[at]
-        self.active[now.model] += now.active - before.active
-        self.report = report
+    def hear_of_change(self, report: NodeReport) -> None:
+        """Take in a report that differs from the last one only in what instances work on, and in who waits."""
+        self.report, self.active = report, _active(report)
         self._counted = None
 
     def _count(self) -> Counted:
@@ -167,6 +163,13 @@ def _checkpoints(
         before.on_host if same_host else frozenset((*host, *expected)),
         before.on_ssd if ssd == before.report.ssd_fingerprints else frozenset(ssd),
     )
+
+
+def _active(report: NodeReport) -> dict[ModelName, int]:
+    active: dict[ModelName, int] = {}
+    for one in report.instances:
+        active[one.model] = active.get(one.model, 0) + one.active
+    return active
 
 
 def _room_of(instances: Iterable[InstanceView]) -> Room:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from sllm_actor.domain import ModelName, NodeId
-from sllm_actor.messages.placement import NodeReport
+from sllm_actor.messages.placement import InstanceView, NodeReport
 
 # A model that comes back within so many times of the hold was given up too early.
 SOON = 10.0
@@ -27,8 +27,8 @@ class TakingTurns:
         # The longest ago first.
         self._given_up: OrderedDict[tuple[NodeId, ModelName], float] = OrderedDict()
         self._known: dict[NodeId, frozenset[str]] = {}
-        # When the turn of each that nobody has asked yet is over.
-        self._unasked: dict[NodeId, dict[str, float]] = {}
+        # When the turn of each that nobody has asked yet is over, and since when it is idle.
+        self._unasked: dict[NodeId, dict[str, tuple[float, float]]] = {}
 
     def gave_up(self, node: NodeId, model: ModelName, now_s: float) -> None:
         """Note that a model has to leave a node for another one."""
@@ -48,18 +48,24 @@ class TakingTurns:
             return
         self._known[node] = known
         unasked = self._unasked.pop(node, {})
-        self._unasked[node] = {key: over_s for key, over_s in unasked.items() if key in known}
+        self._unasked[node] = {key: one for key, one in unasked.items() if key in known}
         for one in report.instances:
             if before is not None and one.instance_id not in before:
                 given_up_s = self._given_up.get((node, one.model), float("-inf"))
                 turn_s = self._hold_s if now_s - given_up_s <= SOON * self._hold_s else 0.0
-                self._unasked[node][one.instance_id] = now_s + turn_s
+                self._unasked[node][one.instance_id] = now_s + turn_s, one.idle_since_s
                 yield one.instance_id, turn_s
 
-    def asked(self, node: NodeId, instance_id: str, now_s: float) -> bool:
-        """Note that a request of an instance is there; tell whether that is the first one, and its turn is over."""
-        over_s = self._unasked.get(node, {}).pop(instance_id, None)
-        return over_s is not None and over_s <= now_s
+    def asked(self, node: NodeId, instance: InstanceView, now_s: float) -> bool:
+        """Tell whether an instance shows to have its first request, or to have had it, and its turn is over."""
+        unasked = self._unasked.get(node, {})
+        if instance.instance_id not in unasked:
+            return False
+        over_s, idle_since_s = unasked[instance.instance_id]
+        if not instance.active and instance.idle_since_s <= idle_since_s:
+            return False
+        del unasked[instance.instance_id]
+        return over_s <= now_s
 
     def is_unasked(self, node: NodeId, instance_id: str) -> bool:
         """Tell whether the first request of a new instance is not there yet."""
