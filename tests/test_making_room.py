@@ -221,6 +221,47 @@ async def test_the_policy_preempt_has_less_urgent_answers_ended_and_no_others() 
     await system.close()
 
 
+class Refusing(Actor):
+    """A manager whose instance `a-1` is idle no more, which it tells when it refuses to stop it, or does not tell."""
+
+    def __init__(self, *tells: NodeReport) -> None:
+        self.tells = list(tells)
+        self.asked: list[StopInstances] = []
+
+    @handles(StopInstances)
+    async def stop(self, message: StopInstances) -> int:
+        self.asked.append(message)
+        if self.tells:
+            self.context.system.ref("scheduler").tell(self.tells.pop(0))
+        return 0 if message.only_idle else 1
+
+
+@virtually
+async def test_who_refuses_without_having_told_why_is_not_asked_all_the_time() -> None:
+    manager = Refusing()
+    system, _ = await cluster(Node(), first(view("a")), second(slots=0))
+    await system.spawn(manager, "manager")
+    with pytest.raises(NoCapacity):
+        await ask(system, question(timeout_s=4.2 * PAUSE_S))
+    assert len(manager.asked) == 5
+    await system.close()
+
+
+@virtually
+async def test_room_is_made_after_all_where_an_instance_was_wrongly_taken_for_idle() -> None:
+    both, left = [busy("a", priority=9), busy("b", priority=9)], [busy("a", priority=9)]
+    slots: Any = {"slots": 2}
+    full, less, none = (msgspec.structs.replace(first(*has), **slots) for has in (both, left, ()))  # type: ignore[type-var]
+    manager = Refusing(full, less, none)
+    stale: Any = msgspec.structs.replace(first(view("a"), both[1]), **slots)  # type: ignore[type-var]
+    system, _ = await cluster(Node(), stale, second(slots=0), policy="preempt")
+    await system.spawn(manager, "manager")
+    wish: Any = msgspec.structs.replace(question("new", priority=1), **slots)  # type: ignore[type-var]
+    assert (await ask(system, wish)).node == "node-1"
+    assert [(one.instance_id, one.preempt) for one in manager.asked] == [("a-1", False), ("b-1", True), ("a-1", True)]
+    await system.close()
+
+
 @virtually
 async def test_a_scheduler_that_comes_after_another_uses_none_of_its_names() -> None:
     system, _ = await cluster(Node(), first())

@@ -9,6 +9,7 @@ from typing import Any
 
 from sllm_actor.actors.node_keeper import COORDINATOR
 from sllm_actor.actors.start_counts import StartCounts
+from sllm_actor.domain import NodeId
 from sllm_actor.errors import Conflict, SllmError
 from sllm_actor.messages.explanation import Explanation, MovedAnswer
 from sllm_actor.messages.instances import StopInstances
@@ -26,6 +27,10 @@ PAUSE_S = 0.5
 
 # Where each instance that moves goes on, by its id.
 Destinations = Mapping[str, Placement | RunsAlready]
+
+
+class NotIdle(Conflict):
+    """What was to leave because it is idle does something after all."""
 
 
 class Room:
@@ -71,19 +76,27 @@ class MakingRoom:
             )
         except SllmError as error:
             log.warning("instance %s could not be given up: %s", victim.instance_id, error)
-            # Where a node can't be reached, that is said at once: it must not be asked all the time until it has left.
-            await self._clock.sleep(PAUSE_S)
         if stopped:
             self._estimator.learn_leave(report.node, self._clock.monotonic_s() - begin_s)
-        else:
-            self._view.keep(report.node, victim.instance_id)
-        return bool(stopped)
+            return True
+        if self._has_as_idle(report.node, victim.instance_id):
+            # That a node can't be reached is said at once, and one that is no member refuses without having told why:
+            # it must not be asked all the time until it has left, or reports.
+            await self._clock.sleep(PAUSE_S)
+        self._view.keep(report.node, victim.instance_id)
+        return False
+
+    def _has_as_idle(self, node: NodeId, instance_id: str) -> bool:
+        known = self._view.nodes.get(node)
+        instances = known.report.instances if known is not None else ()
+        return any(one.instance_id == instance_id and not one.active for one in instances)
 
     async def make(self, system: ActorSystem, decision: MakeRoom, to: Destinations) -> tuple[MovedAnswer, ...]:
         """Have all leave that a decision names; give the answers that moved.
 
         Raises:
-            SllmError: one of them stays, and goes on there; those that have left already have left.
+            SllmError: one of them stays, and goes on there; those that have left already have left. `NotIdle` where it
+                was only taken for one that may leave.
         """
         report, offer = decision.report, decision.offer
         leaving = [self._leave(system, report, one, to.get(one.instance_id), offer.action) for one in offer.leaving]
@@ -104,7 +117,7 @@ class MakingRoom:
             if action is Action.PREEMPT and one.active:
                 await self._end(system, report, one)
             elif not await self.evict(system, report, one):
-                raise Conflict(f"instance {one.instance_id} is not idle any more")
+                raise NotIdle(f"instance {one.instance_id} is not idle any more")
         except SllmError:
             self._view.keep(report.node, one.instance_id)
             raise

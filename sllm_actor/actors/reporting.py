@@ -55,7 +55,7 @@ class Reporting:
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
         self._starting: Mapping[str, ModelName] = {}
-        # To whom the last report was told, in which epoch; and what it had: its instances, and what was pinned.
+        # For whom the last report was made, in which epoch; and what it had: its instances, and what was pinned.
         self._told: tuple[ActorRef | None, int | None, frozenset[str]] = (None, None, frozenset())
         self._pinned: frozenset[str] = frozenset()
         # When that was, and how many threads wanted the cores then.

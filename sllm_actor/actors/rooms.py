@@ -8,14 +8,14 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 
 from sllm_actor.actors.decision_log import DecisionLog
-from sllm_actor.actors.making_room import MakingRoom, Room
+from sllm_actor.actors.making_room import MakingRoom, NotIdle, Room
 from sllm_actor.errors import NoCapacity, SllmError
 from sllm_actor.messages.declare import changed
 from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel, RunsAlready
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import Action, Move
-from sllm_actor.policy.placement import QUIET, Decision, MakeRoom, Start
+from sllm_actor.policy.placement import ABLE, QUIET, Decision, MakeRoom, Start
 from sllm_actor.policy.taking_turns import TakingTurns
 from sllm_actor.runtime import ActorContext, Clock
 
@@ -28,7 +28,8 @@ TOLD_WITHIN_S = 2.0
 class Waiting:
     """A question, since when it waits, and whose instances were given up for it.
 
-    What runs is left alone for it where `able` says so: for one that is moved itself, and once making room has failed.
+    What runs is left alone for it where `able` says so: for one that is moved itself, and once making room has failed
+    for another reason than that an idle instance was so no more.
     Its bytes have been on their way, without a device, since `fetched_from_s`, if that is not 0.
     """
 
@@ -82,7 +83,7 @@ class Rooms:
 
     def make(self, waiting: Waiting, decision: MakeRoom, now_s: float) -> None:
         """Keep the room that is to be made for who waits, and the places of those who move for it."""
-        waiting.able = QUIET  # Whatever comes of it, it is tried once.
+        waiting.able = QUIET  # It is tried once.
         question, node, offer = waiting.question, decision.report.node, decision.offer
         self._waiting.add(waiting)
         room = waiting.room = Room(f"room-{self._life}-{next(self._numbers)}", decision, now_s)
@@ -116,6 +117,8 @@ class Rooms:
             log.warning("no room is made on %s for %s: %s", node, waiting.question.model, error)
             for one in offer.leaving:
                 self._view.keep(node, one.instance_id)
+            if isinstance(error, NotIdle):
+                waiting.able = ABLE  # It was tried with what was not true any more.
             if waiting.room is room:
                 self.leave(waiting)
         else:

@@ -164,7 +164,7 @@ class NodeReport:
 class NodeChange:
     """Told to the Scheduler where only what `instances` work on, or who waits for a start, has changed since its node's
     last `NodeReport`, or the last of these. `told_s` is by the node's own clock. Of an instance that no report had
-    nothing is learned; without `awaited` as many wait as before.
+    nothing is learned; without `awaited` as many wait as was told before.
     """
 
     node: NodeId
