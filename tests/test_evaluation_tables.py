@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from benchmarks.evaluation_tables import READINGS, SMALL, Job, Summary, markdown, number, run, tables
+from benchmarks.evaluation_tables import READINGS, SMALL, Job, Summary, markdown, number, run, tables, written
 
 from sllm_actor.testing.world import SYSTEMS, Description, Models, World, changed
 
@@ -58,3 +59,12 @@ def test_a_job_is_simulated_as_the_command_line_would(tmp_path: Path) -> None:
     ran = run(Job(SMALL._replace(models=2, rate=1.0), 1, path, 20.0))
     assert ran["requests"] > 0 == ran["failed"]
     assert 0 < ran["least_s"] <= ran["wait_mean_s"]
+
+
+def test_runs_are_written_one_a_line_with_the_command_that_made_them() -> None:
+    text = written(
+        "scripts/evaluation_tables --seeds 1", [summary(wait_mean_s=1 / 3), summary(over_least=float("nan"))]
+    )
+    found = json.loads(text)
+    assert found["command"] == "scripts/evaluation_tables --seeds 1" and text.count(b"\n") == 4
+    assert [(run["wait_mean_s"], run["over_least"]) for run in found["runs"]] == [(0.3333, 2.0), (2.0, None)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Sequence
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -249,6 +251,16 @@ def markdown(table: Table, found: dict[Case, list[Summary]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def written(command: str, runs: Iterable[Summary]) -> bytes:
+    """Give runs as JSON, one a line, with as many digits as anybody looks at."""
+    head = {"bench": "evaluation_tables", "command": command, "python": platform.python_version()}
+    rounded = (
+        {name: round(value, 4) if isinstance(value, float) else value for name, value in run.items()} for run in runs
+    )
+    lines = b",\n".join(map(msgspec.json.encode, rounded))
+    return msgspec.json.encode(head)[:-1] + b',"runs":[\n' + lines + b"\n]}\n"
+
+
 def main() -> None:
     """Simulate what the tables need, and print them."""
     every = tables()
@@ -273,10 +285,11 @@ def main() -> None:
     for job, summary in zip(jobs, summaries, strict=True):
         found.setdefault(job.case, []).append(summary)
     if wanted.json is not None:
-        runs = [
+        runs = (
             {**job.case._asdict(), "seed": job.seed, **summary} for job, summary in zip(jobs, summaries, strict=True)
-        ]
-        wanted.json.write_bytes(b"[\n" + b",\n".join(map(msgspec.json.encode, runs)) + b"\n]\n")
+        )
+        command = f"scripts/evaluation_tables {' '.join(sys.argv[1:])}"
+        wanted.json.write_bytes(written(command, runs))
     for name, table in chosen.items():
         print(f"\n**{name}**\n\n{markdown(table, found)}", flush=True)
 
