@@ -10,7 +10,7 @@ from typing import Any
 from sllm_actor.actors.node_keeper import COORDINATOR
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import NodeId
-from sllm_actor.errors import Conflict, SllmError
+from sllm_actor.errors import SllmError
 from sllm_actor.messages.explanation import Explanation, MovedAnswer
 from sllm_actor.messages.instances import StopInstances
 from sllm_actor.messages.migration import InstanceMoved, MoveInstance
@@ -29,7 +29,7 @@ PAUSE_S = 0.5
 Destinations = Mapping[str, Placement | RunsAlready]
 
 
-class NotIdle(Conflict):
+class NotIdle(Exception):
     """What was to leave because it is idle does something after all."""
 
 
@@ -95,8 +95,8 @@ class MakingRoom:
         """Have all leave that a decision names; give the answers that moved.
 
         Raises:
-            SllmError: one of them stays, and goes on there; those that have left already have left. `NotIdle` where it
-                was only taken for one that may leave.
+            SllmError: one of them stays, and goes on there; those that have left already have left.
+            NotIdle: the same, and it was only taken for one that may leave.
         """
         report, offer = decision.report, decision.offer
         leaving = [self._leave(system, report, one, to.get(one.instance_id), offer.action) for one in offer.leaving]

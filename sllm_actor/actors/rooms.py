@@ -113,7 +113,7 @@ class Rooms:
             if len(there) < len(to):
                 raise NoCapacity("there is no place any more for what would move", retry_after_s=1.0)
             room.moved = await self._making.make(self._context.system, decision, there)
-        except SllmError as error:
+        except (SllmError, NotIdle) as error:
             log.warning("no room is made on %s for %s: %s", node, waiting.question.model, error)
             for one in offer.leaving:
                 self._view.keep(node, one.instance_id)
