@@ -189,8 +189,11 @@ def _references(runs: Sequence[Summary]) -> str:
     return f"{number(_of(runs, 'least_s'))}, {number(_of(runs, 'first_come_s'))}"
 
 
-def _p99(runs: Sequence[Summary]) -> str:
-    return number(_of(runs, "wait_p99_s"))
+def _value(name: str) -> Show:
+    return lambda runs: number(_of(runs, name))
+
+
+_p99, _over_least = _value("wait_p99_s"), _value("over_least")
 
 
 def _p99s(runs: Sequence[Summary]) -> str:
@@ -205,16 +208,8 @@ def _mean_and_p99(runs: Sequence[Summary]) -> str:
     return f"{_mean(runs)} ({_p99(runs)})"
 
 
-def _over_least(runs: Sequence[Summary]) -> str:
-    return number(_of(runs, "over_least"))
-
-
 def _start(runs: Sequence[Summary]) -> str:
     return f"{number(_of(runs, 'start_mean_s'))} s, {_of(runs, 'start_over_least'):.2f}"
-
-
-def _value(name: str) -> Show:
-    return lambda runs: number(_of(runs, name))
 
 
 _MADE: dict[str, Show] = {
@@ -240,8 +235,7 @@ def run(job: Job) -> Summary:
     cv, bin_s = READINGS[case.reading]
     workload = Workload(None, job.functions, case.lengths, case.rate, job.seconds, job.seed, cv, bin_s)
     found = evaluate(world, workload.arrivals(len(world.models)), job.seed)
-    answered = found.summary()
-    return answered | {"least_s": found.least_wait_s, "first_come_s": found.first_come_wait_s}
+    return found.summary() | {"least_s": found.least_wait_s, "first_come_s": found.first_come_wait_s}
 
 
 def markdown(table: Table, found: dict[Case, list[Summary]]) -> str:
