@@ -80,13 +80,14 @@ def lacking(
 
 @given(
     st.tuples(scalings, scalings, scalings), reported, st.dictionaries(st.sampled_from([A, B, C]), st.just(1)),
-    st.sets(st.sampled_from([A, B, C])),
+    st.sets(st.sampled_from([A, B, C])), st.sets(st.sampled_from([A, B, C])),
 )  # fmt: skip
 def test_whoever_lacks_instances_is_found_among_those_that_are_looked_at(
     scaled: tuple[Scaling, ...],
     reports: list[tuple[str, list[tuple[ModelName, int, bool]], dict[ModelName, int]]],
     starting: dict[ModelName, int],
     fetched: set[ModelName],
+    only: set[ModelName],
 ) -> None:
     models = [
         msgspec.structs.replace(model_of(name, 1, 1.0), scaling=scaling)
@@ -100,3 +101,7 @@ def test_whoever_lacks_instances_is_found_among_those_that_are_looked_at(
         view.hear(report_of(node, running, waiting), 0.0)
     asked = [question.model for question in autoscaler.missing(view, view.awaited, starting, fetched)]
     assert asked == lacking(models, view, starting, fetched)
+    # Of some alone: those that call because of what they are asked, and not those that should always run.
+    calling = autoscaler.calling(view, {name: view.awaited.get(name, 0) for name in sorted(only)})
+    asked = [question.model for question in autoscaler.missing(view, view.awaited, starting, fetched, only)]
+    assert asked == lacking([by_name[name] for name in sorted(calling)], view, starting, fetched)

@@ -67,11 +67,28 @@ def test_help_for_a_burst_at_a_cold_model_comes_with_its_first_instance_and_not_
     assert max(waits_s) < 0.53 + 0.1 + 0.05
 
 
+def test_whoever_finds_every_instance_busy_has_another_one_started_at_once() -> None:
+    """From host memory that takes 0.53 s and 0.1 s; one is asked in each tenth of a second between two whole looks."""
+    for tenth in range(5):
+        asked = [Arrival(0.0, 0, 50, 10), Arrival(9.0, 0, 50, 200), Arrival(9.2 + tenth / 10, 0, 50, 10)]
+        later = run(asked, described=changed(SMALL, "nodes=1,keep_alive_s=60")).seen[-1]
+        assert later.tier == WARM and later.wait_s < 0.53 + 0.1 + 0.08
+
+
+def test_a_place_goes_at_once_to_a_busy_model_that_had_found_none() -> None:
+    """Two devices; the other model's answer takes three to four seconds, of five lengths."""
+    for more in range(5):
+        asked = [Arrival(0.0, 0, 50, 10), Arrival(9.0, 1, 50, 100 + 3 * more)]
+        asked += [Arrival(9.0, 0, 50, 900), Arrival(9.1, 0, 50, 10)]
+        answered = run(asked, described=changed(SMALL, "nodes=1,devices=2,keep_alive_s=60")).seen
+        waited, other = answered[-1], next(one for one in answered if one.model)
+        assert 0.0 < waited.first_token_s - other.end_s < 0.53 + 0.1 + 0.1
+
+
 def test_a_burst_of_one_model_does_not_take_all_that_is_free_from_a_larger_one_of_another() -> None:
     """Both run already, and the smaller one's model has the lower number, and as many requests as there are devices."""
     both = [Arrival(0.0, model, 50, 200) for model in (0, 1)]
-    both += [Arrival(6.0 + 0.01 * number, 0, 50, 200) for number in range(8)]
-    both += [Arrival(6.0 + 0.01 * number, 1, 50, 200) for number in range(24)]
+    both += [Arrival(6.0, 0, 50, 200)] * 8 + [Arrival(6.0, 1, 50, 200)] * 24
     answered = run(both, described=changed(SMALL, "copies=2"))
     waits_s = {model: [one.wait_s for one in answered.seen if one.model == model] for model in (0, 1)}
     # An answer takes 6.6 s. Whoever has three times as many requests waits not much longer for them than the others.

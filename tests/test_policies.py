@@ -294,6 +294,14 @@ def moving_offer(reports: list[NodeReport], asked: Any) -> Offer:
     return offer
 
 
+def test_nobody_waits_for_the_answers_of_an_instance_that_leaves_where_an_idle_one_would_leave_at_once() -> None:
+    """Its node holds the checkpoint; that of the other fetches it."""
+    for active, action in ((0, Wait), (2, Evict)):
+        going = node("a", slots=1, in_host_memory=True, instances=[instance("x", active=active, leaving=True)])
+        other = node("b", slots=1, on_ssd=False, instances=[instance("y")])
+        assert isinstance(decide(question(), [going, other], able=QUIET), action)
+
+
 def test_a_model_of_several_devices_needs_as_many_slots_of_one_node() -> None:
     asked = question(slots=2)
     halves = [node("a", slots=2, instances=[busy("x")]), node("b", slots=2, instances=[busy("y")])]

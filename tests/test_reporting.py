@@ -36,6 +36,9 @@ from sllm_actor.testing.simulated_store import MemoryStore
 from sllm_actor.testing.simulated_tiers import SimulatedTiers
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 
+# What an instance takes at once.
+MAX_REQUESTS = 2
+
 
 class Node:
     """A node without instances, and what its reports have told."""
@@ -52,7 +55,7 @@ class Node:
         tiers = cast(Any, SimulatedTiers({}, (), self.clock, pool_bytes=0, ssd_bytes_per_s=1e9, remote_bytes_per_s=1e9))
         registry = Registry(MemoryStore(self.clock), cast(Any, None), tiers, self.clock)
         limits = Limits(
-            max_instances=1, max_requests_per_instance=1, drain_timeout_s=1.0, engine_stop_timeout_s=1.0,
+            max_instances=1, max_requests_per_instance=MAX_REQUESTS, drain_timeout_s=1.0, engine_stop_timeout_s=1.0,
             max_adapters_per_instance=1, migration=cast(MigrationLimits, None), report_every_s=1.0,
         )  # fmt: skip
         way = SchedulerWay(self.clock, 0.0, scheduler)
@@ -146,6 +149,28 @@ def test_an_instance_that_is_idle_is_told_of_sooner_than_one_that_is_busy_and_ta
         assert [[view.active for view in told.instances] for told in node.hearing.changes] == [[1, 0]]
         await node.clock.sleep(2 * BUSY_S)
         assert len(node.hearing.changes) == 1
+        await node.system.close()
+
+    run_virtual(main)
+
+
+def test_an_instance_of_which_more_is_asked_than_it_takes_is_told_of_as_soon() -> None:
+    """What it has still to do when one of these has ended can wait."""
+
+    async def main() -> None:
+        node = Node()
+        await node.start()
+        one = instance_of("m-1")
+        node.reporting.begin("manager", {"m-1": one}, {})
+        await node.told()
+        told = []
+        for active, more in ((MAX_REQUESTS, True), (MAX_REQUESTS + 2, True), (MAX_REQUESTS + 1, False)):
+            one.hear(InstanceActivity(instance_id="m-1", active=active), node.clock.monotonic_s())
+            node.reporting.tell_of(one, more=more)
+            await node.clock.sleep(2 * TOGETHER_S)
+            told.append([change.instances[0].active for change in node.hearing.changes])
+            await node.clock.sleep(2 * BUSY_S)
+        assert told == [[], [MAX_REQUESTS, MAX_REQUESTS + 2], [MAX_REQUESTS, MAX_REQUESTS + 2]]
         await node.system.close()
 
     run_virtual(main)

@@ -35,15 +35,20 @@ class Autoscaler:
         self._rests: dict[ModelName, float] = {}
         self._numbers = itertools.count(1)
 
-    def _may_lack(self, view: ClusterView, awaited: Mapping[ModelName, int]) -> list[Model]:
+    def _may_lack(
+        self, view: ClusterView, awaited: Mapping[ModelName, int], only: Set[ModelName] | None
+    ) -> list[Model]:
         """List the models that may lack an instance: those that always run, and those with too many requests for one.
 
         Of a thousand that run few have so many, and the others are not looked at.
         """
-        # No instance takes less than one request.
-        several = [name for name, active in view.active.items() if active > 1]
-        busy = self._busy(view, awaited, {*several, *awaited})
-        found = {model.name: model for model in (*self._kept(), *busy) if not model.base}
+        if only is not None:
+            models = list(self._busy(view, awaited, only))
+        else:
+            # No instance takes less than one request.
+            several = [name for name, active in view.active.items() if active > 1]
+            models = [*self._kept(), *self._busy(view, awaited, {*several, *awaited})]
+        found = {model.name: model for model in models if not model.base}
         return [found[name] for name in sorted(found)]
 
     def _busy(self, view: ClusterView, awaited: Mapping[ModelName, int], names: Iterable[ModelName]) -> Iterator[Model]:
@@ -53,23 +58,23 @@ class Autoscaler:
             if model is not None and wanted(model.scaling, asking, self._instance_takes) > 1:
                 yield model
 
-    def is_called(self, view: ClusterView, awaited: Mapping[ModelName, int]) -> bool:
-        """Tell whether more wait for a start of one of these than one instance takes: not to be left for later."""
-        return any(True for _ in self._busy(view, awaited, awaited))
+    def calling(self, view: ClusterView, awaited: Mapping[ModelName, int]) -> set[ModelName]:
+        """Name those of which more run or wait for a start than one instance takes: not to be left for later."""
+        return {model.name for model in self._busy(view, awaited, awaited)}
 
     def missing(
         self, view: ClusterView, awaited: Mapping[ModelName, int], starting: Mapping[ModelName, int],
-        fetched: Set[ModelName],
+        fetched: Set[ModelName], only: Set[ModelName] | None = None,
     ) -> Iterator[PlaceModel]:  # fmt: skip
         """Give a question for each instance that should run beside those that do, or are being started, where so many
-        wait for a start of each model that is `awaited`.
+        wait for a start of each model that is `awaited`; of all models, or of those with many requests of these `only`.
 
         The next one is always for the model whose instances have the most to do. Those whose bytes are `fetched` for a
         start are counted as if none were coming: whoever asked for it waits, too.
         """
         now_s = self._clock.monotonic_s()
         self._rests = {name: until_s for name, until_s in self._rests.items() if until_s > now_s}
-        models = [model for model in self._may_lack(view, awaited) if model.name not in self._rests]
+        models = [model for model in self._may_lack(view, awaited, only) if model.name not in self._rests]
         running = {model.name: self._running(view, model, now_s) for model in models}
         short: dict[ModelName, Short] = {}
         for model in models:

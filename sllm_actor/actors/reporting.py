@@ -32,7 +32,8 @@ LOOK_EVERY_S = 0.25
 FIRST_AGAIN_S = 0.02
 TOLD_THREADS = 2.0
 # What changes within so short a while is told together: requests come in bursts, and their answers end in them. For an
-# idle instance a start may be waiting; how busy the others are can wait longer.
+# idle instance a start may be waiting, and one of which more is asked than it takes needs help; how busy the others are
+# can wait longer.
 TOGETHER_S = 0.005
 BUSY_S = 0.1
 
@@ -51,6 +52,7 @@ class Reporting:
         self._clock = clock
         self._room = room
         self._max_instances = limits.max_instances
+        self._max_requests = limits.max_requests_per_instance
         self._every_s = limits.report_every_s
         self._manager = ""
         self._instances: Mapping[str, Instance] = {}
@@ -147,10 +149,14 @@ class Reporting:
         if report is not None:
             self._way.tell(report)
 
-    def tell_of(self, instance: Instance) -> None:
-        """Tell soon what one instance works on then, where the rest is as it was told last; else, all there is."""
+    def tell_of(self, instance: Instance, *, more: bool = False) -> None:
+        """Tell soon what one instance works on then, where the rest is as it was told last; else, all there is.
+
+        Sooner where it is idle, or so much that it can't be all answered at once, and `more` than it was.
+        """
         self._changed[instance.instance_id] = instance
-        self._arm(BUSY_S if instance.active else TOGETHER_S)
+        is_urgent = not instance.active or (more and instance.active > self._max_requests)
+        self._arm(TOGETHER_S if is_urgent else BUSY_S)
 
     def _tell_awaited(self) -> None:
         self._awaited_changed = True

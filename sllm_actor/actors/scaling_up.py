@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from typing import Any, cast
 
@@ -16,13 +16,13 @@ from sllm_actor.actors.granted_starts import GrantedStarts
 from sllm_actor.actors.rooms import Waiting
 from sllm_actor.actors.waiting_starts import WaitingStarts
 from sllm_actor.domain import ModelName, NodeId
-from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, PlaceModel
+from sllm_actor.messages.placement import InstanceView, NodeChange, NodeReport, Placement, PlaceModel
 from sllm_actor.policy.bytes_first import places
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.placement import QUIET, Decision, Evict, Start
 from sllm_actor.runtime import ActorContext, Clock
 
-# How often it looks, and how often at most where many wait for a start.
+# How often it looks at all models, and how often at most where more is asked of some than their instances take.
 LOOK_EVERY_S = 0.5
 LOOK_LEAST_S = 0.05
 
@@ -58,36 +58,59 @@ class ScalingUp:
         self._give_up = give_up
         self._evict = evict
         self._may_look = may_look
-        # Set where more requests wait for a start than one instance takes.
-        self._more_wait = asyncio.Event()
+        # The models that are to be looked at soon; and those that have no place yet, those with the most to do first.
+        self._called = set[ModelName]()
+        self._placeless: list[ModelName] = []
+        self._is_called = asyncio.Event()
 
-    def asked(self, models: Collection[ModelName]) -> None:
-        """Hear that more may wait for a start of these."""
-        awaited = self._waiting.asking(self._view.awaited, models)
-        if self._autoscaler.is_called(self._view, awaited):
-            self._more_wait.set()
+    def asked(self, models: Iterable[ModelName]) -> None:
+        """Hear that more may be asked of these, or may wait for their start: at once, where it is too much for one."""
+        called = self._autoscaler.calling(self._view, self._waiting.asking(self._view.awaited, models))
+        if called:
+            self._called |= called
+            self._is_called.set()
+
+    def hear(self, told: NodeReport | NodeChange) -> None:
+        """Hear what a node's instances work on, and who waits there: that may be too much for one instance.
+
+        Where one is idle, or has left, there may be a place for a model that had none.
+        """
+        self.asked({*(told.awaited or ()), *(one.model for one in told.instances if one.active > 1)})
+        if self._placeless and (isinstance(told, NodeReport) or not all(one.active for one in told.instances)):
+            self._called.add(self._placeless.pop(0))
+            self._is_called.set()
 
     async def keep_looking(self) -> None:
-        """Look again and again, and sooner where more wait."""
+        """Look again and again, and sooner at those of which more is asked."""
+        whole_s = self._clock.monotonic_s() + LOOK_EVERY_S
         while True:
             await self._clock.sleep(LOOK_LEAST_S)
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY_S - LOOK_LEAST_S):
-                    await self._more_wait.wait()
-            self._more_wait.clear()
+                async with asyncio.timeout(whole_s - self._clock.monotonic_s()):
+                    await self._is_called.wait()
+            self._is_called.clear()
+            called, self._called = self._called, set()
             now_s = self._clock.monotonic_s()
-            if self._may_look(now_s):
-                self._look(now_s)
-            for one in self._autoscaler.surplus(self._view):
-                report = self._view.nodes[one.node].report
-                self._view.give_up(one.node, [one.instance.instance_id])
-                self._evict(report, one.instance)
+            is_whole, may_look = now_s >= whole_s, self._may_look(now_s)
+            if may_look:
+                self._look(now_s, None if is_whole else called)
+            if is_whole:
+                whole_s = now_s + LOOK_EVERY_S
+                self._end_surplus()
 
-    def _look(self, now_s: float) -> None:
+    def _end_surplus(self) -> None:
+        for one in self._autoscaler.surplus(self._view):
+            report = self._view.nodes[one.node].report
+            self._view.give_up(one.node, [one.instance.instance_id])
+            self._evict(report, one.instance)
+
+    def _look(self, now_s: float, only: Set[ModelName] | None) -> None:
         """Start what is missing, or have its bytes fetched; what is on its way already is looked at anew each time."""
-        autoscaler, awaited = self._autoscaler, self._waiting.asking(self._view.awaited)
+        autoscaler, awaited = self._autoscaler, self._waiting.asking(self._view.awaited, only)
         full, coming = set[ModelName](), Counter[tuple[ModelName, NodeId]]()
-        for question in autoscaler.missing(self._view, awaited, self._granted.counts(), self._fetching.models()):
+        placeless = dict[ModelName, None]()
+        starting, fetched = self._granted.counts(), self._fetching.models()
+        for question in autoscaler.missing(self._view, awaited, starting, fetched, only):
             if question.model in full:
                 continue
             wish, decision = self._decided(question, now_s)
@@ -102,10 +125,14 @@ class ScalingUp:
                 placement = self._grant(wish, decision, now_s)
                 start = autoscaler.start(self._context.system, placement, question.model)
                 self._context.tasks.spawn(start, f"start-{placement.placement_id}")
-            elif isinstance(decision, Evict):
+                continue
+            placeless[question.model] = None
+            if isinstance(decision, Evict):
                 self._give_up(wish, decision)
             else:
                 full.add(question.model)
+        others = () if only is None else (model for model in self._placeless if model not in only)
+        self._placeless = [*placeless, *others]
 
     def _decided(self, question: PlaceModel, now_s: float) -> tuple[Waiting, Decision]:
         """Decide where one starts: on a node that has none of it; where there is none, beside another.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 
 from sllm_actor.actors.autoscaler import Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, granted
@@ -102,7 +102,7 @@ class Scheduler(Actor):
         self._newest_epoch = max(self._members.values(), default=0)
         self._turns = TakingTurns(limits.switch_hold_s)
         self._autoscaler = autoscaler
-        self._scale_for: Callable[[Collection[ModelName]], None] = lambda _: None
+        self._scaling: ScalingUp | None = None
         self._book = book
         self._making = MakingRoom(
             self._view, self._estimator, clock, counts, evict_timeout_s=limits.evict_timeout_s,
@@ -120,12 +120,11 @@ class Scheduler(Actor):
         )  # fmt: skip
         self._holding = Holding(self.context, self._view, self._clock, self._turns, self._serve)
         if self._autoscaler is not None:
-            scaling = ScalingUp(
+            self._scaling = scaling = ScalingUp(
                 self.context, self._view, self._clock, self._autoscaler, self._waiting, self._granted, self._fetching,
                 decide=self._decide, grant=self._grant, give_up=self._give_up, evict=self._evict,
                 may_look=self._may_scale,
             )  # fmt: skip
-            self._scale_for = scaling.asked
             self.context.tasks.spawn(scaling.keep_looking(), "scale")
         if self._book is not None:
             self.context.tasks.spawn(self._book.keep(self._estimator), "estimates")
@@ -161,7 +160,8 @@ class Scheduler(Actor):
         self._view.hear(report, now_s)
         self._waiting.hear(before.report if before is not None else None, report)
         self._holding.hear(report, now_s)
-        self._scale_for(report.awaited)
+        if self._scaling is not None:
+            self._scaling.hear(report)
         for placement_id in report.ended_placements:
             if placement_id not in self._view.grants and placement_id not in self._granted:
                 continue  # It was told before.
@@ -177,7 +177,8 @@ class Scheduler(Actor):
     def hear_of_change(self, change: NodeChange) -> None:
         if not self._has_left(change) and self._view.hear_of_change(change):
             self._holding.hear_of(change.node, change.instances, self._clock.monotonic_s())
-            self._scale_for(change.awaited or ())
+            if self._scaling is not None:
+                self._scaling.hear(change)
             self._serve()
 
     def _has_left(self, report: NodeReport | NodeChange) -> bool:
@@ -244,7 +245,8 @@ class Scheduler(Actor):
         try:
             self._serve()
             if not waiting.answer.done():
-                self._scale_for((question.model,))
+                if self._scaling is not None:
+                    self._scaling.asked((question.model,))
                 if self._limits.placement_policy == "locality_wait" and waiting.recheck is None:
                     again = self._serve_later(self._limits.locality_wait_s)
                     waiting.recheck = self.context.tasks.spawn(again, "recheck")

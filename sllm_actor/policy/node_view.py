@@ -37,8 +37,9 @@ class Ways(NamedTuple):
 class Counted(NamedTuple):
     """What a node's report comes to beside the grants there and the marks of its instances.
 
-    What neither instances nor grants have is `free`; of the instances that stay the idle ones may be given up, the
-    longest idle first. `at_work` engines compute or come up, and a start would come up `beside` so many.
+    What neither instances nor grants have is `free`; what has nothing to finish and leaves is so in a moment
+    (`leaving_room`). Of the instances that stay the idle ones may be given up, the longest idle first. `at_work`
+    engines compute or come up, and a start would come up `beside` so many.
     """
 
     free: Room
@@ -99,7 +100,8 @@ class NodeView:
             free_slots -= one.slots
             free_bytes -= one.host_bytes
             if self._goes(one):
-                going.append(one)
+                if not one.active:
+                    going.append(one)
             elif one.active:
                 busy.append(one)
             elif not one.kept and one.instance_id not in self._held:
