@@ -30,7 +30,7 @@ from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 from sllm_actor.testing.workloads import LENGTHS, Arrival, gamma_arrivals, zipf
 from sllm_actor.testing.world import SYSTEMS, Description, Models, World, calibrated, changed, read_description
 
-SMALL = Description(nodes=2, models=(Models(shape="opt-6.7b", count=4),))
+SMALL = Description(nodes=2, copies=1, models=(Models(shape="opt-6.7b", count=4),))
 BURST = [Arrival(0.01 * number, 0, 50, 100) for number in range(8)]
 
 
@@ -97,7 +97,8 @@ def test_a_burst_of_one_model_does_not_take_all_that_is_free_from_a_larger_one_o
 
 def test_a_long_start_that_several_wait_for_does_not_keep_others_from_help() -> None:
     """Requests at both gateways wait for the larger model, whose bytes take 4.3 s, and want no other place."""
-    described = Description(nodes=2, models=(Models(shape="opt-6.7b", count=1), Models(shape="opt-13b", count=1)))
+    models = (Models(shape="opt-6.7b", count=1), Models(shape="opt-13b", count=1))
+    described = Description(nodes=2, copies=1, models=models)
     burst = [Arrival(0.1, 0, 50, 100)] * 4
     answered = run([*[Arrival(0.0, 1, 50, 10)] * 6, *burst], described=described)
     waits_s = sorted(one.wait_s for one in answered.seen if one.model == 0)
@@ -251,7 +252,7 @@ def test_a_calibration_of_a_real_node_is_the_simulated_ones_disk(tmp_path: Path)
 
 def test_many_models_are_registered_and_two_runs_of_many_nodes_are_the_same_to_the_byte() -> None:
     models = (Models(shape="opt-6.7b", count=120),)
-    many = Description(nodes=12, machine="h100", models=models, concurrency=4, gateways=3)
+    many = Description(nodes=12, copies=1, machine="h100", models=models, concurrency=4, gateways=3)
     dice = random.Random(7)
     arrivals = gamma_arrivals(dice, seconds=5, per_s=20, parts=zipf(120), lengths=LENGTHS["gsm8k"])
     first, again = (msgspec.msgpack.encode(run(arrivals, described=many)) for _ in range(2))

@@ -14,8 +14,8 @@ FAILED = {"failed": 4, "requests": 200}
 
 def summary(**values: float) -> Summary:
     names = (
-        "wait_place_s", "wait_load_s", "wait_slot_s", "wait_mean_s", "wait_p99_s", "over_least", "over_first_come",
-        "starts", "start_mean_s", "start_over_least", "least_s", "first_come_s",
+        "wait_place_s", "wait_load_s", "wait_slot_s", "wait_mean_s", "wait_p99_s", "over_least", "over_on_demand",
+        "starts", "start_mean_s", "start_over_least", "least_s", "first_come_s", "on_demand_s",
     )  # fmt: skip
     return dict.fromkeys(names, 2.0) | {"failed": 0, "requests": 200} | values
 

@@ -14,7 +14,7 @@ from sllm_actor.testing.start_times import start_times
 from sllm_actor.testing.workloads import Arrival
 from sllm_actor.testing.world import SYSTEMS, Description, Models, World
 
-DESCRIBED = Description(nodes=2, models=(Models(shape="opt-6.7b", count=4),))
+DESCRIBED = Description(nodes=2, copies=1, models=(Models(shape="opt-6.7b", count=4),))
 SMALL = World(DESCRIBED, SYSTEMS["ours"])
 MODEL = SMALL.models[0]
 # 13.3 GB: over PCIe at 25 GB/s, from the SSD at 6 GB/s; and a tenth of a second for the engine.

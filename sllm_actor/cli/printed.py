@@ -305,6 +305,7 @@ class Simulated(Printed):
     wait_mean_s: float | None
     over_least: float | None
     over_first_come: float | None
+    over_on_demand: float | None
     wait_p50_s: float | None
     wait_p95_s: float | None
     wait_p99_s: float | None

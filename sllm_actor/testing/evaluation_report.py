@@ -18,11 +18,12 @@ from sllm_actor.testing.evaluation import Run
 
 COLUMNS = {
     "requests": "requests", "failed": "failed", "wait_mean_s": "first token, mean", "over_least": "mean / oracle",
-    "over_first_come": "mean / first come", "wait_p50_s": "p50", "wait_p95_s": "p95", "wait_p99_s": "p99",
+    "over_first_come": "mean / first come", "over_on_demand": "mean / on demand", "wait_p50_s": "p50",
+    "wait_p95_s": "p95", "wait_p99_s": "p99",
     "end_mean_s": "whole, mean", "end_p99_s": "whole, p99", "warm": "warm", "starts": "starts", "migrations": "moves",
     "devices_held": "devices held", "devices_busy": "devices busy",
 }  # fmt: skip
-TIMES = ("over_least", "over_first_come")
+TIMES = ("over_least", "over_first_come", "over_on_demand")
 SHARES = ("warm", "devices_held", "devices_busy")
 STYLE = """
 :root { color-scheme: light dark; }

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from sllm_actor.testing.on_demand import on_demand_begins_s
 from sllm_actor.testing.workloads import Arrival
 from sllm_actor.testing.world import World
 
@@ -23,10 +24,14 @@ class Job(NamedTuple):
 
 
 class MeanWaits(NamedTuple):
-    """Two mean times from a request to its first token, in seconds: no less is possible, and as they come."""
+    """Mean times from a request to its first token, in seconds.
+
+    No less is possible; as they come, where everything is everywhere; as they come, where starts are on demand.
+    """
 
     least_s: float
     first_come_s: float
+    on_demand_s: float
 
 
 def mean_waits_s(world: World, arrivals: Sequence[Arrival]) -> MeanWaits:
@@ -51,17 +56,20 @@ def mean_waits_s(world: World, arrivals: Sequence[Arrival]) -> MeanWaits:
 
     Of those who begin as they come: each model is, from its first start on, on every device for nothing, and whatever
     slot is free first takes whoever comes first. It is no bound: who knows which answers are short, or guesses it, can
-    begin these sooner, and so can chance. Who knows nothing of them has no reason to be better on average.
+    begin these sooner, and so can chance. Who knows nothing of them has no reason to be better on average. Of those who
+    start on demand: `on_demand`, which is none either.
     """
+    arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
     jobs = _jobs(world, arrivals)
     if not jobs:
-        return MeanWaits(0.0, 0.0)
+        return MeanWaits(0.0, 0.0, 0.0)
     work, slots = [(job.release_s, job.prefill_s + job.decode_s) for job in jobs], _slots(world)
     # From arrivals to first tokens, but for the begins between them.
     apart_s = sum(job.prefill_s for job in jobs) - sum(arrival.at_s for arrival in arrivals)
     return MeanWaits(
         (least_begins_s(work, slots) + apart_s) / len(jobs),
         (first_come_begins_s(work, slots) + apart_s) / len(jobs),
+        (sum(on_demand_begins_s(world, arrivals)) + apart_s) / len(jobs),
     )
 
 
@@ -73,7 +81,7 @@ def _jobs(world: World, arrivals: Sequence[Arrival]) -> list[Job]:
     """Give the requests, of which none begins before the first start of its model can have ended."""
     begins_s: dict[int, float] = {}
     jobs = []
-    for arrival in sorted(arrivals, key=lambda arrival: arrival.at_s):
+    for arrival in arrivals:
         speed = world.speed(arrival.model)
         if arrival.model not in begins_s:
             moved_s = world.models[arrival.model].size_bytes / world.best_bytes_per_s

@@ -56,7 +56,8 @@ class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is simulated. `copies` of each model lie on SSDs in the beginning, dealt to the nodes in turn.
+    """What is simulated. `copies` of each model lie on SSDs in the beginning, dealt to the nodes in turn, one on each
+    at most: so each of four has all models, as in ServerlessLLM's evaluation.
 
     An instance answers `concurrency` requests at once, and stays for `keep_alive_s` behind the last, or for as long as
     its bytes take from the SSD, as in the paper, where that is "load". Clients ask the first so many nodes
@@ -73,7 +74,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ssd_bytes_per_s: Positive | None = None
     remote_bytes_per_s: Positive | None = None
     models: Annotated[tuple[Models, ...], Meta(min_length=1, max_length=100)] = (Models(shape="opt-6.7b", count=32),)
-    copies: Annotated[int, Meta(ge=0, le=10_000)] = 1
+    copies: Annotated[int, Meta(ge=0, le=10_000)] = 4
     concurrency: Annotated[int, Meta(ge=1, le=256)] = 1
     gateways: Annotated[int, Meta(ge=1, le=10_000)] = 16
     turn_tokens: Annotated[int, Meta(ge=1, le=4096)] = 16
@@ -137,7 +138,7 @@ class World:
             raise InvalidInput(f"a model needs {self.devices_each} devices, and a node has {machine.devices}")
         self.models: list[Model] = []
         self._speeds: dict[str, Speed] = {"": Speed()}
-        self._bare_speeds: dict[str, Speed] = {}
+        self._bare_speeds: list[Speed] = []
         for models in description.models:
             shape = SHAPES[models.shape]
             if shape.size_bytes > machine.host_pool_bytes:
@@ -154,7 +155,7 @@ class World:
                     speed_of(shape, device, self.devices_each, description.turn_tokens),
                 )
                 attach_s = bare.attach_s + system.container_s
-                self._bare_speeds[path] = bare
+                self._bare_speeds.append(bare)
                 self._speeds[path] = msgspec.structs.replace(bare, attach_s=attach_s)
         # How many times as seldom its nodes look after each other.
         self._calm = min(30.0, max(1.0, description.nodes / OFTEN))
@@ -186,7 +187,7 @@ class World:
 
     def speed(self, model: int) -> Speed:
         """Tell how fast the how many-th model computes on a device of its own, started by this program."""
-        return self._bare_speeds[str(folder_of(self.models[model].name))]
+        return self._bare_speeds[model]
 
     def least_start_s(self, model: ModelName, tier: str) -> float:
         """Tell what a start takes at least from a tier that has the bytes, which fill a device as they come."""
@@ -196,7 +197,11 @@ class World:
         return max(size_bytes / rates[tier], speed.copy_s) + speed.attach_s
 
     def stored(self, name: str) -> list[str]:
-        """List what lies on a node's SSD in the beginning."""
+        """List what lies on a node's SSD in the beginning, if the system uses that."""
+        return self._dealt[name] if self.system.ssd else []
+
+    def dealt(self, name: str) -> list[str]:
+        """List what lies on a node's SSD in the beginning, whoever uses it."""
         return self._dealt[name]
 
     @cached_property
@@ -207,7 +212,7 @@ class World:
     def _dealt(self) -> dict[str, list[str]]:
         """Deal the models' copies to the nodes in turn."""
         dealt: dict[str, list[str]] = {name: [] for name in self.names}
-        copies = min(self.description.copies, len(self.names)) if self.system.ssd else 0
+        copies = min(self.description.copies, len(self.names))
         for number, model in enumerate(self.models):
             for copy in range(copies):
                 dealt[self.names[(number * copies + copy) % len(self.names)]].append(model.card)
