@@ -60,8 +60,9 @@ class Registry:
         self._models: dict[ModelName, Model] = {}
         self._wanted: dict[ModelName, Wanted] = {}
         self.on_disk = OnDisk(self._models, self._wanted, tiers, shared=shared)
-        # Those of which instances always run, once somebody has asked since a registration has changed.
+        # Those of which instances always run, and all cards, where somebody has asked since a registration has changed.
         self._kept: tuple[Model, ...] | None = None
+        self._cards: frozenset[str] | None = None
         self._changing: set[ModelName] = set()
         self._examining = 0
         self._scope = TaskScope("registry")
@@ -177,7 +178,7 @@ class Registry:
 
     def _look_again(self) -> None:
         """Make anew, when it is asked for, what follows from the registrations."""
-        self._kept = None
+        self._kept = self._cards = None
         self.on_disk.look_again()
 
     def is_current(self, model: Model) -> bool:
@@ -313,7 +314,9 @@ class Registry:
         await self._tiers.keep_cards(lambda key: self._examining > 0 or self._has_card(key))
 
     def _has_card(self, key: str) -> bool:
-        return any(model.card == key for model in self._models.values())
+        if self._cards is None:
+            self._cards = frozenset([model.card for model in self._models.values()])
+        return key in self._cards
 
     async def wanted(self, model: Model) -> Wanted:
         """Give what the tiers are to be asked for, read anew after a restart of the node.

@@ -241,7 +241,10 @@ class Cards:
     async def keep(self, is_wanted: Callable[[str], bool]) -> None:
         """Remove every card that is not wanted; what the SSD tier has stays."""
         for key in await on_thread(self._keys):
+            if is_wanted(key):
+                continue
             async with self._lock(key):
+                # It may be by now.
                 if not is_wanted(key):
                     await self._remove(key)
 
