@@ -31,6 +31,8 @@ from sllm_actor.testing.workloads import LENGTHS, Arrival, gamma_arrivals, zipf
 from sllm_actor.testing.world import SYSTEMS, Description, Models, World, calibrated, changed, read_description
 
 SMALL = Description(nodes=2, copies=1, models=(Models(shape="opt-6.7b", count=4),))
+# How long a model's bytes come from an SSD.
+SSD_S = 2.22
 BURST = [Arrival(0.01 * number, 0, 50, 100) for number in range(8)]
 
 
@@ -73,6 +75,17 @@ def test_whoever_finds_every_instance_busy_has_another_one_started_at_once() -> 
         asked = [Arrival(0.0, 0, 50, 10), Arrival(9.0, 0, 50, 200), Arrival(9.2 + tenth / 10, 0, 50, 10)]
         later = run(asked, described=changed(SMALL, "nodes=1,keep_alive_s=60")).seen[-1]
         assert later.tier == WARM and later.wait_s < 0.53 + 0.1 + 0.08
+
+
+def test_it_is_seen_at_once_that_two_instances_together_have_too_much() -> None:
+    """Each is on a node of its own; the third request comes before it is told that the second instance is busy."""
+    for tenth in range(5):
+        begin_s = 9.0 + tenth / 10
+        asked = [Arrival(0.0, 0, 50, 10), Arrival(0.0, 0, 50, 10)]
+        asked += [Arrival(begin_s + number / 100, 0, 50, 300) for number in range(3)]
+        later = run(asked, described=changed(SMALL, "nodes=3,devices=1,copies=3,keep_alive_s=60")).seen[-1]
+        # From the SSD of the third node, a tenth of a second after what was told last.
+        assert later.tier == WARM and later.wait_s < SSD_S + 0.1 + 0.1 + 0.15
 
 
 def test_a_place_goes_at_once_to_a_busy_model_that_had_found_none() -> None:

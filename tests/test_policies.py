@@ -302,6 +302,15 @@ def test_nobody_waits_for_the_answers_of_an_instance_that_leaves_where_an_idle_o
         assert isinstance(decide(question(), [going, other], able=QUIET), action)
 
 
+def test_room_that_is_being_made_is_neither_free_nor_missing_twice() -> None:
+    """What leaves for somebody else still answers, and a grant stands for its room."""
+    instances = [busy("x"), busy("w"), instance("y", idle_since_s=1.0), instance("z", idle_since_s=2.0)]
+    view = view_of([node("a", slots=4, instances=instances)])
+    view.give_up(NodeId("a"), ["x"])
+    view.grant("room", Grant(NodeId("a"), GIB, expires_s=9.0))
+    assert [one.instance_id for one in moving.victims(view.nodes[NodeId("a")], question())] == ["y"]
+
+
 def test_a_model_of_several_devices_needs_as_many_slots_of_one_node() -> None:
     asked = question(slots=2)
     halves = [node("a", slots=2, instances=[busy("x")]), node("b", slots=2, instances=[busy("y")])]

@@ -37,7 +37,7 @@ from sllm_actor.testing.simulated_tiers import SimulatedTiers
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 
 # What an instance takes at once.
-MAX_REQUESTS = 2
+MAX_REQUESTS = 3
 
 
 class Node:
@@ -164,13 +164,20 @@ def test_an_instance_of_which_more_is_asked_than_it_takes_is_told_of_as_soon() -
         node.reporting.begin("manager", {"m-1": one}, {})
         await node.told()
         told = []
-        for active, more in ((MAX_REQUESTS, True), (MAX_REQUESTS + 2, True), (MAX_REQUESTS + 1, False)):
+        for active in (MAX_REQUESTS, MAX_REQUESTS + 2, MAX_REQUESTS + 1):
             one.hear(InstanceActivity(instance_id="m-1", active=active), node.clock.monotonic_s())
-            node.reporting.tell_of(one, more=more)
+            node.reporting.tell_of(one)
             await node.clock.sleep(2 * TOGETHER_S)
             told.append([change.instances[0].active for change in node.hearing.changes])
             await node.clock.sleep(2 * BUSY_S)
         assert told == [[], [MAX_REQUESTS, MAX_REQUESTS + 2], [MAX_REQUESTS, MAX_REQUESTS + 2]]
+        # Nor is it urgent that another one has come in the place of one that has ended, and was not told of.
+        node.hearing.changes.clear()
+        for active in (MAX_REQUESTS, MAX_REQUESTS + 1):
+            one.hear(InstanceActivity(instance_id="m-1", active=active), node.clock.monotonic_s())
+            node.reporting.tell_of(one)
+        await node.clock.sleep(2 * TOGETHER_S)
+        assert not node.hearing.changes
         await node.system.close()
 
     run_virtual(main)

@@ -45,16 +45,15 @@ class Autoscaler:
         if only is not None:
             models = list(self._busy(view, awaited, only))
         else:
-            # No instance takes less than one request.
-            several = [name for name, active in view.active.items() if active > 1]
-            models = [*self._kept(), *self._busy(view, awaited, {*several, *awaited})]
+            models = [*self._kept(), *self._busy(view, awaited, {*view.active, *awaited})]
         found = {model.name: model for model in models if not model.base}
         return [found[name] for name in sorted(found)]
 
     def _busy(self, view: ClusterView, awaited: Mapping[ModelName, int], names: Iterable[ModelName]) -> Iterator[Model]:
         for name in names:
-            model = self._known(name)
             asking = view.active.get(name, 0) + awaited.get(name, 0)
+            # No instance takes less than one request.
+            model = self._known(name) if asking > 1 else None
             if model is not None and wanted(model.scaling, asking, self._instance_takes) > 1:
                 yield model
 

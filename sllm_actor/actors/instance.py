@@ -56,6 +56,11 @@ class Instance:
         """How many requests run on it."""
         return self._activity.active
 
+    @property
+    def told_active(self) -> int:
+        """With how many requests it was described to the Scheduler last."""
+        return 0 if self._described is None else self._described[1].active
+
     def hear(self, activity: InstanceActivity, now_s: float) -> None:
         """Note how busy it is, and what its last answer teaches."""
         if activity.answered is not None:

@@ -334,9 +334,8 @@ class ModelManager(Actor):
         instance = self._instances.get(message.instance_id)
         if instance is None:
             return
-        more = message.active > instance.active
         instance.hear(message, self._clock.monotonic_s())
-        self._reporting.tell_of(instance, more=more)
+        self._reporting.tell_of(instance)
 
     @handles(InstanceExpired, concurrent=True)
     async def expired(self, message: InstanceExpired) -> None:

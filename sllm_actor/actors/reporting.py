@@ -149,14 +149,14 @@ class Reporting:
         if report is not None:
             self._way.tell(report)
 
-    def tell_of(self, instance: Instance, *, more: bool = False) -> None:
+    def tell_of(self, instance: Instance) -> None:
         """Tell soon what one instance works on then, where the rest is as it was told last; else, all there is.
 
-        Sooner where it is idle, or so much that it can't be all answered at once, and `more` than it was.
+        Sooner where it is idle, or has more than it answers at once, and more than it was told to have.
         """
         self._changed[instance.instance_id] = instance
-        is_urgent = not instance.active or (more and instance.active > self._max_requests)
-        self._arm(TOGETHER_S if is_urgent else BUSY_S)
+        is_too_much = instance.active > max(self._max_requests, instance.told_active)
+        self._arm(TOGETHER_S if is_too_much or not instance.active else BUSY_S)
 
     def _tell_awaited(self) -> None:
         self._awaited_changed = True

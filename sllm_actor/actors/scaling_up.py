@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 from contextlib import suppress
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ from sllm_actor.runtime import ActorContext, Clock
 # How often it looks at all models, and how often at most where more is asked of some than their instances take.
 LOOK_EVERY_S = 0.5
 LOOK_LEAST_S = 0.05
+# Of the models that were called so many may find no place before the others are left for when all are looked at.
+IN_VAIN = 8
 
 
 class ScalingUp:
@@ -58,26 +60,27 @@ class ScalingUp:
         self._give_up = give_up
         self._evict = evict
         self._may_look = may_look
-        # The models that are to be looked at soon; and those that have no place yet, those with the most to do first.
+        # The models that are to be looked at soon; and those that lack an instance which has no place yet.
         self._called = set[ModelName]()
-        self._placeless: list[ModelName] = []
+        self._placeless = set[ModelName]()
         self._is_called = asyncio.Event()
 
-    def asked(self, models: Iterable[ModelName]) -> None:
+    def asked(self, models: Set[ModelName]) -> None:
         """Hear that more may be asked of these, or may wait for their start: at once, where it is too much for one."""
-        called = self._autoscaler.calling(self._view, self._waiting.asking(self._view.awaited, models))
-        if called:
+        # Who has no place waits for one, and not to be asked for more.
+        asking = self._waiting.asking(self._view.awaited, models - self._placeless)
+        if called := self._autoscaler.calling(self._view, asking):
             self._called |= called
             self._is_called.set()
 
     def hear(self, told: NodeReport | NodeChange) -> None:
         """Hear what a node's instances work on, and who waits there: that may be too much for one instance.
 
-        Where one is idle, or has left, there may be a place for a model that had none.
+        Where there may be a place, models that have none are looked at again.
         """
-        self.asked({*(told.awaited or ()), *(one.model for one in told.instances if one.active > 1)})
-        if self._placeless and (isinstance(told, NodeReport) or not all(one.active for one in told.instances)):
-            self._called.add(self._placeless.pop(0))
+        self.asked({*(told.awaited or ()), *(one.model for one in told.instances if one.active)})
+        if (self._placeless or self._called) and _has_place(told):
+            self._called |= self._placeless
             self._is_called.set()
 
     async def keep_looking(self) -> None:
@@ -89,10 +92,10 @@ class ScalingUp:
                 async with asyncio.timeout(whole_s - self._clock.monotonic_s()):
                     await self._is_called.wait()
             self._is_called.clear()
-            called, self._called = self._called, set()
             now_s = self._clock.monotonic_s()
-            is_whole, may_look = now_s >= whole_s, self._may_look(now_s)
-            if may_look:
+            is_whole = now_s >= whole_s
+            if self._may_look(now_s):
+                called, self._called = self._called, set()
                 self._look(now_s, None if is_whole else called)
             if is_whole:
                 whole_s = now_s + LOOK_EVERY_S
@@ -108,10 +111,13 @@ class ScalingUp:
         """Start what is missing, or have its bytes fetched; what is on its way already is looked at anew each time."""
         autoscaler, awaited = self._autoscaler, self._waiting.asking(self._view.awaited, only)
         full, coming = set[ModelName](), Counter[tuple[ModelName, NodeId]]()
-        placeless = dict[ModelName, None]()
+        placeless = set[ModelName]()
         starting, fetched = self._granted.counts(), self._fetching.models()
         for question in autoscaler.missing(self._view, awaited, starting, fetched, only):
             if question.model in full:
+                continue
+            if only is not None and len(full) == IN_VAIN:
+                placeless.add(question.model)
                 continue
             wish, decision = self._decided(question, now_s)
             if not isinstance(decision, Start | Evict) or self._fetching.come_first(decision):
@@ -126,13 +132,12 @@ class ScalingUp:
                 start = autoscaler.start(self._context.system, placement, question.model)
                 self._context.tasks.spawn(start, f"start-{placement.placement_id}")
                 continue
-            placeless[question.model] = None
+            placeless.add(question.model)
             if isinstance(decision, Evict):
                 self._give_up(wish, decision)
             else:
                 full.add(question.model)
-        others = () if only is None else (model for model in self._placeless if model not in only)
-        self._placeless = [*placeless, *others]
+        self._placeless = placeless if only is None else placeless | (self._placeless - only)
 
     def _decided(self, question: PlaceModel, now_s: float) -> tuple[Waiting, Decision]:
         """Decide where one starts: on a node that has none of it; where there is none, beside another.
@@ -154,3 +159,12 @@ class ScalingUp:
             if coming[model, node] < places(self._view.nodes[node]):
                 return node
         return None
+
+
+def _has_place(told: NodeReport | NodeChange) -> bool:
+    """Tell whether an instance is idle there, or a slot free."""
+    if not all(one.active for one in told.instances):
+        return True
+    if isinstance(told, NodeChange):
+        return False
+    return sum(one.slots for one in told.instances) + sum(one.slots for one in told.starting) < told.slots

@@ -246,7 +246,7 @@ class Scheduler(Actor):
             self._serve()
             if not waiting.answer.done():
                 if self._scaling is not None:
-                    self._scaling.asked((question.model,))
+                    self._scaling.asked({question.model})
                 if self._limits.placement_policy == "locality_wait" and waiting.recheck is None:
                     again = self._serve_later(self._limits.locality_wait_s)
                     waiting.recheck = self.context.tasks.spawn(again, "recheck")

@@ -100,7 +100,8 @@ class NodeView:
             free_slots -= one.slots
             free_bytes -= one.host_bytes
             if self._goes(one):
-                if not one.active:
+                # Whatever leaves because somebody was granted its room is counted against that grant.
+                if not one.active or one.instance_id in self._leaving:
                     going.append(one)
             elif one.active:
                 busy.append(one)

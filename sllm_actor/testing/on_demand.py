@@ -90,7 +90,7 @@ class _Served:
         now_s, model, speed = arrival.at_s, arrival.model, self._world.speed(arrival.model)
         begin_s, place = self._at_an_instance(now_s, model)
         if begin_s > now_s:
-            for node in self._candidates(model):
+            for node in self._candidates(model, now_s):
                 at = node.soonest()
                 start_s = max(max(now_s, at.last_s) + speed.copy_s, self._bytes_s(node, model, now_s)) + speed.attach_s
                 if start_s < begin_s:
@@ -117,14 +117,18 @@ class _Served:
                 best_s, best = free_s, place
         return best_s, best
 
-    def _candidates(self, model: int) -> Iterator[_Node]:
-        """Give the nodes that have the bytes, and of all others the one that could fetch them first."""
+    def _candidates(self, model: int, now_s: float) -> Iterator[_Node]:
+        """Give the nodes that have the bytes, and of the others one that can begin to fetch them for a place at once.
+
+        Where there is none, all of them.
+        """
         holders = self._holders[model]
         yield from holders.values()
-        for _, number in self._ranks:
+        for rank_s, number in self._ranks:
             if number not in holders:
                 yield self._nodes[number]
-                return
+                if rank_s <= now_s:
+                    return
 
     def _bytes_s(self, node: _Node, model: int, now_s: float) -> float:
         """Tell when a node has the bytes in host memory."""
