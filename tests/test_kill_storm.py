@@ -88,6 +88,7 @@ Card._learn = in_place
 from sllm_actor.actors.registry import MODELS, Registry
 async def remove(self, name):
     model = self._models.pop(name)
+    self._look_again()
     await self._sweep()
     await self._store.delete(MODELS + name)
     self._wanted.pop(name, None)
