@@ -83,13 +83,15 @@ def in_place(self, model_id):
             os.fsync(file.fileno())
 Card._learn = in_place
 """, "torn: the card of ", 3),
-        # A card that goes before its registration does.
+        # A card that goes a moment before its registration does.
         ("""
+import asyncio
 from sllm_actor.actors.registry import MODELS, Registry
 async def remove(self, name):
     model = self._models.pop(name)
     self._look_again()
     await self._sweep()
+    await asyncio.sleep(0.02)
     await self._store.delete(MODELS + name)
     self._wanted.pop(name, None)
     return model
