@@ -98,14 +98,18 @@ def test_a_place_goes_at_once_to_a_busy_model_that_had_found_none() -> None:
         assert 0.0 < waited.first_token_s - other.end_s < 0.53 + 0.1 + 0.1
 
 
-def test_a_burst_of_one_model_does_not_take_all_that_is_free_from_a_larger_one_of_another() -> None:
+@pytest.mark.parametrize("gap_s", [0.0, 0.01])
+def test_a_burst_of_one_model_does_not_take_all_that_is_free_from_a_larger_one_of_another(gap_s: float) -> None:
     """Both run already, and the smaller one's model has the lower number, and as many requests as there are devices."""
     both = [Arrival(0.0, model, 50, 200) for model in (0, 1)]
-    both += [Arrival(6.0, 0, 50, 200)] * 8 + [Arrival(6.0, 1, 50, 200)] * 24
+    both += [Arrival(6.0 + gap_s * number, 0, 50, 200) for number in range(8)]
+    both += [Arrival(6.0 + gap_s * number, 1, 50, 200) for number in range(24)]
     answered = run(both, described=changed(SMALL, "copies=2"))
     waits_s = {model: [one.wait_s for one in answered.seen if one.model == model] for model in (0, 1)}
-    # An answer takes 6.6 s. Whoever has three times as many requests waits not much longer for them than the others.
-    assert max(waits_s[1]) < 1.5 * max(waits_s[0])
+    # An answer takes 6.6 s, and all of them together four times that on eight devices: nobody waits for longer.
+    assert max(waits_s[1]) < 4.1 * 6.6
+    # Where all are known, whoever has three times as many waits not much longer for them than the others.
+    assert gap_s or max(waits_s[1]) < 1.5 * max(waits_s[0])
 
 
 def test_a_long_start_that_several_wait_for_does_not_keep_others_from_help() -> None:

@@ -72,6 +72,15 @@ class Node:
         return self.hearing.reports[-1]
 
 
+async def node_with(*instances: Instance) -> Node:
+    """Give one that has these, and has told of them."""
+    node = Node()
+    await node.start()
+    node.reporting.begin("manager", {one.instance_id: one for one in instances}, {})
+    await node.told()
+    return node
+
+
 def instance_of(instance_id: str) -> Instance:
     model, none = model_of("m", 100, 60.0), cast(Any, SimpleNamespace(host_bytes=lambda _: 0))
     return Instance(instance_id, model, none, none, cast(Any, SimpleNamespace(name="w")), LearnedTimes(), 0.0)
@@ -108,11 +117,8 @@ def test_of_an_instance_alone_what_it_works_on_is_told_as_long_as_the_node_is_a_
 
 def test_what_changes_within_a_moment_is_told_once_and_not_behind_a_report_of_all() -> None:
     async def main() -> None:
-        node = Node()
-        await node.start()
         one, other = instance_of("m-1"), instance_of("m-2")
-        node.reporting.begin("manager", {"m-1": one, "m-2": other}, {})
-        await node.told()
+        node = await node_with(one, other)
         for active in (1, 2, 3):
             one.hear(InstanceActivity(instance_id="m-1", active=active), node.clock.monotonic_s())
             node.reporting.tell_of(one)
@@ -135,11 +141,8 @@ def test_what_changes_within_a_moment_is_told_once_and_not_behind_a_report_of_al
 
 def test_an_instance_that_is_idle_is_told_of_sooner_than_one_that_is_busy_and_takes_what_waits_with_it() -> None:
     async def main() -> None:
-        node = Node()
-        await node.start()
         busy, idle = instance_of("m-1"), instance_of("m-2")
-        node.reporting.begin("manager", {"m-1": busy, "m-2": idle}, {})
-        await node.told()
+        node = await node_with(busy, idle)
         busy.hear(InstanceActivity(instance_id="m-1", active=1), node.clock.monotonic_s())
         node.reporting.tell_of(busy)
         await node.clock.sleep(2 * TOGETHER_S)
@@ -158,11 +161,8 @@ def test_an_instance_of_which_more_is_asked_than_it_takes_is_told_of_as_soon() -
     """What it has still to do when one of these has ended can wait."""
 
     async def main() -> None:
-        node = Node()
-        await node.start()
         one = instance_of("m-1")
-        node.reporting.begin("manager", {"m-1": one}, {})
-        await node.told()
+        node = await node_with(one)
         told = []
         for active in (MAX_REQUESTS, MAX_REQUESTS + 2, MAX_REQUESTS + 1):
             one.hear(InstanceActivity(instance_id="m-1", active=active), node.clock.monotonic_s())
@@ -185,11 +185,8 @@ def test_an_instance_of_which_more_is_asked_than_it_takes_is_told_of_as_soon() -
 
 def test_how_many_wait_for_a_start_is_told_by_itself_and_with_what_instances_work_on() -> None:
     async def main() -> None:
-        node = Node()
-        await node.start()
         one = instance_of("m-1")
-        node.reporting.begin("manager", {"m-1": one}, {})
-        await node.told()
+        node = await node_with(one)
         with node.room.start(ModelName("a")):
             with node.room.start(ModelName("a")), node.room.start(ModelName("a")):
                 await node.clock.sleep(2 * TOGETHER_S)

@@ -72,7 +72,7 @@ class _Served:
         self._slots = world.description.concurrency
         numbers = {model.card: number for number, model in enumerate(world.models)}
         nodes = [
-            _Node(number, world.instances, {numbers[card] for card in world.dealt(name)})
+            _Node(number, world.instances, {numbers[card] for card in world.dealt[name]})
             for number, name in enumerate(world.names)
         ]
         # Which nodes have each model's bytes, and which places its instances.

@@ -198,19 +198,15 @@ class World:
 
     def stored(self, name: str) -> list[str]:
         """List what lies on a node's SSD in the beginning, if the system uses that."""
-        return self._dealt[name] if self.system.ssd else []
-
-    def dealt(self, name: str) -> list[str]:
-        """List what lies on a node's SSD in the beginning, whoever uses it."""
-        return self._dealt[name]
+        return self.dealt[name] if self.system.ssd else []
 
     @cached_property
     def _numbers(self) -> dict[ModelName, int]:
         return {model.name: number for number, model in enumerate(self.models)}
 
     @cached_property
-    def _dealt(self) -> dict[str, list[str]]:
-        """Deal the models' copies to the nodes in turn."""
+    def dealt(self) -> dict[str, list[str]]:
+        """The models' copies, dealt to the nodes in turn, whether the system uses SSDs or not."""
         dealt: dict[str, list[str]] = {name: [] for name in self.names}
         copies = min(self.description.copies, len(self.names))
         for number, model in enumerate(self.models):
