@@ -24,7 +24,6 @@ from sllm_actor.testing.evaluation import WARM, Run, evaluate
 from sllm_actor.testing.hardware import CONTAINER_S, DEVICES, MACHINES, SHAPES, devices_for
 from sllm_actor.testing.node_process import CLI
 from sllm_actor.testing.oracle import mean_waits_s
-from sllm_actor.testing.simulated_engine import Cores
 from sllm_actor.testing.simulated_tiers import SimulatedCard, SimulatedTiers
 from sllm_actor.testing.virtual_loop import VirtualLoop, run_virtual
 from sllm_actor.testing.workloads import LENGTHS, Arrival, gamma_arrivals, zipf
@@ -38,17 +37,6 @@ BURST = [Arrival(0.01 * number, 0, 50, 100) for number in range(8)]
 
 def run(arrivals: list[Arrival], system: str = "ours", described: Description = SMALL) -> Run:
     return evaluate(World(described, SYSTEMS[system]), arrivals, seed=1)
-
-
-@pytest.mark.parametrize(("cores", "took_s"), [(1, [1.0, 4.0]), (2, [1.0, 2.0]), (8, [1.0, 2.0])])
-def test_engines_that_share_too_few_cores_take_longer(cores: int, took_s: list[float]) -> None:
-    """The second begins while the first computes."""
-
-    async def main() -> list[float]:
-        shared = Cores(cores)
-        return list(await asyncio.gather(shared.work(1.0), shared.work(2.0)))
-
-    assert run_virtual(main) == took_s
 
 
 def test_a_burst_for_one_model_spreads_over_the_instances_that_come_up() -> None:

@@ -23,9 +23,9 @@ NIGHTLY_SEEDS = 2000
 # Where each bug is found first, or first by what only it says, and what that is. The promise is 2,000 seeds.
 FOUND = {
     "no_epoch_check": (0, "repeats or leaves out no token"),
-    "prepared_never_ends": (0, "does not end"),
-    "prepared_keeps_its_slot": (0, "does not end"),
-    "waits_for_its_router_for_ever": (65, "still has actors"),
+    "prepared_never_ends": (1, "still has actors"),
+    "prepared_keeps_its_slot": (3, "does not end"),
+    "waits_for_its_router_for_ever": (87, "still has actors"),
     "two_owners": (0, "is generated at"),
     "repeated_tokens": (0, "has parked another answer"),
     "forgotten_tokens": (0, "repeats or leaves out no token"),

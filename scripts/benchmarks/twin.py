@@ -1,18 +1,20 @@
 """Three real nodes and their simulated twin, asked the same: how far what the simulation says is from what happens.
 
 The twin has the production actors, the knobs of the real nodes and the requests that these met (moment, model, tokens
-of prompt and answer). How fast its engines and disks are is measured on the real nodes before they are asked, one start
-and one answer at a time. The twin's engines share as many cores as this machine has; its nodes compute in no time.
+of prompt and answer). How fast its engines, disks and nodes are is measured on the real ones before they are asked, one
+start and one answer at a time. All that computes in the twin shares as many cores as this machine has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +32,9 @@ from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.evaluation import Seen, evaluate, part
 from sllm_actor.testing.hardware import MACHINES
 from sllm_actor.testing.node_cluster import NodeCluster, running_cluster
-from sllm_actor.testing.simulated_engine import Cores, Speed
+from sllm_actor.testing.node_process import NodeProcess
+from sllm_actor.testing.simulated_cores import Cores
+from sllm_actor.testing.simulated_engine import Speed
 from sllm_actor.testing.simulated_node import PORT, Means, model_of
 from sllm_actor.testing.simulated_tiers import SimulatedCard
 from sllm_actor.testing.workloads import Arrival
@@ -42,15 +46,38 @@ PLACES, KEEP_ALIVE_S = 2, 5.0
 # Of cluster-live's requests per second, so that cores are rarely what is waited for.
 SHARE = 1 / 3
 QUESTION, ANOTHER = "Count from 1 to 60.", "Count from 1 to 59."
+LONG = f"What are {', '.join(map(str, range(61, 99)))}?"
 AT_ONCE = 4
+# Each model is started so often alone, first from the SSD and then mostly from host memory, after a silence as between
+# bursts: nothing is warm from the start before, and the engine that it took is replaced.
+ROUNDS, SILENCE_S = 2, 1.0
 
 
 class Measured(NamedTuple):
-    """What one real start took, with what its first prompt took longer than the next, and an answer of what runs."""
+    """What one start took on real nodes, and answers of what it started."""
 
     attach_s: float
+    request_s: float
+    prefill_s: float
     prefill_s_per_token: float
     token_s: float
+    told_s: float
+    leave_s: float
+    size_bytes: int
+    ssd_bytes_per_s: float
+
+
+class Calibrated(NamedTuple):
+    """How fast real nodes are: their engines, their disks, and they themselves with a request.
+
+    `attaches_s` are what all measured starts took, of which the twin's have one each, drawn.
+    """
+
+    speed: Speed
+    attaches_s: tuple[float, ...]
+    request_s: float
+    ssd_bytes_per_s: float
+    size_bytes: int
 
 
 def run(report: Report, seconds: float, trace: Path | None) -> None:
@@ -84,8 +111,8 @@ def _real(folder: Path, seconds: float, trace: Path | None) -> tuple[list[Seen],
             cluster.nodes[NODES[0]].deploy((models / f"m{model}").absolute(), f"m{model}")
         while any(node.request("GET", f"/v1/models/m{MODELS - 1}").status != 200 for node in cluster.nodes.values()):
             pass
-        speed, ssd_bytes_per_s, size_bytes = _calibrate(cluster)
-        out.print(f"calibrated: {speed}, {ssd_bytes_per_s / 1e9:.2f} GB/s from the SSD")
+        world = TwinWorld(_calibrate(cluster))
+        out.print(str(world))
         drawn = cluster_live.arrivals(seconds, cluster_live.shares(trace), seed=1)
         wanted = drawn[:: round(1 / SHARE)]
         answered = asyncio.run(cluster_live.ask_all(cluster, wanted))
@@ -104,90 +131,148 @@ def _real(folder: Path, seconds: float, trace: Path | None) -> tuple[list[Seen],
         Arrival(one["arrived_s"] - begin_s, int(one["model"][1:]), one["prompt_tokens"], one["generated_tokens"])
         for one in found
     ]
-    return seen, arrivals, TwinWorld(speed, ssd_bytes_per_s, size_bytes)
+    return seen, arrivals, world
 
 
-def _calibrate(cluster: NodeCluster) -> tuple[Speed, float, int]:
-    """Measure starts and answers of each model, one after the other, and then of one with several answers at once.
+def _calibrate(cluster: NodeCluster) -> Calibrated:
+    """Measure starts and answers of each model, one after the other, and then one's with several answers at once.
 
-    Of prompts the second of an instance counts: the first touches all that is new in its process, which is the start's.
-    Every model is then on each node's SSD and in no host memory that the twin would not have, too.
+    Every model is then on each node's SSD and in no host memory that the twin would not have, too, and each node knows
+    its vocabulary, which takes longer than a prompt that is asked of it first.
+    """
+    measured = [_measure(cluster, f"m{model}") for _ in range(ROUNDS) for model in range(MODELS)]
+    node, last = cluster.nodes[NODES[0]], f"m{MODELS - 1}"
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        together = list(pool.map(lambda _: _asked(node, last), range(AT_ONCE)))
+    node.call("POST", f"/admin/models/{last}/unload", {})
+
+    def median(name: str) -> float:
+        return float(statistics.median(getattr(one, name) for one in measured))
+
+    row_s = max(0.0, (statistics.median(map(_token_s, together)) - median("token_s")) / (AT_ONCE - 1))
+    attaches_s = tuple(one.attach_s for one in measured)
+    speed = Speed(
+        prefill_s=median("prefill_s"), prefill_s_per_token=median("prefill_s_per_token"),
+        step_s=median("token_s") - row_s, row_s=row_s, told_s=median("told_s"), leave_s=median("leave_s"),
+    )  # fmt: skip
+    return Calibrated(speed, attaches_s, median("request_s"), median("ssd_bytes_per_s"), measured[0].size_bytes)
+
+
+def _measure(cluster: NodeCluster, model: str) -> Measured:
+    """Start a model, have it answer, and have it leave.
+
+    The second prompt is what a prompt costs: the first one touches all that is new in its process, which is the
+    start's. All of a start that is neither its bytes nor a request's is one time, wherever it passes.
     """
     node = cluster.nodes[NODES[0]]
-    measured, rates, size_bytes = list[Measured](), list[float](), 0
-    for model in range(MODELS):
-        timeline = _asked(cluster, f"m{model}")
-        spans = {span["name"]: span for span in timeline["spans"]}
-        loads = [span for span in timeline["spans"] if span["name"] == "load" and span["size_bytes"]]
-        size_bytes = sum(span["size_bytes"] for span in loads)
-        rates.append(size_bytes / max(max(span["end_s"] for span in loads) - loads[0]["begin_s"], 1e-6))
-        again = _asked(cluster, f"m{model}", ANOTHER)
-        (prompt,) = (span for span in again["spans"] if span["name"] == "prefill")
-        prefill_s = prompt["end_s"] - prompt["begin_s"]
-        measured.append(
-            Measured(
-                spans["prefill"]["end_s"] - max(span["end_s"] for span in loads) - prefill_s,
-                prefill_s / again["prompt_tokens"],
-                (again["end_s"] - again["first_token_s"]) / (again["generated_tokens"] - 1),
-            )
-        )
-    last = f"m{MODELS - 1}"
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        together = list(pool.map(lambda _: _asked(cluster, last), range(AT_ONCE)))
-    crowded_s = statistics.median(
-        (one["end_s"] - one["first_token_s"]) / (one["generated_tokens"] - 1) for one in together
+    time.sleep(SILENCE_S)
+    first = _asked(node, model)
+    loads = [span for span in first["spans"] if span["name"] == "load" and span["size_bytes"]]
+    load_s = max(span["end_s"] for span in loads) - loads[0]["begin_s"]
+    begin_s = _cpu_s(cluster)
+    again = _asked(node, model, ANOTHER)
+    computed_s = _cpu_s(cluster) - begin_s
+    long = _asked(node, model, LONG, max_tokens=1)
+    more_s, more_tokens = _prefill_s(long) - _prefill_s(again), long["prompt_tokens"] - again["prompt_tokens"]
+    prefill_s_per_token = max(0.0, more_s / more_tokens)
+    for other in NODES[1:]:
+        _asked(cluster.nodes[other], model, ANOTHER, max_tokens=1)
+    leaves_s = [_timed(lambda: node.call("POST", f"/admin/models/{model}/unload", {})) for _ in range(2)]
+    size_bytes = sum(span["size_bytes"] for span in loads)
+    return Measured(
+        attach_s=_wait_s(first) - _wait_s(again) - load_s,
+        request_s=_wait_s(again) - _prefill_s(again),
+        prefill_s=_prefill_s(again) - prefill_s_per_token * again["prompt_tokens"],
+        prefill_s_per_token=prefill_s_per_token,
+        token_s=_token_s(again),
+        told_s=computed_s / again["generated_tokens"],
+        leave_s=max(0.0, leaves_s[0] - leaves_s[1]),
+        size_bytes=size_bytes,
+        ssd_bytes_per_s=size_bytes / max(load_s, 1e-6),
     )
-    token_s = statistics.median(one.token_s for one in measured)
-    row_s = max(0.0, (crowded_s - token_s) / (AT_ONCE - 1))
-    for number in range(MODELS):
-        node.call("POST", f"/admin/models/m{number}/unload", {})
-    speed = Speed(
-        attach_s=statistics.median(one.attach_s for one in measured),
-        prefill_s_per_token=statistics.median(one.prefill_s_per_token for one in measured),
-        step_s=token_s - row_s,
-        row_s=row_s,
-    )
-    return speed, statistics.median(rates), size_bytes
 
 
-def _asked(cluster: NodeCluster, model: str, question: str = QUESTION) -> dict[str, Any]:
+def _asked(node: NodeProcess, model: str, question: str = QUESTION, **options: Any) -> dict[str, Any]:
     """Ask once, and give the timeline."""
-    node = cluster.nodes[NODES[0]]
-    node.chat(model, question)
+    node.chat(model, question, **options)
     found: list[dict[str, Any]] = node.call("GET", "/admin/requests")["requests"]
     return max(
         (one for one in found if one["model"] == model and one["end_s"]), key=lambda one: float(one["arrived_s"])
     )
 
 
+def _wait_s(one: Mapping[str, Any]) -> float:
+    return float(one["first_token_s"] - one["arrived_s"])
+
+
+def _token_s(one: Mapping[str, Any]) -> float:
+    return float((one["end_s"] - one["first_token_s"]) / (one["generated_tokens"] - 1))
+
+
+def _prefill_s(one: Mapping[str, Any]) -> float:
+    (took_s,) = (float(span["end_s"] - span["begin_s"]) for span in one["spans"] if span["name"] == "prefill")
+    return took_s
+
+
+def _cpu_s(cluster: NodeCluster) -> float:
+    """Tell how long the nodes' own processes have computed (proc_pid_stat(5): utime and stime)."""
+    ticks = 0
+    for node in cluster.nodes.values():
+        stat = Path(f"/proc/{node.process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(stat[11]) + int(stat[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _timed(call: Callable[[], object]) -> float:
+    begin_s = time.perf_counter()
+    call()
+    return time.perf_counter() - begin_s
+
+
 class TwinWorld(World):
     """What follows from what was measured, where `World` has what follows from data sheets."""
 
-    def __init__(self, speed: Speed, ssd_bytes_per_s: float, size_bytes: int) -> None:
+    def __init__(self, calibrated: Calibrated) -> None:
         self.description = Description(nodes=len(NODES), copies=len(NODES), keep_alive_s=KEEP_ALIVE_S, timeout_s=60.0)
         self.system = SYSTEMS["ours"]
         self.machine = msgspec.structs.replace(
-            MACHINES["a40"], devices=PLACES, host_pool_bytes=64 * MIB, ssd_bytes_per_s=ssd_bytes_per_s
+            MACHINES["a40"], devices=PLACES, host_pool_bytes=64 * MIB, ssd_bytes_per_s=calibrated.ssd_bytes_per_s
         )
         self.names = list(NODES)
         self.devices_each = 1
-        self._speed = speed
+        self._calibrated = calibrated
         scaling = Scaling(max_instances=PLACES * len(NODES))
         self.models = [
-            msgspec.structs.replace(model_of(f"m{number}", size_bytes, KEEP_ALIVE_S), scaling=scaling)
+            msgspec.structs.replace(model_of(f"m{number}", calibrated.size_bytes, KEEP_ALIVE_S), scaling=scaling)
             for number in range(MODELS)
         ]
         self.cards = {model.card: SimulatedCard(model.card, model.size_bytes) for model in self.models}
+        self._dice = random.Random(1)
+        self._cores = Cores(len(os.sched_getaffinity(0)))
+
+    def __str__(self) -> str:
+        speed, attaches_s, request_s, ssd_bytes_per_s, _ = self._calibrated
+        return (
+            f"calibrated: {speed.prefill_s * 1e3:.2f} ms for prompts and {speed.prefill_s_per_token * 1e3:.3f} a token,"
+            f" {speed.step_s * 1e3:.2f} a step and {speed.row_s * 1e3:.2f} a row, {speed.leave_s * 1e3:.1f} to leave,"
+            f" of nodes {request_s * 1e3:.2f} a request and {speed.told_s * 1e3:.2f} a token;"
+            f" starts of {min(attaches_s) * 1e3:.0f} to {max(attaches_s) * 1e3:.0f} ms,"
+            f" {statistics.median(attaches_s) * 1e3:.0f} at the median; {ssd_bytes_per_s / 1e9:.2f} GB/s from the SSD"
+        )
 
     def speed(self, model: int) -> Speed:
-        return self._speed
+        """Tell how fast its engines are; one start takes as long as another."""
+        return msgspec.structs.replace(self._calibrated.speed, attach_s=statistics.fmean(self._calibrated.attaches_s))
+
+    def _drawn_speed(self, _path: str) -> Speed:
+        return msgspec.structs.replace(self._calibrated.speed, attach_s=self._dice.choice(self._calibrated.attaches_s))
 
     def means(self) -> Means:
         machine = self.machine
         return Means(
             config_of=self._config_of, limits=Limits(), ssd_bytes_per_s=machine.ssd_bytes_per_s,
-            remote_bytes_per_s=machine.remote_bytes_per_s, speed_of=lambda _: self._speed,
-            cores=Cores(len(os.sched_getaffinity(0))),
+            remote_bytes_per_s=machine.remote_bytes_per_s, speed_of=self._drawn_speed,
+            cores=self._cores, request_s=self._calibrated.request_s,
         )  # fmt: skip
 
     def _config_of(self, name: str) -> Config:

@@ -15,7 +15,8 @@ from sllm_actor.messages.embedding import Embed
 from sllm_actor.messages.generation import Generate, Tokens
 from sllm_actor.runtime.channel import Channel
 from sllm_actor.runtime.forking import Child
-from sllm_actor.testing.simulated_engine import Cores, EngineProcess, Node, Speed
+from sllm_actor.testing.simulated_cores import Cores
+from sllm_actor.testing.simulated_engine import EngineProcess, Node, Speed
 
 
 class SimulatedParking(Parking):

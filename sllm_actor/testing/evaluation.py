@@ -227,13 +227,15 @@ class _Evaluation:
     async def _client(self, number: int, arrival: Arrival, node: SimulatedNode) -> None:
         request_id = RequestId(f"r{number}")
         begin_s, first_s, error = self._now_s(), 0.0, ""
+        arrived_s = self._clock.monotonic_s()
+        await node.accept()
         request = Generate(
             request_id=request_id,
             model=self._world.models[arrival.model].name,
             # Prompts that begin differently, so that none is computed already.
             prompt=pack_uint32([number]) + self._prompt[: 4 * max(0, arrival.prompt_tokens - 1)],
             sampling=Sampling(max_tokens=arrival.new_tokens, temperature=1.0, top_p=1.0, seed=number, ignore_eos=True),
-            arrived_s=self._clock.monotonic_s(),
+            arrived_s=arrived_s,
         )
         try:
             async with (

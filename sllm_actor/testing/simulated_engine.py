@@ -13,7 +13,6 @@ import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
-from math import inf
 from typing import Any, Protocol
 
 import msgspec
@@ -37,6 +36,7 @@ from sllm_actor.messages.engine import (
 )
 from sllm_actor.messages.generation import Finished, Generate, Tokens
 from sllm_actor.runtime.tasks import TaskScope
+from sllm_actor.testing.simulated_cores import Cores
 from sllm_actor.testing.virtual_loop import VirtualLoop
 
 VOCABULARY_TOKENS = 50_000
@@ -63,43 +63,25 @@ class Node(Protocol):
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a process takes: to be forked, to attach, for a token of a prompt, for a step and each row of it.
+    """How long a process takes: to be forked, to attach, for prompts, for a step and each row of it, to leave.
 
-    The weights come to a device within `copy_s` of when they are mapped. Where many steps are one turn
-    (`tokens_a_turn`), as many tokens of an answer come together, but the first one, which comes with the prompt. Such a
-    turn ends with the first answer that does, or at the next step where a request comes that there is a slot for.
+    Prompts that come together take `prefill_s`, and `prefill_s_per_token` for each of their tokens. The weights come to
+    a device within `copy_s` of when they are mapped. For each token that it tells, nodes compute `told_s` beside it.
+    Where many steps are one turn (`tokens_a_turn`), as many tokens of an answer come together, but the first one, which
+    comes with the prompt. Such a turn ends with the first answer that does, or at the next step where a request comes
+    that there is a slot for.
     """
 
     fork_s: float = 0.02
     attach_s: float = 0.1
+    prefill_s: float = 0.0
     prefill_s_per_token: float = 0.000_5
     step_s: float = 0.02
     row_s: float = 0.002
     copy_s: float = 0.0
+    leave_s: float = 0.0
+    told_s: float = 0.0
     tokens_a_turn: int = 1
-
-
-class Cores:
-    """What the engines of one machine compute on, where that has no device for each: the more of them, the longer."""
-
-    def __init__(self, count: float = inf) -> None:
-        self._count = count
-        self._busy = 0
-
-    @property
-    def enough(self) -> bool:
-        """Tell whether everybody has a core."""
-        return self._count == inf
-
-    async def work(self, seconds: float) -> float:
-        """Compute what takes one so long that has a core for itself; give how long it took."""
-        self._busy += 1
-        try:
-            took_s = seconds * max(1.0, self._busy / self._count)
-            await asyncio.sleep(took_s)
-            return took_s
-        finally:
-            self._busy -= 1
 
 
 def answer_of(
@@ -135,6 +117,11 @@ class _Row:
         self.position = self.told = len(self.generated)
         self.prompt_tokens = len(request.prompt) // 4
 
+    @property
+    def known_tokens(self) -> int:
+        """Count the tokens of prompt and answer so far."""
+        return self.prompt_tokens + self.position
+
 
 class EngineProcess:
     """The child process and the channel to it, both as `Engine` uses them. Runs in the context that it is made in.
@@ -149,6 +136,8 @@ class EngineProcess:
         self.answer: Callable[[Any], None] = lambda _: None
         self.path = ""
         self.slots = 0
+        self._chunk_tokens = 0
+        self._leaving = False
         self.rows: dict[RequestId, _Row] = {}
         # What is held for requests that are to come here: prompt and tokens, packed.
         self.parked: dict[RequestId, tuple[bytes, bytes]] = {}
@@ -207,7 +196,7 @@ class EngineProcess:
             self.answer(message)
 
     def _hear(self, message: Any) -> None:
-        if self.ended:
+        if self.ended or self._leaving:
             return
         if isinstance(message, Generate):
             self._begin(message)
@@ -233,9 +222,22 @@ class EngineProcess:
         elif isinstance(message, ExtendParked):
             self._extend(message)
         elif isinstance(message, ShutDown):
-            self._exit(0)
+            self._shut_down()
         else:
             self._problem(f"an engine is told {type(message).__name__}")
+
+    def _shut_down(self) -> None:
+        if not self._speed.leave_s:
+            self._exit(0)
+            return
+        for task in self._scope.tasks():
+            task.cancel()
+        self._leaving = True
+        self._scope.spawn(self._leave(), "leave")
+
+    async def _leave(self) -> None:
+        await self._cores.work(self._speed.leave_s)
+        self._exit(0)
 
     def _expect(self, holds: bool, what: str) -> None:
         if not holds:
@@ -265,7 +267,7 @@ class EngineProcess:
     async def _attach(self, limits: EngineLimits) -> None:
         copied_s = self.mapped_s + self._speed.copy_s - self._loop.now_s
         await self._cores.work(self._speed.attach_s + max(0.0, copied_s))
-        self.slots = limits.slots
+        self.slots, self._chunk_tokens = limits.slots, limits.prefill_chunk_tokens
         self.attached_s = self._loop.now_s
         self._say(EngineReady(spans=(), late_imports=()))
 
@@ -298,9 +300,9 @@ class EngineProcess:
                 self._woken.clear()
                 await self._woken.wait()
             while self._waiting and len(running) < self.slots:
-                row = self._waiting.popleft()
-                await self._prefill(row)
-                running.append(row)
+                prompts = self._prompts_of_turn(self.slots - len(running))
+                await self._prefill(prompts)
+                running += prompts
             steps = await self._turn(running)
             for row in running:
                 if self._runs(row):
@@ -338,14 +340,25 @@ class EngineProcess:
     def _runs(self, row: _Row) -> bool:
         return self.rows.get(row.request_id) is row
 
-    async def _prefill(self, row: _Row) -> None:
+    def _prompts_of_turn(self, slots: int) -> list[_Row]:
+        """Take the prompts that are computed together, as many as a chunk holds, but one at least."""
+        rows, tokens = [self._waiting.popleft()], 0
+        while self._waiting and len(rows) < slots:
+            tokens += rows[-1].known_tokens
+            if tokens + self._waiting[0].known_tokens > self._chunk_tokens:
+                break
+            rows.append(self._waiting.popleft())
+        return rows
+
+    async def _prefill(self, rows: Sequence[_Row]) -> None:
+        """Compute prompts, and the first token of each answer with them."""
         begin_s = self._loop.now_s
-        prefill_s = self._speed.prefill_s_per_token * (row.prompt_tokens + row.position)
-        self.busy_s += await self._cores.work(prefill_s)
-        if self._runs(row):
-            span = Span(name="prefill", begin_s=begin_s, end_s=self._loop.now_s)
-            self._say(Prefilled(request_id=row.request_id, span=span))
-            if self._speed.tokens_a_turn > 1:
+        tokens = sum(row.known_tokens for row in rows)
+        self.busy_s += await self._cores.work(self._speed.prefill_s + self._speed.prefill_s_per_token * tokens)
+        for row in rows:
+            if self._runs(row):
+                span = Span(name="prefill", begin_s=begin_s, end_s=self._loop.now_s)
+                self._say(Prefilled(request_id=row.request_id, span=span))
                 self._step(row, 1, enough=1)
 
     def _step(self, row: _Row, tokens: int, enough: int = 0) -> None:
@@ -356,6 +369,7 @@ class EngineProcess:
         untold = row.answer[row.told : row.position]
         if untold and (has_ended or len(untold) >= (enough or self._speed.tokens_a_turn)):
             self._say(Tokens(request_id=request_id, index=row.told, token_ids=untold))
+            self._cores.work_aside(self._speed.told_s * len(untold))
             row.told = row.position
         if has_ended:
             del self.rows[request_id]

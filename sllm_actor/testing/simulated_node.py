@@ -31,7 +31,8 @@ from sllm_actor.runtime import ActorRef, ActorSystem, Clock, Limits, Network, Se
 from sllm_actor.runtime.tasks import TaskScope
 from sllm_actor.testing.engine_handle import SimulatedEngine, fork
 from sllm_actor.testing.process_loop import context_of
-from sllm_actor.testing.simulated_engine import Cores, EngineProcess, Heard, Speed
+from sllm_actor.testing.simulated_cores import Cores
+from sllm_actor.testing.simulated_engine import EngineProcess, Heard, Speed
 from sllm_actor.testing.simulated_store import MemoryStore, Way
 from sllm_actor.testing.simulated_tiers import SimulatedCard, SimulatedTiers, folder_of
 
@@ -84,8 +85,8 @@ def model_of(name: str, size_bytes: int, keep_alive_s: float) -> Model:
 class Means(msgspec.Struct, frozen=True, kw_only=True):
     """What nodes are made of: their knobs, bytes a second, room on their disks, how fast models compute.
 
-    `cores` are what all of their engines compute on, where they have no devices of their own. With `echoes`, late
-    tokens come where none should.
+    `cores` are what all of their processes compute on, where engines have no devices of their own; of each request a
+    gateway computes `request_s` there before anything else. With `echoes`, late tokens come where none should.
     """
 
     config_of: Callable[[str], Config]
@@ -96,6 +97,7 @@ class Means(msgspec.Struct, frozen=True, kw_only=True):
     keeps_host: bool = True
     speed_of: Callable[[str], Speed] = lambda _: Speed()
     cores: Cores = msgspec.field(default_factory=Cores)
+    request_s: float = 0.0
     echoes: bool = False
     decode: Decode = decode_model
 
@@ -254,6 +256,11 @@ class SimulatedNode:
         self.actors = await spawn_actors(self.parts)
         await self.pool.start()
         self.ready = True
+
+    async def accept(self) -> None:
+        """Compute what a gateway does with a request before its Router hears of it."""
+        if self._means.request_s:
+            await self._means.cores.work(self._means.request_s)
 
     async def close(self) -> None:
         """Leave as `Node` does: finish what runs, and leave nothing behind."""
