@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_placement import node, view_of
 
-from sllm_actor.domain import NodeId
+from sllm_actor.actors.decision_log import Granted
+from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.messages.instances import Answered
 from sllm_actor.policy.answer_times import AnswerTimes, learned_answer
 from sllm_actor.policy.estimator import FIRST_LEAVE_S, HOST, SOURCE, SSD, Estimator, beside
@@ -82,6 +84,22 @@ def test_one_bad_start_changes_a_models_constant_little() -> None:
     for constant_s in (0.4, 0.5, 60.0, 0.6, 0.5):
         estimator.learn_start(A, HOST, "x", 100, constant_s)
     assert estimator.constant_s(A, HOST, "x", 100, 0.0) == 0.5
+
+
+@pytest.mark.parametrize(("tier", "speed"), [(SSD, "ssd_bytes_per_s"), (SOURCE, "remote_bytes_per_s")])
+def test_a_start_whose_bytes_were_guessed_tells_how_fast_they_come_and_nothing_else(tier: str, speed: str) -> None:
+    """The guess was a minute, and it took ten seconds: the next one is not expected to take none."""
+    taught = []
+    for before, now in ((0.0, 6e9), (0.0, 0.0), (6e9, 6e9)):
+        estimator, node_view = Estimator(), view_of([node("a", **cast(Any, {speed: now}))]).nodes[NodeId("a")]
+        start = Granted(
+            request_id=RequestId("r"), model=ModelName("m"), node=NodeId("a"), tier=tier, fingerprint="print",
+            size_bytes=60 * 10**9, predicted_s=60.0, moving_s=60.0, granted_s=0.0, is_guess=not before,
+        )  # fmt: skip
+        start.teach(estimator, 10.1, node_view)
+        taught.append(estimator.starts(NodeId("a"), tier, "print"))
+    # Where nothing is known still, as of bytes that the page cache had, all of it is the constant.
+    assert taught == [0, 1, 1]
 
 
 def test_what_the_page_cache_had_may_save_all_of_the_move_and_no_more_and_a_fetch_is_never_sooner_than_its_bytes() -> (

@@ -10,7 +10,7 @@ import pytest
 from conftest import SMALL
 from test_cli import cli, cli_json
 from test_metrics import look, value
-from test_scheduler import LIMITS, HandClock, Manager, ask, question, report, scheduler, view
+from test_scheduler import LIMITS, MIB, HandClock, Manager, ask, question, report, scheduler, view
 from test_scheduler import clock as clock
 from test_scheduler import system as system
 from test_supervision import now_s, virtual_system, virtually
@@ -20,6 +20,7 @@ from sllm_actor.actors.decision_log import DecisionLog
 from sllm_actor.actors.start_counts import StartCounts
 from sllm_actor.domain import ModelName, RequestId
 from sllm_actor.errors import NoCapacity, RequestNotFound
+from sllm_actor.messages.declare import changed
 from sllm_actor.messages.explanation import ExplainPlacement, Explanation
 from sllm_actor.messages.placement import PlaceModel
 from sllm_actor.policy.explaining import refused
@@ -127,6 +128,26 @@ async def test_a_wait_for_the_best_node_ends_by_itself_and_holds_nobody_up() -> 
     assert now_s() == begin_s
     assert (await waiting).node == "node-2"
     assert now_s() == begin_s + 7.0
+    await made.close()
+
+
+@virtually
+async def test_a_wait_for_a_place_that_is_not_free_in_time_ends_by_itself_and_holds_nobody_up() -> None:
+    """From the SSD it takes ten seconds; where it is in host memory an answer runs, as long as it has run."""
+    made = virtual_system()
+    await made.spawn(Scheduler(made.clock, LIMITS, StartCounts()), "scheduler")
+    # What runs there has no room elsewhere that it could move to.
+    large = changed(view("busy", active=1), running_s=2.0, host_bytes=60 * MIB)
+    scheduler(made).tell(changed(report(slots=1, instances=[large]), host_fingerprints=("new",)))
+    kept = changed(view("kept", active=1), host_bytes=60 * MIB)
+    scheduler(made).tell(changed(report(name="node-2", slots=3, instances=[kept]), ssd_bytes_per_s=MIB / 10.0))
+    begin_s = now_s()
+    waiting = asyncio.ensure_future(ask(made, question()))
+    other = await ask(made, question("other"))
+    assert (other.node, now_s()) == ("node-2", begin_s)
+    assert (await waiting).node == "node-2"
+    # It has run for six seconds then, and is expected to do so as long again.
+    assert now_s() == pytest.approx(begin_s + 4.0)
     await made.close()
 
 

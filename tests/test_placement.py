@@ -176,7 +176,7 @@ def test_equal_nodes_are_chosen_by_name_whatever_their_order() -> None:
 
 
 def test_a_full_node_loses_to_a_slower_one_with_a_slot() -> None:
-    full = node("a", in_host_memory=True, slots=1, instances=[instance("i", active=1)])
+    full = node("a", in_host_memory=True, slots=1, instances=[instance("i", active=1, running_s=99.0)])
     assert started_on(decide(question(), [full, node("b", queue_s=60.0)], [], NOBODY, able=QUIET)) == "b"
 
 

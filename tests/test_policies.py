@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -13,6 +13,7 @@ from node_parts import parts
 from test_placement import NOBODY, decide, grants, instance, node, nodes, question, started_on, view_of
 
 from sllm_actor.domain import NodeId
+from sllm_actor.messages.declare import changed
 from sllm_actor.messages.explanation import Explanation
 from sllm_actor.messages.placement import NodeReport
 from sllm_actor.policy import moving
@@ -193,10 +194,73 @@ def test_availability_takes_the_first_free_place_wherever_the_model_is() -> None
     assert isinstance(decide(question(), full[:1], policy="availability"), Evict)
 
 
+# From an SSD it takes a second, and "a" has it in host memory.
+SLOW = node("b", ssd_bytes_per_s=GIB)
+
+
+def holder(*running_s: float, **more: Any) -> NodeReport:
+    instances = [busy(f"x{number}", running_s=each, **more) for number, each in enumerate(running_s)]
+    return node("a", slots=len(instances), in_host_memory=True, instances=instances)
+
+
+@pytest.mark.parametrize(
+    ("full", "waited_s", "again_s"),
+    [
+        # One that has run for 0.4 s is expected to run as long: it will not be worth it when it has run for 0.7.
+        (holder(0.4), 0.0, 0.3),
+        (holder(0.5), 0.1, 0.2),
+        # The first of three ends sooner.
+        (holder(0.3, 0.6, 0.9), 0.0, 0.6),
+        (holder(2.4, 2.4, 2.4, 2.4), 0.2, 0.16),
+        # As long as it would save, or longer.
+        (holder(1.1), 0.0, None),
+        (holder(0.1), 0.9, None),
+        (holder(0.2), 0.77, None),
+    ],
+)
+def test_a_place_where_host_memory_has_it_is_waited_for_where_it_is_expected_to_be_sooner(
+    full: NodeReport, waited_s: float, again_s: float | None
+) -> None:
+    decision = decide(question(size_bytes=GIB), [full, SLOW], waited_s=waited_s, able=QUIET)
+    if again_s is None:
+        assert started_on(decision) == "b"
+    else:
+        assert isinstance(decision, Wait) and not decision.holds_up
+        assert decision.again_s == pytest.approx(again_s)
+        later = [node("a", slots=full.slots, in_host_memory=True, instances=aged(full, again_s + 0.01)), SLOW]
+        asked = decide(question(size_bytes=GIB), later, waited_s=waited_s + again_s + 0.01, able=QUIET)
+        assert started_on(asked) == "b"
+
+
+def aged(report: NodeReport, seconds: float) -> list[Any]:
+    return [msgspec.structs.replace(cast(Any, one), running_s=one.running_s + seconds) for one in report.instances]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"active": 2}, {"kept": True}, {"model": question().model}],
+    ids=["others wait for its place", "it never leaves", "it is one of the same model"],
+)
+def test_a_place_that_will_not_be_free_is_not_waited_for(more: dict[str, Any]) -> None:
+    full = holder(0.1)
+    full = node("a", slots=1, in_host_memory=True, instances=[changed(full.instances[0], **more)])
+    assert started_on(decide(question(size_bytes=GIB), [full, SLOW], able=QUIET)) == "b"
+
+
+def test_what_is_fetched_or_in_host_memory_has_no_better_place_that_it_waits_for() -> None:
+    full = holder(0.1)
+    there = node("b", in_host_memory=True, queue_s=9.0)
+    assert started_on(decide(question(size_bytes=GIB), [full, there], able=QUIET)) == "b"
+    # Bytes from afar come before a device is taken: whatever is better meanwhile is taken then.
+    assert started_on(decide(question(size_bytes=GIB), [full, node("b", on_ssd=False)], able=QUIET)) == "b"
+    on_ssd = node("a", slots=1, instances=[busy("x", running_s=0.1)])
+    assert started_on(decide(question(size_bytes=GIB), [on_ssd, node("b", queue_s=9.0)], able=QUIET)) == "b"
+
+
 def test_locality_wait_waits_for_the_node_that_holds_the_model_and_not_for_ever() -> None:
     reports = [node("a", slots=1, in_host_memory=True, instances=[busy("x")]), node("b", on_ssd=False)]
     waits = decide(question(), reports, policy="locality_wait")
-    assert waits == Wait("a holds it, and has no place yet", holds_up=False)
+    assert waits == Wait("a holds it, and has no place yet", holds_up=False, again_s=10.0)
     assert started_on(decide(question(), reports, policy="locality_wait", waited_s=10.0)) == "b"
     assert started_on(decide(question(), reports, policy="startup_time")) == "b"
     free = [node("a", slots=2, in_host_memory=True, queue_s=99.0, instances=[busy("x")]), node("b")]

@@ -25,7 +25,7 @@ FOUND = {
     "no_epoch_check": (0, "repeats or leaves out no token"),
     "prepared_never_ends": (1, "still has actors"),
     "prepared_keeps_its_slot": (3, "does not end"),
-    "waits_for_its_router_for_ever": (87, "still has actors"),
+    "waits_for_its_router_for_ever": (7, "still has actors"),
     "two_owners": (0, "is generated at"),
     "repeated_tokens": (0, "has parked another answer"),
     "forgotten_tokens": (0, "repeats or leaves out no token"),

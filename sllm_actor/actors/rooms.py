@@ -44,7 +44,16 @@ class Waiting:
         # What it waited for when it was looked at last is a start that had begun.
         self.is_settled = False
         self.fetched_from_s = 0.0
+        # There is a place, and it waits for a better one.
+        self.stands_back = False
+        # Has it be looked at again at that moment.
         self.recheck: asyncio.Task[None] | None = None
+        self.recheck_s = 0.0
+
+    @property
+    def leaves_places(self) -> bool:
+        """Tell whether it takes none of the places that there are."""
+        return self.room is not None or self.stands_back
 
 
 class Rooms:

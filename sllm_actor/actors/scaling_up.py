@@ -60,15 +60,15 @@ class ScalingUp:
         self._give_up = give_up
         self._evict = evict
         self._may_look = may_look
-        # The models that are to be looked at soon; and those that lack an instance which has no place yet.
+        # The models that are to be looked at soon; and since when others lack an instance which has no place yet.
         self._called = set[ModelName]()
-        self._placeless = set[ModelName]()
+        self._placeless: dict[ModelName, float] = {}
         self._is_called = asyncio.Event()
 
     def asked(self, models: Set[ModelName]) -> None:
         """Hear that more may be asked of these, or may wait for their start: at once, where it is too much for one."""
         # Who has no place waits for one, and not to be asked for more.
-        asking = self._waiting.asking(self._view.awaited, models - self._placeless)
+        asking = self._waiting.asking(self._view.awaited, models - self._placeless.keys())
         if called := self._autoscaler.calling(self._view, asking):
             self._called |= called
             self._is_called.set()
@@ -80,7 +80,7 @@ class ScalingUp:
         """
         self.asked({*(told.awaited or ()), *(one.model for one in told.instances if one.active)})
         if (self._placeless or self._called) and _has_place(told):
-            self._called |= self._placeless
+            self._called |= self._placeless.keys()
             self._is_called.set()
 
     async def keep_looking(self) -> None:
@@ -137,7 +137,9 @@ class ScalingUp:
                 self._give_up(wish, decision)
             else:
                 full.add(question.model)
-        self._placeless = placeless if only is None else placeless | (self._placeless - only)
+        if only is not None:
+            placeless |= self._placeless.keys() - only
+        self._placeless = {model: self._placeless.get(model, now_s) for model in placeless}
 
     def _decided(self, question: PlaceModel, now_s: float) -> tuple[Waiting, Decision]:
         """Decide where one starts: on a node that has none of it; where there is none, beside another.
@@ -147,7 +149,7 @@ class ScalingUp:
         fetching = self._fetching.nodes(question.model)
         for not_on in (question.not_on, ()):
             asked = msgspec.structs.replace(cast(Any, question), not_on=(*not_on, *fetching))
-            wish = Waiting(asked, now_s, QUIET)
+            wish = Waiting(asked, self._placeless.get(question.model, now_s), QUIET)
             decision = self._decide(wish, now_s)
             if isinstance(decision, Start | Evict):
                 break

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Set
 from sllm_actor.actors.autoscaler import Autoscaler
 from sllm_actor.actors.decision_log import DecisionLog, granted
 from sllm_actor.actors.estimate_book import EstimateBook
-from sllm_actor.actors.fetching import Fetching, with_bytes
+from sllm_actor.actors.fetching import LOOK_LEAST_S, Fetching, with_bytes
 from sllm_actor.actors.granted_starts import GrantedStarts
 from sllm_actor.actors.holding import Holding
 from sllm_actor.actors.making_room import MakingRoom
@@ -40,18 +40,7 @@ from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.explaining import refused, why_in_vain
 from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import allows, is_restricted
-from sllm_actor.policy.placement import (
-    ABLE,
-    QUIET,
-    Decision,
-    Evict,
-    MakeRoom,
-    Start,
-    Wait,
-    Waiter,
-    decide,
-    in_order,
-)
+from sllm_actor.policy.placement import ABLE, QUIET, Decision, Evict, MakeRoom, Start, Wait, Waiter, decide, in_order
 from sllm_actor.policy.policies import Situation
 from sllm_actor.policy.retrying import Pace, placement_s
 from sllm_actor.policy.taking_turns import TakingTurns
@@ -145,7 +134,7 @@ class Scheduler(Actor):
         """Let requests that wait for a place go first; and what is not known is not to be started again."""
         with_room = self._waiting.models_with_room()
         return not self._awaited and all(
-            one.room is not None or self._fetching.nodes(one.question.model) or self._coming(one, now_s, with_room)
+            one.leaves_places or self._fetching.nodes(one.question.model) or self._coming(one, now_s, with_room)
             for one in self._waiting
         )
 
@@ -223,9 +212,7 @@ class Scheduler(Actor):
         if outcome != "started" or start.predicted_s == float("inf"):
             return
         self._counts.estimated(start.tier, start.predicted_s, observed_s)
-        self._estimator.learn_start(
-            start.node, start.tier, start.fingerprint, start.size_bytes, observed_s - start.moving_s, start.beside
-        )
+        start.teach(self._estimator, observed_s, self._view.nodes.get(start.node))
 
     @handles(ListNodes)
     async def list_nodes(self, _: ListNodes) -> tuple[NodeReport, ...]:
@@ -244,12 +231,8 @@ class Scheduler(Actor):
         self._waiting.add(waiting)
         try:
             self._serve()
-            if not waiting.answer.done():
-                if self._scaling is not None:
-                    self._scaling.asked({question.model})
-                if self._limits.placement_policy == "locality_wait" and waiting.recheck is None:
-                    again = self._serve_later(self._limits.locality_wait_s)
-                    waiting.recheck = self.context.tasks.spawn(again, "recheck")
+            if not waiting.answer.done() and self._scaling is not None:
+                self._scaling.asked({question.model})
             async with asyncio.timeout(question.timeout_s):
                 return await waiting.answer
         except TimeoutError:
@@ -301,14 +284,16 @@ class Scheduler(Actor):
             self._fetching.hasten(waiting, now_s)
             decision = self._decide(waiting, now_s)
             if self._fetching.waits(waiting, decision, now_s):
-                self._look_again(waiting)
+                self._look_again(waiting, TOLD_WITHIN_S)
                 continue
             if isinstance(decision, MakeRoom):
                 self._rooms.make(waiting, decision, now_s)
                 with_room.add(waiting.question.model)
                 continue
             if isinstance(decision, Wait):
-                waiting.why = decision.reason
+                waiting.why, waiting.stands_back = decision.reason, decision.again_s > 0
+                if waiting.stands_back:
+                    self._look_again(waiting, decision.again_s)
                 self._fetching.meanwhile(waiting, now_s)
                 if decision.holds_up:
                     return
@@ -337,13 +322,18 @@ class Scheduler(Actor):
         if coming:
             waiting.why = coming
             if waiting.recheck is None:
-                waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
+                self._look_again(waiting, TOLD_WITHIN_S)
         return bool(coming)
 
-    def _look_again(self, waiting: Waiting) -> None:
-        """Serve again in a while, whatever is reported until then: it does not wait for its bytes for ever."""
-        if waiting.recheck is None or waiting.recheck.done() or waiting.recheck is asyncio.current_task():
-            waiting.recheck = self.context.tasks.spawn(self._serve_later(TOLD_WITHIN_S), "recheck")
+    def _look_again(self, waiting: Waiting, wait_s: float) -> None:
+        """Serve again in a while, whatever is reported until then: nobody waits for what may never be for ever."""
+        wait_s, recheck = max(wait_s, LOOK_LEAST_S), waiting.recheck
+        at_s = self._clock.monotonic_s() + wait_s
+        if recheck is not None and not recheck.done() and recheck is not asyncio.current_task():
+            if at_s >= waiting.recheck_s:
+                return
+            recheck.cancel()
+        waiting.recheck, waiting.recheck_s = self.context.tasks.spawn(self._serve_later(wait_s), "recheck"), at_s
 
     def _coming(self, waiting: Waiting, now_s: float, with_room: Set[ModelName]) -> str:
         """Say why what one waits for comes without a place of its own: another one has that already; else nothing."""

@@ -49,11 +49,13 @@ class MakeRoom(NamedTuple):
 class Wait(NamedTuple):
     """There is no room, and none to be made, or it is being made already.
 
-    Where only a better place is awaited, or some places would not do, it does not hold up those who asked later.
+    Where some places would not do, or only a better one is awaited, which is decided anew `again_s` later, it does not
+    hold up those who asked later.
     """
 
     reason: str
     holds_up: bool = True
+    again_s: float = 0.0
 
 
 Decision = Start | Evict | MakeRoom | Wait
@@ -63,7 +65,8 @@ def decide(situation: Situation, policy: str, given_up: tuple[str, ...] = ()) ->
     """Place one start; `given_up` are instances that have left for it already."""
     choice = POLICIES[policy](situation)
     if choice.taken is None:
-        return Wait(choice.why, choice.holds_up and not is_restricted(situation.question))
+        holds_up = not choice.again_s and not is_restricted(situation.question)
+        return Wait(choice.why, holds_up, choice.again_s)
     offer, report = choice.taken, situation.view.nodes[choice.taken.node].report
     explanation = explain(situation, policy, choice, given_up)
     if offer.action is Action.START:
