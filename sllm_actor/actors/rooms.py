@@ -44,7 +44,7 @@ class Waiting:
         # What it waited for when it was looked at last is a start that had begun.
         self.is_settled = False
         self.fetched_from_s = 0.0
-        # There is a place, and it waits for a better one.
+        # It waits for a better place than there is, or for one of some alone.
         self.stands_back = False
         # Has it be looked at again at that moment.
         self.recheck: asyncio.Task[None] | None = None

@@ -291,8 +291,8 @@ class Scheduler(Actor):
                 with_room.add(waiting.question.model)
                 continue
             if isinstance(decision, Wait):
-                waiting.why, waiting.stands_back = decision.reason, decision.again_s > 0
-                if waiting.stands_back:
+                waiting.why, waiting.stands_back = decision.reason, not decision.holds_up
+                if decision.again_s:
                     self._look_again(waiting, decision.again_s)
                 self._fetching.meanwhile(waiting, now_s)
                 if decision.holds_up:
