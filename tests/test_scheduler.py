@@ -222,6 +222,19 @@ async def test_who_may_not_have_what_is_free_holds_up_nobody(system: ActorSystem
     assert (await waiting).node == "node-2"
 
 
+async def test_who_waits_for_some_places_alone_keeps_no_busy_model_from_more_instances(system: ActorSystem) -> None:
+    scheduler(system).tell(report(slots=1, instances=[view("busy", active=1)]))
+    actor = cast(Any, system.cells["scheduler"].actor)
+    waiting = asyncio.ensure_future(ask(system, only_on("node-2")))
+    await all_wait(system)
+    assert actor._may_scale(0.0)
+    other = asyncio.ensure_future(ask(system, question("other")))
+    await all_wait(system)
+    assert not actor._may_scale(0.0)
+    for one in (waiting, other):
+        one.cancel()
+
+
 def only_on(node: str) -> Any:
     return msgspec.structs.replace(cast(Any, question()), only_on=node)
 
