@@ -146,8 +146,8 @@ async def test_a_wait_for_a_place_that_is_not_free_in_time_ends_by_itself_and_ho
     other = await ask(made, question("other"))
     assert (other.node, now_s()) == ("node-2", begin_s)
     assert (await waiting).node == "node-2"
-    # It has run for six seconds then, and is expected to do so as long again.
-    assert now_s() == pytest.approx(begin_s + 4.0)
+    # It has run for 5.9 seconds then, is expected to do so as long again, and leaves within a fifth of one.
+    assert now_s() == pytest.approx(begin_s + 3.9)
     await made.close()
 
 

@@ -104,10 +104,11 @@ def decide(
     estimator: Estimator | None = None,
     waited_s: float = 0.0,
     able: frozenset[Action] = ABLE,
+    **more: Any,
 ) -> Decision:
     situation = Situation(
         view_of(nodes, grants, leaving), estimator or Estimator(), asked, now_s=0.0, waited_s=waited_s,
-        locality_wait_s=10.0, able=able,
+        locality_wait_s=10.0, able=able, **more,
     )  # fmt: skip
     return decide_in(situation, policy)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,7 +22,7 @@ from sllm_actor.policy.estimator import FIRST_LEAVE_S, HOST, SOURCE, SSD, Estima
 from sllm_actor.policy.explaining import explain
 from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import Action, Offer, offer_of
-from sllm_actor.policy.placement import ABLE, QUIET, Evict, MakeRoom, Start, Wait
+from sllm_actor.policy.placement import ABLE, QUIET, Decision, Evict, MakeRoom, Start, Wait
 from sllm_actor.policy.policies import POLICIES, SHOWN, Choice, Situation
 from sllm_actor.policy.soonest import soonest
 from sllm_actor.units import GIB
@@ -194,8 +194,8 @@ def test_availability_takes_the_first_free_place_wherever_the_model_is() -> None
     assert isinstance(decide(question(), full[:1], policy="availability"), Evict)
 
 
-# From an SSD it takes a second, and "a" has it in host memory.
-SLOW = node("b", ssd_bytes_per_s=GIB)
+# From an SSD it takes a second longer than where it is in host memory, and an idle instance leaves first.
+SLOW = node("b", ssd_bytes_per_s=GIB / (1.0 + FIRST_LEAVE_S))
 
 
 def holder(*running_s: float, **more: Any) -> NodeReport:
@@ -203,37 +203,44 @@ def holder(*running_s: float, **more: Any) -> NodeReport:
     return node("a", slots=len(instances), in_host_memory=True, instances=instances)
 
 
+def in_host_memory_at(*others: NodeReport, asked: Any = None, **more: Any) -> Decision:
+    return decide(asked or changed(question(size_bytes=GIB), timeout_s=60.0), others, able=QUIET, **more)
+
+
 @pytest.mark.parametrize(
-    ("full", "waited_s", "again_s"),
+    ("full", "stood_back_s", "ahead", "again_s"),
     [
         # One that has run for 0.4 s is expected to run as long: it will not be worth it when it has run for 0.7.
-        (holder(0.4), 0.0, 0.3),
-        (holder(0.5), 0.1, 0.2),
-        # The first of three ends sooner.
-        (holder(0.3, 0.6, 0.9), 0.0, 0.6),
-        (holder(2.4, 2.4, 2.4, 2.4), 0.2, 0.16),
-        # As long as it would save, or longer.
-        (holder(1.1), 0.0, None),
-        (holder(0.1), 0.9, None),
-        (holder(0.2), 0.77, None),
+        (holder(0.4), 0.0, 0, 0.3),
+        (holder(0.5), 0.1, 0, 0.2),
+        # The first of three ends sooner; the second one as late as one of 1.5.
+        (holder(0.3, 0.6, 0.9), 0.0, 0, 0.6),
+        (holder(0.3, 0.6, 0.9), 0.0, 1, 0.36),
+        (holder(2.4, 2.4, 2.4, 2.4), 0.2, 0, 0.16),
+        # As long as it would save, or longer, or for others.
+        (holder(1.1), 0.0, 0, None),
+        (holder(0.1), 0.9, 0, None),
+        (holder(0.2), 0.77, 0, None),
+        (holder(0.1), 0.0, 1, None),
     ],
 )
 def test_a_place_where_host_memory_has_it_is_waited_for_where_it_is_expected_to_be_sooner(
-    full: NodeReport, waited_s: float, again_s: float | None
+    full: NodeReport, stood_back_s: float, ahead: int, again_s: float | None
 ) -> None:
-    decision = decide(question(size_bytes=GIB), [full, SLOW], waited_s=waited_s, able=QUIET)
+    # What it has waited while there was no place at all counts for nothing.
+    decision = in_host_memory_at(full, SLOW, waited_s=2.0, stood_back_s=stood_back_s, ahead=ahead)
     if again_s is None:
         assert started_on(decision) == "b"
     else:
         assert isinstance(decision, Wait) and not decision.holds_up
         assert decision.again_s == pytest.approx(again_s)
-        later = [node("a", slots=full.slots, in_host_memory=True, instances=aged(full, again_s + 0.01)), SLOW]
-        asked = decide(question(size_bytes=GIB), later, waited_s=waited_s + again_s + 0.01, able=QUIET)
-        assert started_on(asked) == "b"
+        later = node("a", slots=full.slots, in_host_memory=True, instances=aged(full, again_s + 0.01))
+        then_s = stood_back_s + again_s + 0.01
+        assert started_on(in_host_memory_at(later, SLOW, stood_back_s=then_s, ahead=ahead)) == "b"
 
 
 def aged(report: NodeReport, seconds: float) -> list[Any]:
-    return [msgspec.structs.replace(cast(Any, one), running_s=one.running_s + seconds) for one in report.instances]
+    return [changed(one, running_s=one.running_s + seconds) for one in report.instances]
 
 
 @pytest.mark.parametrize(
@@ -242,19 +249,40 @@ def aged(report: NodeReport, seconds: float) -> list[Any]:
     ids=["others wait for its place", "it never leaves", "it is one of the same model"],
 )
 def test_a_place_that_will_not_be_free_is_not_waited_for(more: dict[str, Any]) -> None:
-    full = holder(0.1)
-    full = node("a", slots=1, in_host_memory=True, instances=[changed(full.instances[0], **more)])
-    assert started_on(decide(question(size_bytes=GIB), [full, SLOW], able=QUIET)) == "b"
+    one = changed(holder(0.1).instances[0], **more)
+    assert started_on(in_host_memory_at(node("a", slots=1, in_host_memory=True, instances=[one]), SLOW)) == "b"
 
 
-def test_what_is_fetched_or_in_host_memory_has_no_better_place_that_it_waits_for() -> None:
+def test_what_would_not_be_room_is_not_waited_for() -> None:
+    large = busy("kept", kept=True, host_bytes=4 * GIB)
+    full = node("a", slots=3, pool_bytes=8 * GIB, in_host_memory=True, instances=[large, busy("x", running_s=0.1)])
+    for host_bytes, waits in ((5 * GIB, False), (4 * GIB, True)):
+        asked = question(size_bytes=GIB, host_bytes=host_bytes)
+        assert isinstance(in_host_memory_at(full, SLOW, asked=asked), Wait) == waits
+
+
+def test_who_waits_for_a_better_place_has_one_in_half_of_its_time() -> None:
+    full, slow = holder(1.0), node("b", ssd_bytes_per_s=GIB / 100.0)
+    for timeout_s, waited_s, again_s in ((20.0, 4.0, 6.0), (20.0, 10.0, None), (0.0, 10.0, 49.4)):
+        asked = changed(question(size_bytes=GIB), timeout_s=timeout_s)
+        decision = in_host_memory_at(full, slow, asked=asked, waited_s=waited_s)
+        if again_s is None:
+            assert started_on(decision) == "b"
+        else:
+            assert isinstance(decision, Wait) and decision.again_s == pytest.approx(again_s)
+
+
+def test_what_is_guessed_fetched_or_in_host_memory_has_no_better_place_that_it_waits_for() -> None:
     full = holder(0.1)
-    there = node("b", in_host_memory=True, queue_s=9.0)
-    assert started_on(decide(question(size_bytes=GIB), [full, there], able=QUIET)) == "b"
+    assert started_on(in_host_memory_at(full, node("b", in_host_memory=True, queue_s=9.0))) == "b"
     # Bytes from afar come before a device is taken: whatever is better meanwhile is taken then.
-    assert started_on(decide(question(size_bytes=GIB), [full, node("b", on_ssd=False)], able=QUIET)) == "b"
+    assert started_on(in_host_memory_at(full, node("b", on_ssd=False))) == "b"
     on_ssd = node("a", slots=1, instances=[busy("x", running_s=0.1)])
-    assert started_on(decide(question(size_bytes=GIB), [on_ssd, node("b", queue_s=9.0)], able=QUIET)) == "b"
+    assert started_on(in_host_memory_at(on_ssd, node("b", queue_s=9.0))) == "b"
+    # Nobody has seen yet how fast the SSD is; and a move has its place at once.
+    assert started_on(in_host_memory_at(full, node("b", ssd_bytes_per_s=0.0, queue_s=9.0))) == "b"
+    elsewhere = changed(question(size_bytes=GIB), not_on=(NodeId("c"),))
+    assert started_on(in_host_memory_at(full, SLOW, asked=elsewhere)) == "b"
 
 
 def test_locality_wait_waits_for_the_node_that_holds_the_model_and_not_for_ever() -> None:

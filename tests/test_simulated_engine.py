@@ -74,13 +74,13 @@ class Asked:
     def hears(self, process: EngineProcess, heard: Heard, prompt: bytes, epoch: int) -> None:
         pass
 
-    async def ask(self, prompts: Sequence[int]) -> None:
-        """Ask at once for two tokens each, when it is attached, and wait for the last answer."""
+    async def ask(self, prompts: Sequence[int], max_tokens: int = 2) -> None:
+        """Ask at once for some tokens each, when it is attached, and wait for the last answer."""
         await asyncio.sleep(self.begin_s + 2.0 - self.loop.now_s)
         self.said.clear()
         self.begin_s = self.loop.now_s
         for number, tokens in enumerate(prompts):
-            sampling = Sampling(max_tokens=2, temperature=1.0, top_p=1.0, seed=number, ignore_eos=True)
+            sampling = Sampling(max_tokens=max_tokens, temperature=1.0, top_p=1.0, seed=number, ignore_eos=True)
             prompt = pack_uint32([number] * tokens)
             self.process.send_now(
                 Generate(request_id=RequestId(f"r{number}"), model=ModelName("m"), prompt=prompt, sampling=sampling)
@@ -115,6 +115,18 @@ def test_prompts_that_come_together_are_computed_together_and_give_the_first_tok
     assert asked.first_tokens_s() == pytest.approx(first_s)
     prefilled_s = [at_s for at_s, message in asked.said if isinstance(message, Prefilled)]
     assert prefilled_s == pytest.approx(first_s)
+
+
+@pytest.mark.parametrize(("max_tokens", "busy_s"), [(1, 2.0), (2, 2.5), (4, 3.5)])
+def test_an_answer_takes_a_step_for_each_token_behind_its_first(max_tokens: int, busy_s: float) -> None:
+    async def main() -> float:
+        asked = Asked(SPEED)
+        await asked.ask([10], max_tokens)
+        await asyncio.sleep(9.0)
+        asked.process.kill()
+        return asked.process.busy_s
+
+    assert run_virtual(main) == pytest.approx(busy_s)
 
 
 @pytest.mark.parametrize("leave_s", [0.0, 3.0])

@@ -27,6 +27,7 @@ from benchmarks.report import Report
 from sllm_actor.cli.show import out
 from sllm_actor.config import Config
 from sllm_actor.domain import Scaling
+from sllm_actor.policy.estimator import HOST
 from sllm_actor.runtime import Limits
 from sllm_actor.sources.builtin import BUILTIN
 from sllm_actor.testing.evaluation import Seen, evaluate, part
@@ -50,7 +51,7 @@ LONG = f"What are {', '.join(map(str, range(61, 99)))}?"
 AT_ONCE = 4
 # Each model is started so often alone, first from the SSD and then mostly from host memory, after a silence as between
 # bursts: nothing is warm from the start before, and the engine that it took is replaced.
-ROUNDS, SILENCE_S = 2, 1.0
+ROUNDS, SILENCE_S, IDLE_S = 2, 1.0, 5.0
 
 
 class Measured(NamedTuple):
@@ -61,10 +62,12 @@ class Measured(NamedTuple):
     prefill_s: float
     prefill_s_per_token: float
     token_s: float
-    told_s: float
+    cpu_s: float
+    tokens: int
     leave_s: float
     size_bytes: int
-    ssd_bytes_per_s: float
+    # None where it came from host memory.
+    ssd_bytes_per_s: float | None
 
 
 class Calibrated(NamedTuple):
@@ -137,10 +140,15 @@ def _real(folder: Path, seconds: float, trace: Path | None) -> tuple[list[Seen],
 def _calibrate(cluster: NodeCluster) -> Calibrated:
     """Measure starts and answers of each model, one after the other, and then one's with several answers at once.
 
+    What nodes compute for a token is all that they compute while one answer runs, but for what they do when nobody asks
+    and for its request.
     Every model is then on each node's SSD and in no host memory that the twin would not have, too, and each node knows
     its vocabulary, which takes longer than a prompt that is asked of it first.
     """
-    measured = [_measure(cluster, f"m{model}") for _ in range(ROUNDS) for model in range(MODELS)]
+    before_s = _cpu_s(cluster)
+    time.sleep(IDLE_S)
+    idle_share = (_cpu_s(cluster) - before_s) / IDLE_S
+    measured = [_measure(cluster, f"m{model}", idle_share) for _ in range(ROUNDS) for model in range(MODELS)]
     node, last = cluster.nodes[NODES[0]], f"m{MODELS - 1}"
     with ThreadPoolExecutor(AT_ONCE) as pool:
         together = list(pool.map(lambda _: _asked(node, last), range(AT_ONCE)))
@@ -151,14 +159,16 @@ def _calibrate(cluster: NodeCluster) -> Calibrated:
 
     row_s = max(0.0, (statistics.median(map(_token_s, together)) - median("token_s")) / (AT_ONCE - 1))
     attaches_s = tuple(one.attach_s for one in measured)
+    told_s = sum(one.cpu_s - one.request_s for one in measured) / sum(one.tokens for one in measured)
+    rates = [one.ssd_bytes_per_s for one in measured if one.ssd_bytes_per_s is not None]
     speed = Speed(
         prefill_s=median("prefill_s"), prefill_s_per_token=median("prefill_s_per_token"),
-        step_s=median("token_s") - row_s, row_s=row_s, told_s=median("told_s"), leave_s=median("leave_s"),
+        step_s=median("token_s") - row_s, row_s=row_s, told_s=max(0.0, told_s), leave_s=median("leave_s"),
     )  # fmt: skip
-    return Calibrated(speed, attaches_s, median("request_s"), median("ssd_bytes_per_s"), measured[0].size_bytes)
+    return Calibrated(speed, attaches_s, median("request_s"), statistics.median(rates), measured[0].size_bytes)
 
 
-def _measure(cluster: NodeCluster, model: str) -> Measured:
+def _measure(cluster: NodeCluster, model: str, idle_share: float) -> Measured:
     """Start a model, have it answer, and have it leave.
 
     The second prompt is what a prompt costs: the first one touches all that is new in its process, which is the
@@ -169,9 +179,9 @@ def _measure(cluster: NodeCluster, model: str) -> Measured:
     first = _asked(node, model)
     loads = [span for span in first["spans"] if span["name"] == "load" and span["size_bytes"]]
     load_s = max(span["end_s"] for span in loads) - loads[0]["begin_s"]
-    begin_s = _cpu_s(cluster)
+    before_s, begin_s = _cpu_s(cluster), time.perf_counter()
     again = _asked(node, model, ANOTHER)
-    computed_s = _cpu_s(cluster) - begin_s
+    cpu_s = _cpu_s(cluster) - before_s - idle_share * (time.perf_counter() - begin_s)
     long = _asked(node, model, LONG, max_tokens=1)
     more_s, more_tokens = _prefill_s(long) - _prefill_s(again), long["prompt_tokens"] - again["prompt_tokens"]
     prefill_s_per_token = max(0.0, more_s / more_tokens)
@@ -185,10 +195,11 @@ def _measure(cluster: NodeCluster, model: str) -> Measured:
         prefill_s=_prefill_s(again) - prefill_s_per_token * again["prompt_tokens"],
         prefill_s_per_token=prefill_s_per_token,
         token_s=_token_s(again),
-        told_s=computed_s / again["generated_tokens"],
+        cpu_s=cpu_s,
+        tokens=again["generated_tokens"],
         leave_s=max(0.0, leaves_s[0] - leaves_s[1]),
         size_bytes=size_bytes,
-        ssd_bytes_per_s=size_bytes / max(load_s, 1e-6),
+        ssd_bytes_per_s=None if HOST in {span["tier"] for span in loads} else size_bytes / max(load_s, 1e-6),
     )
 
 

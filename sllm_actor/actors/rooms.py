@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping
+from math import inf
 
 from sllm_actor.actors.decision_log import DecisionLog
 from sllm_actor.actors.making_room import MakingRoom, NotIdle, Room
@@ -15,7 +16,7 @@ from sllm_actor.messages.placement import InstanceView, NodeReport, Placement, P
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.node_view import Grant
 from sllm_actor.policy.offers import Action, Move
-from sllm_actor.policy.placement import ABLE, QUIET, Decision, MakeRoom, Start
+from sllm_actor.policy.placement import ABLE, QUIET, Decision, MakeRoom, Start, Wait
 from sllm_actor.policy.taking_turns import TakingTurns
 from sllm_actor.runtime import ActorContext, Clock
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # A node tells so soon that an instance has left it, or that a start has begun.
 TOLD_WITHIN_S = 2.0
+# Who lets a place go for a better one is decided anew so often at most.
+STAND_BACK_S = 0.05
 
 
 class Waiting:
@@ -46,7 +49,11 @@ class Waiting:
         self.fetched_from_s = 0.0
         # It waits for a better place than there is, or for one of some alone.
         self.stands_back = False
-        # Has it be looked at again at that moment.
+        # Since when there has been one that it has let go for a better one, if that is not 0, and how many do ahead.
+        self.stood_back_from_s = 0.0
+        self.ahead = 0
+        # It was decided then, and is looked at again at that moment.
+        self.decided_s = -inf
         self.recheck: asyncio.Task[None] | None = None
         self.recheck_s = 0.0
 
@@ -54,6 +61,17 @@ class Waiting:
     def leaves_places(self) -> bool:
         """Tell whether it takes none of the places that there are."""
         return self.room is not None or self.stands_back
+
+    def is_standing_back(self, now_s: float) -> bool:
+        """Tell whether it has let a place go for a better one just now."""
+        return self.stands_back and self.stood_back_from_s > 0 and now_s < self.decided_s + STAND_BACK_S
+
+    def note(self, decision: Decision, now_s: float) -> None:
+        """Note whether it takes what there is, and since when it has not."""
+        self.decided_s = now_s
+        self.stands_back = isinstance(decision, Wait) and not decision.holds_up
+        if isinstance(decision, Wait) and decision.again_s:
+            self.stood_back_from_s = self.stood_back_from_s or now_s
 
 
 class Rooms:

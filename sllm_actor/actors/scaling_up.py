@@ -19,7 +19,7 @@ from sllm_actor.domain import ModelName, NodeId
 from sllm_actor.messages.placement import InstanceView, NodeChange, NodeReport, Placement, PlaceModel
 from sllm_actor.policy.bytes_first import places
 from sllm_actor.policy.cluster_view import ClusterView
-from sllm_actor.policy.placement import QUIET, Decision, Evict, Start
+from sllm_actor.policy.placement import QUIET, Decision, Evict, Start, Wait
 from sllm_actor.runtime import ActorContext, Clock
 
 # How often it looks at all models, and how often at most where more is asked of some than their instances take.
@@ -60,15 +60,17 @@ class ScalingUp:
         self._give_up = give_up
         self._evict = evict
         self._may_look = may_look
-        # The models that are to be looked at soon; and since when others lack an instance which has no place yet.
+        # The models that are to be looked at soon; those that lack an instance which has no place yet; and since when
+        # some of these have let places go for better ones.
         self._called = set[ModelName]()
-        self._placeless: dict[ModelName, float] = {}
+        self._placeless = set[ModelName]()
+        self._stood_back: dict[ModelName, float] = {}
         self._is_called = asyncio.Event()
 
     def asked(self, models: Set[ModelName]) -> None:
         """Hear that more may be asked of these, or may wait for their start: at once, where it is too much for one."""
         # Who has no place waits for one, and not to be asked for more.
-        asking = self._waiting.asking(self._view.awaited, models - self._placeless.keys())
+        asking = self._waiting.asking(self._view.awaited, models - self._placeless)
         if called := self._autoscaler.calling(self._view, asking):
             self._called |= called
             self._is_called.set()
@@ -80,7 +82,7 @@ class ScalingUp:
         """
         self.asked({*(told.awaited or ()), *(one.model for one in told.instances if one.active)})
         if (self._placeless or self._called) and _has_place(told):
-            self._called |= self._placeless.keys()
+            self._called |= self._placeless
             self._is_called.set()
 
     async def keep_looking(self) -> None:
@@ -111,15 +113,16 @@ class ScalingUp:
         """Start what is missing, or have its bytes fetched; what is on its way already is looked at anew each time."""
         autoscaler, awaited = self._autoscaler, self._waiting.asking(self._view.awaited, only)
         full, coming = set[ModelName](), Counter[tuple[ModelName, NodeId]]()
-        placeless = set[ModelName]()
+        placeless, standing_back = set[ModelName](), set[ModelName]()
+        ahead = self._waiting.standing_back
         starting, fetched = self._granted.counts(), self._fetching.models()
         for question in autoscaler.missing(self._view, awaited, starting, fetched, only):
-            if question.model in full:
+            if question.model in full or question.model in standing_back:
                 continue
             if only is not None and len(full) == IN_VAIN:
                 placeless.add(question.model)
                 continue
-            wish, decision = self._decided(question, now_s)
+            wish, decision = self._decided(question, now_s, ahead + len(standing_back))
             if not isinstance(decision, Start | Evict) or self._fetching.come_first(decision):
                 node = self._room_beside(question.model, coming)
                 if node is None and isinstance(decision, Start | Evict):
@@ -128,6 +131,7 @@ class ScalingUp:
                     coming[question.model, node] += 1
                     continue
             if isinstance(decision, Start):
+                self._stood_back.pop(question.model, None)
                 placement = self._grant(wish, decision, now_s)
                 start = autoscaler.start(self._context.system, placement, question.model)
                 self._context.tasks.spawn(start, f"start-{placement.placement_id}")
@@ -135,23 +139,28 @@ class ScalingUp:
             placeless.add(question.model)
             if isinstance(decision, Evict):
                 self._give_up(wish, decision)
+            elif isinstance(decision, Wait) and decision.again_s:
+                self._stood_back[question.model] = wish.stood_back_from_s
+                standing_back.add(question.model)
             else:
                 full.add(question.model)
-        if only is not None:
-            placeless |= self._placeless.keys() - only
-        self._placeless = {model: self._placeless.get(model, now_s) for model in placeless}
+        self._placeless = placeless if only is None else placeless | (self._placeless - only)
+        self._stood_back = {model: from_s for model, from_s in self._stood_back.items() if model in self._placeless}
 
-    def _decided(self, question: PlaceModel, now_s: float) -> tuple[Waiting, Decision]:
+    def _decided(self, question: PlaceModel, now_s: float, ahead: int) -> tuple[Waiting, Decision]:
         """Decide where one starts: on a node that has none of it; where there is none, beside another.
 
         Where the bytes are on their way, nothing starts before they are about to be there.
         """
         fetching = self._fetching.nodes(question.model)
-        for not_on in (question.not_on, ()):
+        for not_on in dict.fromkeys((question.not_on, ())):
             asked = msgspec.structs.replace(cast(Any, question), not_on=(*not_on, *fetching))
-            wish = Waiting(asked, self._placeless.get(question.model, now_s), QUIET)
+            wish = Waiting(asked, now_s, QUIET)
+            wish.ahead = ahead
+            wish.stood_back_from_s = self._stood_back.get(question.model, 0.0)
             decision = self._decide(wish, now_s)
-            if isinstance(decision, Start | Evict):
+            wish.note(decision, now_s)
+            if not isinstance(decision, Wait) or decision.again_s:
                 break
         return wish, decision
 

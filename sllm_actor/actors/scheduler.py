@@ -14,7 +14,7 @@ from sllm_actor.actors.fetching import LOOK_LEAST_S, Fetching, with_bytes
 from sllm_actor.actors.granted_starts import GrantedStarts
 from sllm_actor.actors.holding import Holding
 from sllm_actor.actors.making_room import MakingRoom
-from sllm_actor.actors.rooms import TOLD_WITHIN_S, Rooms, Waiting, runs_already
+from sllm_actor.actors.rooms import STAND_BACK_S, TOLD_WITHIN_S, Rooms, Waiting, runs_already
 from sllm_actor.actors.scaling_up import ScalingUp
 from sllm_actor.actors.scheduler_limits import Limits as Limits
 from sllm_actor.actors.start_counts import StartCounts
@@ -277,12 +277,19 @@ class Scheduler(Actor):
         asking = [one for one in unsettled if not self._is_answered(one, now_s, with_room) and one.room is None]
         if not asking:
             return
+        ahead = 0
         for place in in_order([Waiter(one.question, one.asked_s) for one in asking], now_s):
             waiting = asking[place]
             if self._is_answered(waiting, now_s, with_room):  # One before it has asked for the same.
                 continue
             self._fetching.hasten(waiting, now_s)
+            waiting.ahead = ahead
+            if waiting.is_standing_back(now_s):
+                self._look_again(waiting, STAND_BACK_S)
+                ahead += 1
+                continue
             decision = self._decide(waiting, now_s)
+            waiting.note(decision, now_s)
             if self._fetching.waits(waiting, decision, now_s):
                 self._look_again(waiting, TOLD_WITHIN_S)
                 continue
@@ -291,9 +298,10 @@ class Scheduler(Actor):
                 with_room.add(waiting.question.model)
                 continue
             if isinstance(decision, Wait):
-                waiting.why, waiting.stands_back = decision.reason, not decision.holds_up
+                waiting.why = decision.reason
                 if decision.again_s:
                     self._look_again(waiting, decision.again_s)
+                    ahead += 1
                 self._fetching.meanwhile(waiting, now_s)
                 if decision.holds_up:
                     return
@@ -349,6 +357,8 @@ class Scheduler(Actor):
             question=waiting.question,
             now_s=now_s,
             waited_s=now_s - waiting.asked_s,
+            stood_back_s=now_s - (waiting.stood_back_from_s or now_s),
+            ahead=waiting.ahead,
             locality_wait_s=self._limits.locality_wait_s,
             able=waiting.able,
         )

@@ -36,6 +36,11 @@ class WaitingStarts:
     def __iter__(self) -> Iterator[Waiting]:
         return iter(tuple(self._waiting))
 
+    @property
+    def standing_back(self) -> int:
+        """Count those who have let a place go for a better one."""
+        return sum(waiting.stands_back and waiting.stood_back_from_s > 0 for waiting in self._waiting)
+
     def add(self, waiting: Waiting) -> None:
         """Let one wait."""
         self._waiting.append(waiting)

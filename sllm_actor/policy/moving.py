@@ -8,6 +8,7 @@ answer has been generated over the time of a token.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from sllm_actor.domain import NodeId, RequestId
 from sllm_actor.messages.explanation import Term
@@ -183,15 +184,22 @@ def victims(node: NodeView, question: PlaceModel) -> tuple[InstanceView, ...]:
     return tuple(occupant.instance for occupant in chosen)
 
 
-def nearest(view: ClusterView, estimator: Estimator, question: PlaceModel, most: int) -> list[tuple[float, NodeView]]:
-    """List the first `most` nodes that hold the checkpoint, by how soon it would start there if there were room."""
+class Nearest(NamedTuple):
+    """A node that holds a checkpoint, and how soon it would start there if there were room."""
+
+    start_s: float
+    node: NodeView
+
+
+def nearest(view: ClusterView, estimator: Estimator, question: PlaceModel) -> list[Nearest]:
+    """List the nodes that hold the checkpoint, by how soon it would start there if there were room."""
     holding = [view.nodes[name] for name in view.holders(question.fingerprint)]
     fitting = [
-        (startup_s(node, estimator, question, way_up(node, question)), node.report.node)
+        Nearest(startup_s(node, estimator, question, way_up(node, question)), node)
         for node in holding
         if not node.report.cordoned
         and allows(question, node.report.node)
         and question.slots <= node.report.slots
         and question.host_bytes <= node.unpinned_bytes(question.fingerprint)
     ]
-    return [(start_s, view.nodes[name]) for start_s, name in sorted(fitting)[:most]]
+    return sorted(fitting, key=lambda one: (one.start_s, one.node.report.node))

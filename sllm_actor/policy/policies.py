@@ -8,16 +8,17 @@ urgent answers there (after Shepherd, NSDI '23).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
-from sllm_actor.messages.placement import PlaceModel
+from sllm_actor.messages.placement import InstanceView, PlaceModel
 from sllm_actor.policy import moving
 from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import SSD, Estimator
+from sllm_actor.policy.moving import Nearest
 from sllm_actor.policy.node_view import NodeView
-from sllm_actor.policy.offers import INF, Action, Offer, offer_of
+from sllm_actor.policy.offers import INF, Action, Offer, is_restricted, offer_of, way_up
 from sllm_actor.policy.soonest import soonest
 
 # Candidates that an explanation shows.
@@ -30,27 +31,32 @@ NO_ROOM = "no node would have room, whichever idle instances were given up"
 
 
 class Situation(NamedTuple):
-    """All that a policy may look at. `able` are the actions that can be carried out."""
+    """All that a policy may look at. `able` are the actions that can be carried out.
+
+    Who asks has let places go for a better one for `stood_back_s` so far, and so many `ahead` of it do.
+    """
 
     view: ClusterView
     estimator: Estimator
     question: PlaceModel
     now_s: float
     waited_s: float = 0.0
+    stood_back_s: float = 0.0
+    ahead: int = 0
     locality_wait_s: float = 0.0
     able: Collection[Action] = frozenset(Action)
 
     def locality(self) -> NodeView | None:
         """Find the node that holds the checkpoint nearest to where it is computed."""
-        found = moving.nearest(self.view, self.estimator, self.question, 1)
+        found = moving.nearest(self.view, self.estimator, self.question)
         return found[0][1] if found else None
 
 
 class Choice(NamedTuple):
     """Offers as the policy ranks them, and the one that it takes; None is to wait, and `why` says for what.
 
-    `by_estimate` tells whether it took the soonest of those that can be carried out. Where there is a place, and a
-    better one is waited for, it is to choose anew `again_s` later.
+    `by_estimate` tells whether it took the soonest of those that can be carried out. Where a
+    better place is waited for, it is to choose anew `again_s` later.
     """
 
     ranked: list[Offer]
@@ -68,10 +74,12 @@ def startup_time(situation: Situation) -> Choice:
 
     Where an SSD would have to be read, a place on a busy node that has the bytes in host memory may be sooner still.
     """
-    offers = soonest(situation.view, situation.estimator, situation.question, SHOWN)
-    moved = _soonest_by_moving(situation, offers[0].estimate_s if offers else INF)
+    view, estimator, question = situation.view, situation.estimator, situation.question
+    offers = soonest(view, estimator, question, SHOWN)
+    holders = moving.nearest(view, estimator, question)
+    moved = _soonest_by_moving(situation, holders, offers[0].estimate_s if offers else INF)
     choice = _first_possible(situation, [moved, *offers] if moved is not None else offers)
-    better = _sooner_in_a_while(situation, choice.taken) if choice.taken is not None else None
+    better = _sooner_in_a_while(situation, holders, choice.taken) if choice.taken is not None else None
     if better is None:
         return choice
     why = f"{better.node} holds it in host memory, and is expected to have a place soon"
@@ -85,7 +93,7 @@ class _Awaited(NamedTuple):
     within_s: float
 
 
-def _sooner_in_a_while(situation: Situation, taken: Offer) -> _Awaited | None:
+def _sooner_in_a_while(situation: Situation, holders: Sequence[Nearest], taken: Offer) -> _Awaited | None:
     """Find a node that has the bytes in host memory and, with a place that it is expected to have, beats an offer.
 
     How long answers will run on is not known. Those that run have run as long on average (age and residual life of a
@@ -93,36 +101,47 @@ def _sooner_in_a_while(situation: Situation, taken: Offer) -> _Awaited | None:
     the sooner, the more they are. They grow older while they are waited for: what would save a time is given up after
     a part of it. Bytes from a source come before a device, and meanwhile a place is taken wherever one is better.
     """
-    view, estimator, question = situation.view, situation.estimator, situation.question
-    if taken.tier != SSD:
+    view, question, reads = situation.view, situation.question, situation.view.nodes[taken.node]
+    limit_s = question.timeout_s / 2 - situation.waited_s if question.timeout_s else INF
+    # Nobody waits long for what a guess says, nor one that moves for what it leaves.
+    if taken.tier != SSD or not reads.report.ssd_bytes_per_s or is_restricted(question) or limit_s <= 0:
         return None
-    first: tuple[float, NodeId] | None = None
-    ages_s = list[float]()
-    for start_s, node in moving.nearest(view, estimator, question, HOLDERS_LOOKED_AT):
-        if start_s >= taken.estimate_s or question.fingerprint not in node.on_host:
+    way, first, saves_s, ages_s = way_up(reads, question), NodeId(""), 0.0, list[float]()
+    for start_s, node in holders:
+        if question.fingerprint not in node.on_host or start_s >= taken.estimate_s:
             break
         name = node.report.node
-        report_age_s = view.age_s(name, situation.now_s)
-        ending = [
-            one.running_s + report_age_s
-            for one in node.counted.busy
-            if one.active == 1 and not one.kept and one.model != question.model
-        ]
-        if ending and first is None:
-            first = start_s, name
+        ending = [one.running_s + view.age_s(name, situation.now_s) for one in _making_room(node, question)]
+        if ending and not first:
+            sooner_s = taken.estimate_s - start_s - situation.estimator.leave_s(name)
+            first, saves_s = name, min(way.queue_s + way.move_s, sooner_s)
         ages_s += ending
-    if first is None:
+    if len(ages_s) <= situation.ahead:
         return None
-    start_s, name = first
-    spare_s = taken.estimate_s - start_s - situation.waited_s - statistics.fmean(ages_s) / len(ages_s)
-    return _Awaited(name, spare_s / (1 + 1 / len(ages_s))) if spare_s > LEAST_SAVED_S else None
+    # Of those that end, others have the first.
+    ends = len(ages_s) / (situation.ahead + 1)
+    spare_s = saves_s - situation.stood_back_s - statistics.fmean(ages_s) / ends
+    return _Awaited(first, min(spare_s / (1 + 1 / ends), limit_s)) if spare_s > LEAST_SAVED_S else None
 
 
-def _soonest_by_moving(situation: Situation, best_s: float) -> Offer | None:
+def _making_room(node: NodeView, question: PlaceModel) -> list[InstanceView]:
+    """List the instances with one answer behind whose end there would be room, idle ones leaving, too."""
+    missing, counted = node.missing(question), node.counted
+    slots = missing.slots - counted.leaving_room.slots - counted.idle_room.slots
+    host_bytes = missing.host_bytes - counted.leaving_room.host_bytes - counted.idle_room.host_bytes
+    return [
+        one
+        for one in counted.busy
+        if one.active == 1 and not one.kept and one.model != question.model
+        if one.slots >= slots and one.host_bytes >= host_bytes
+    ]
+
+
+def _soonest_by_moving(situation: Situation, holders: Sequence[Nearest], best_s: float) -> Offer | None:
     """Give the soonest offer of the nodes that hold the checkpoint, where moving inferences away beats `best_s`."""
     view, estimator, question = situation.view, situation.estimator, situation.question
     best: Offer | None = None
-    for start_s, node in moving.nearest(view, estimator, question, HOLDERS_LOOKED_AT):
+    for start_s, node in holders[:HOLDERS_LOOKED_AT]:
         if start_s >= best_s:
             break
         offer = moving.migrate(view, estimator, question, node, situation.now_s) if node.counted.busy else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from math import inf
 
 from sllm_actor.testing.virtual_loop import VirtualLoop
@@ -18,6 +19,8 @@ class Cores:
         self._counted_s = 0.0
         self._ends: dict[asyncio.Future[None], float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        # Nobody's: whoever is held up or ends leaves the others at work.
+        self._context = Context()
 
     @property
     def enough(self) -> bool:
@@ -71,7 +74,7 @@ class Cores:
         if self._ends:
             first = min(self._ends, key=self._ends.__getitem__)
             left_s = (self._ends[first] - self._done_s) / self._share
-            self._timer = loop.call_later(max(0.0, left_s), self._end, loop, first)
+            self._timer = loop.call_later(max(0.0, left_s), self._end, loop, first, context=self._context)
 
     def _end(self, loop: VirtualLoop, end: asyncio.Future[None]) -> None:
         self._leave(loop, end)

@@ -302,7 +302,9 @@ class EngineProcess:
             while self._waiting and len(running) < self.slots:
                 prompts = self._prompts_of_turn(self.slots - len(running))
                 await self._prefill(prompts)
-                running += prompts
+                running = [row for row in [*running, *prompts] if self._runs(row)]
+            if not running:
+                continue
             steps = await self._turn(running)
             for row in running:
                 if self._runs(row):
