@@ -76,6 +76,23 @@ def test_it_is_seen_at_once_that_two_instances_together_have_too_much() -> None:
         assert later.tier == WARM and later.wait_s < SSD_S + 0.1 + 0.1 + 0.15
 
 
+@pytest.mark.parametrize(("tokens", "least_s", "most_s"), [(20, 0.9, 1.3), (400, SSD_S + 0.1, SSD_S + 0.1 + 1.3)])
+def test_a_place_where_host_memory_has_the_bytes_is_waited_for_as_long_as_it_is_expected_soon(
+    tokens: int, least_s: float, most_s: float
+) -> None:
+    """Two models on the first node, whose places are taken; the second one has a device free, and both on its SSD.
+
+    The other model's answer has run for 0.3 s and ends in 0.4, or has 13 s to go, which nobody knows: it is waited for
+    until it has run for half of what that would save, 1.6 s, and all models are looked at twice a second.
+    """
+    asked = [Arrival(0.0, 0, 50, 300), Arrival(3.0, 1, 50, 300), Arrival(6.0, 2, 50, 10)]
+    asked += [Arrival(20.0, 0, 50, 200), Arrival(20.0, 1, 50, tokens), Arrival(20.3, 0, 50, 10)]
+    answered = run(asked, described=changed(SMALL, "devices=2,copies=2,keep_alive_s=60")).seen
+    assert [one.node for one in answered[:3]] == ["n0001", "n0001", "n0002"]
+    later = answered[-1]
+    assert later.tier == WARM and least_s < later.wait_s < most_s
+
+
 def test_a_place_goes_at_once_to_a_busy_model_that_had_found_none() -> None:
     """Two devices; the other model's answer takes three to four seconds, of five lengths."""
     for more in range(5):
