@@ -11,9 +11,10 @@ import msgspec
 from sllm_actor.domain import ModelName, NodeId, RequestId
 from sllm_actor.errors import RequestNotFound
 from sllm_actor.messages.explanation import Explanation
-from sllm_actor.messages.placement import NodeReport, PlaceModel, StartingView
-from sllm_actor.policy.estimator import SOURCE, SSD, Estimator
+from sllm_actor.messages.placement import PlaceModel, StartingView
+from sllm_actor.policy.estimator import Estimator
 from sllm_actor.policy.node_view import NodeView
+from sllm_actor.policy.offers import is_guess
 from sllm_actor.policy.placement import Start
 
 
@@ -40,14 +41,9 @@ class Granted(NamedTuple):
 
         Where these were guessed, and have shown how fast they come, the difference is the guess's.
         """
-        if not self.is_guess or node is None or not _has_seen(node.report, self.tier):
+        if not self.is_guess or node is None or is_guess(node.report, self.tier):
             constant_s = observed_s - self.moving_s
             estimator.learn_start(self.node, self.tier, self.fingerprint, self.size_bytes, constant_s, self.beside)
-
-
-def _has_seen(report: NodeReport, tier: str) -> bool:
-    """Tell whether a node has seen how fast bytes come from a tier."""
-    return {SSD: report.ssd_bytes_per_s, SOURCE: report.remote_bytes_per_s}.get(tier, 1.0) > 0
 
 
 def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
@@ -64,7 +60,7 @@ def granted(question: PlaceModel, start: Start, now_s: float) -> Granted:
         moving_s=start.estimate_s - engine.seconds,
         granted_s=now_s,
         beside=int(engine.inputs["beside"]),
-        is_guess=not _has_seen(start.report, start.tier),
+        is_guess=is_guess(start.report, start.tier),
     )
 
 

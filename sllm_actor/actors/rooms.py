@@ -47,30 +47,34 @@ class Waiting:
         # What it waited for when it was looked at last is a start that had begun.
         self.is_settled = False
         self.fetched_from_s = 0.0
-        # It waits for a better place than there is, or for one of some alone.
-        self.stands_back = False
-        # Since when there has been one that it has let go for a better one, if that is not 0, and how many do ahead.
+        # What was decided last, where that is to wait, and when.
+        self.decided: Wait | None = None
+        self.decided_s = -inf
+        # Since when it has let places go for a better one, if that is not 0, and how many do so ahead of it.
         self.stood_back_from_s = 0.0
         self.ahead = 0
-        # It was decided then, and is looked at again at that moment.
-        self.decided_s = -inf
+        # It is looked at again at that moment.
         self.recheck: asyncio.Task[None] | None = None
         self.recheck_s = 0.0
 
     @property
     def leaves_places(self) -> bool:
-        """Tell whether it takes none of the places that there are."""
-        return self.room is not None or self.stands_back
+        """Tell whether it takes no place that there is: it waits for a better one, or for one of some alone."""
+        return self.room is not None or (self.decided is not None and not self.decided.holds_up)
 
-    def is_standing_back(self, now_s: float) -> bool:
-        """Tell whether it has let a place go for a better one just now."""
-        return self.stands_back and self.stood_back_from_s > 0 and now_s < self.decided_s + STAND_BACK_S
+    @property
+    def stands_back(self) -> bool:
+        """Tell whether it has let a place go for a better one."""
+        return self.decided is not None and self.decided.again_s > 0
+
+    def has_stood_back(self, now_s: float) -> bool:
+        """Tell whether it has done so just now."""
+        return self.stands_back and now_s < self.decided_s + STAND_BACK_S
 
     def note(self, decision: Decision, now_s: float) -> None:
-        """Note whether it takes what there is, and since when it has not."""
-        self.decided_s = now_s
-        self.stands_back = isinstance(decision, Wait) and not decision.holds_up
-        if isinstance(decision, Wait) and decision.again_s:
+        """Note what was decided, and since when it has stood back."""
+        self.decided, self.decided_s = decision if isinstance(decision, Wait) else None, now_s
+        if self.stands_back:
             self.stood_back_from_s = self.stood_back_from_s or now_s
 
 

@@ -139,7 +139,7 @@ class ScalingUp:
             placeless.add(question.model)
             if isinstance(decision, Evict):
                 self._give_up(wish, decision)
-            elif isinstance(decision, Wait) and decision.again_s:
+            elif wish.stands_back:
                 self._stood_back[question.model] = wish.stood_back_from_s
                 standing_back.add(question.model)
             else:
@@ -160,7 +160,7 @@ class ScalingUp:
             wish.stood_back_from_s = self._stood_back.get(question.model, 0.0)
             decision = self._decide(wish, now_s)
             wish.note(decision, now_s)
-            if not isinstance(decision, Wait) or decision.again_s:
+            if wish.stands_back or not isinstance(decision, Wait):
                 break
         return wish, decision
 

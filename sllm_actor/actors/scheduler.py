@@ -284,7 +284,7 @@ class Scheduler(Actor):
                 continue
             self._fetching.hasten(waiting, now_s)
             waiting.ahead = ahead
-            if waiting.is_standing_back(now_s):
+            if waiting.has_stood_back(now_s):
                 self._look_again(waiting, STAND_BACK_S)
                 ahead += 1
                 continue
@@ -299,7 +299,7 @@ class Scheduler(Actor):
                 continue
             if isinstance(decision, Wait):
                 waiting.why = decision.reason
-                if decision.again_s:
+                if waiting.stands_back:
                     self._look_again(waiting, decision.again_s)
                     ahead += 1
                 self._fetching.meanwhile(waiting, now_s)

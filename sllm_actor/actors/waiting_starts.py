@@ -39,7 +39,7 @@ class WaitingStarts:
     @property
     def standing_back(self) -> int:
         """Count those who have let a place go for a better one."""
-        return sum(waiting.stands_back and waiting.stood_back_from_s > 0 for waiting in self._waiting)
+        return sum(waiting.stands_back for waiting in self._waiting)
 
     def add(self, waiting: Waiting) -> None:
         """Let one wait."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sllm_actor.domain import NodeId
 from sllm_actor.messages.explanation import Term
-from sllm_actor.messages.placement import InstanceView, PlaceModel
+from sllm_actor.messages.placement import InstanceView, NodeReport, PlaceModel
 from sllm_actor.policy.estimator import HOST, SOURCE, SSD, Estimator
 from sllm_actor.policy.node_view import NodeView
 
@@ -82,6 +82,11 @@ def way_up(node: NodeView, question: PlaceModel) -> Way:
     if fingerprint in node.on_ssd:
         return Way(SSD, report.disk_queues_s.get(fingerprint, 0.0), question.size_bytes, node.ssd_bytes_per_s)
     return Way(SOURCE, report.remote_queue_s, question.size_bytes, node.remote_bytes_per_s)
+
+
+def is_guess(report: NodeReport, tier: str) -> bool:
+    """Tell whether a node has not seen yet how fast bytes come from a tier."""
+    return not {SSD: report.ssd_bytes_per_s, SOURCE: report.remote_bytes_per_s}.get(tier, INF)
 
 
 def startup_s(node: NodeView, estimator: Estimator, question: PlaceModel, way: Way) -> float:

@@ -18,7 +18,7 @@ from sllm_actor.policy.cluster_view import ClusterView
 from sllm_actor.policy.estimator import SSD, Estimator
 from sllm_actor.policy.moving import Nearest
 from sllm_actor.policy.node_view import NodeView
-from sllm_actor.policy.offers import INF, Action, Offer, is_restricted, offer_of, way_up
+from sllm_actor.policy.offers import INF, Action, Offer, is_guess, is_restricted, offer_of, way_up
 from sllm_actor.policy.soonest import soonest
 
 # Candidates that an explanation shows.
@@ -104,7 +104,7 @@ def _sooner_in_a_while(situation: Situation, holders: Sequence[Nearest], taken: 
     view, question, reads = situation.view, situation.question, situation.view.nodes[taken.node]
     limit_s = question.timeout_s / 2 - situation.waited_s if question.timeout_s else INF
     # Nobody waits long for what a guess says, nor one that moves for what it leaves.
-    if taken.tier != SSD or not reads.report.ssd_bytes_per_s or is_restricted(question) or limit_s <= 0:
+    if taken.tier != SSD or is_guess(reads.report, SSD) or is_restricted(question) or limit_s <= 0:
         return None
     way, first, saves_s, ages_s = way_up(reads, question), NodeId(""), 0.0, list[float]()
     for start_s, node in holders:

@@ -96,7 +96,7 @@ class _Served:
                 if start_s < begin_s:
                     begin_s, place = start_s, at
         assert place is not None, "every node has a place"
-        length_s = speed.prefill_s_per_token * arrival.prompt_tokens
+        length_s = speed.prompts_s(arrival.prompt_tokens)
         length_s += (speed.step_s + speed.row_s) * (arrival.new_tokens - 1)
         if place.model != model or place.last_s + self._keep_alive_s(model) < now_s:
             self._start(place, model, begin_s, self._bytes_s(place.node, model, now_s))

@@ -87,7 +87,7 @@ def _jobs(world: World, arrivals: Sequence[Arrival]) -> list[Job]:
             moved_s = world.models[arrival.model].size_bytes / world.best_bytes_per_s
             begins_s[arrival.model] = arrival.at_s + max(moved_s, speed.copy_s) + speed.attach_s
         release_s = max(arrival.at_s, begins_s[arrival.model])
-        prefill_s = speed.prefill_s_per_token * arrival.prompt_tokens
+        prefill_s = speed.prompts_s(arrival.prompt_tokens)
         # The first token comes with the prompt.
         jobs.append(Job(release_s, prefill_s, (speed.step_s + speed.row_s) * (arrival.new_tokens - 1)))
     return jobs

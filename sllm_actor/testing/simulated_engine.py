@@ -83,6 +83,10 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     told_s: float = 0.0
     tokens_a_turn: int = 1
 
+    def prompts_s(self, tokens: int) -> float:
+        """Tell how long prompts of so many tokens take together."""
+        return self.prefill_s + self.prefill_s_per_token * tokens
+
 
 def answer_of(
     path: str, prompt: bytes, seed: int, max_tokens: int, ignore_eos: bool = False
@@ -257,7 +261,7 @@ class EngineProcess:
             self._node.hears(self, Heard.HANDED_OVER, held[0], 0)
 
     async def _hold(self, request_id: RequestId, tokens: int) -> None:
-        await self._cores.work(self._speed.prefill_s_per_token * tokens)
+        await self._cores.work(self._speed.prompts_s(tokens))
         if request_id in self.parked:
             prompt, generated = self.parked[request_id]
             known_tokens = len(prompt + generated) // 4
@@ -356,7 +360,7 @@ class EngineProcess:
         """Compute prompts, and the first token of each answer with them."""
         begin_s = self._loop.now_s
         tokens = sum(row.known_tokens for row in rows)
-        self.busy_s += await self._cores.work(self._speed.prefill_s + self._speed.prefill_s_per_token * tokens)
+        self.busy_s += await self._cores.work(self._speed.prompts_s(tokens))
         for row in rows:
             if self._runs(row):
                 span = Span(name="prefill", begin_s=begin_s, end_s=self._loop.now_s)
